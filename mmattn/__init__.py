@@ -1,0 +1,46 @@
+"""mmattn: cross-attention you can trust, swap, see and fine-tune.
+
+Importing this package loads neither torch models nor optional packages: every public name below is
+imported on first use. See the README for the three ways of using it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "attention": "mmattn.ops.attention",
+    "backends": "mmattn.ops.registry",
+    "use_backend": "mmattn.ops.registry",
+    "VisionLanguageModel": "mmattn.inference.vlm",
+    "record_attention": "mmattn.maps.record",
+    "MmattnError": "mmattn.errors",
+}
+_SUBMODULES = ("nn", "ops", "models", "data", "training", "maps", "inference", "config", "errors")
+
+__all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
+
+if TYPE_CHECKING:
+    from mmattn.errors import MmattnError as MmattnError
+    from mmattn.inference.vlm import VisionLanguageModel as VisionLanguageModel
+    from mmattn.maps.record import record_attention as record_attention
+    from mmattn.ops.attention import attention as attention
+    from mmattn.ops.registry import backends as backends
+    from mmattn.ops.registry import use_backend as use_backend
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f"mmattn.{name}")
+    raise AttributeError(f"module 'mmattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
