@@ -1,0 +1,196 @@
+"""Loads a typed config: defaults of a dataclass < YAML file < `key.path=value` overrides.
+
+OmegaConf's structured configs do the checking of types; unknown keys are found here, so that the error can name the
+nearest known key and the file or override that holds the wrong one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mmattn.config.resolve import config_path, nearest
+from mmattn.errors import ConfigError, MmattnError
+
+T = TypeVar("T")
+
+
+def load_config(schema: type[T], source: str | Path | None, overrides: Sequence[str] = ()) -> T:
+    """Build `schema` from its defaults, a file, and overrides; each later one wins.
+
+    Args:
+        schema: a dataclass type; nested dataclasses, lists, dicts, optional values and literals are allowed.
+        source: a YAML file, the name of a shipped config, or None for the defaults alone. A `recipe:` key that names
+            the recipe is allowed at the top even when `schema` has no such field.
+        overrides: `key.path=value` strings; the value is read as YAML (`3`, `1e-4`, `null`, `[a, b]`).
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, a wrong type, a value that is required and missing, or a
+            value that the dataclass itself refuses.
+    """
+    node = OmegaConf.structured(schema)
+    if source is not None:
+        path = config_path(source)
+        values = _read_yaml(path)
+        if "recipe" not in _field_types(schema):
+            values.pop("recipe", None)
+        node = _merge(schema, node, values, str(path))
+    for override in overrides:
+        node = _merge(schema, node, _parse_override(override), f"override {override!r}")
+    return _to_object(node, str(source) if source is not None else "config")
+
+
+def recipe_of(source: str | Path) -> str:
+    """The recipe that a config file names in its `recipe:` key.
+
+    Raises:
+        ConfigError: no such file, not YAML, or no `recipe:` key.
+    """
+    path = config_path(source)
+    name = _read_yaml(path).get("recipe")
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: names no recipe; add a line such as 'recipe: vlm' at the top")
+    return name
+
+
+def to_yaml(config: Any, recipe: str | None = None) -> str:
+    """A config (dataclass instance) as YAML that `load_config` reads back.
+
+    Args:
+        config: the dataclass instance.
+        recipe: the recipe's name, written as the `recipe:` key at the top.
+    """
+    values = _plain(config)
+    if recipe is not None:
+        values = {"recipe": recipe, **values}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _plain(value: Any) -> Any:
+    """Only what plain YAML can say: mappings, lists, strings, numbers, booleans, null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file (UTF-8)") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {_one_line(error)}") from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path}: must hold 'key: value' lines at the top, not a list")
+    values = OmegaConf.to_container(content, resolve=False)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, value = override.partition("=")
+    key = key.strip()
+    if not equals or not key or key.startswith("-"):
+        raise ConfigError(f"override {override!r}: must be key.path=value, for example training.max_steps=100")
+    try:
+        node = OmegaConf.from_dotlist([f"{key}={value}"])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {_one_line(error)}") from error
+    values = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(values, dict)
+    return {str(name): value for name, value in values.items()}
+
+
+def _merge(schema: type, node: DictConfig, values: Mapping[str, Any], where: str) -> DictConfig:
+    _check_keys(schema, values, where, prefix="")
+    try:
+        merged = OmegaConf.merge(node, values)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {_explain(error)}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _to_object(node: DictConfig, where: str) -> Any:
+    try:
+        missing = sorted(OmegaConf.missing_keys(node))
+        if missing:
+            raise ConfigError(f"{where}: needs a value for {', '.join(missing)}")
+        return OmegaConf.to_object(node)
+    except MmattnError:
+        raise
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {_explain(error)}") from error
+    except (ValueError, TypeError) as error:  # raised by a dataclass's own __post_init__
+        raise ConfigError(f"{where}: {_one_line(error)}") from error
+
+
+def _check_keys(schema: type, values: Mapping[str, Any], where: str, prefix: str) -> None:
+    fields = _field_types(schema)
+    for key, value in values.items():
+        if key not in fields:
+            names = [prefix + field for field in fields]
+            hint = nearest(prefix + key, names) or f" Known keys: {', '.join(names)}"
+            raise ConfigError(f"{where}: unknown key {prefix + key!r}.{hint}")
+        inner = _dataclass_in(fields[key])
+        if inner is None:
+            continue
+        if not isinstance(value, Mapping | list | None):
+            example = f"{prefix}{key}.{next(iter(_field_types(inner)))}"
+            raise ConfigError(f"{where}: {prefix + key!r} is a section, not a value; set its keys, such as {example}")
+        for name, entry in _entries(value, prefix + key):
+            _check_keys(inner, entry, where, f"{name}.")
+
+
+def _entries(value: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(value, Mapping):
+        yield name, value
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            if isinstance(entry, Mapping):
+                yield f"{name}[{index}]", entry
+
+
+def _field_types(schema: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(schema)
+    return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
+
+
+def _dataclass_in(annotation: Any) -> type | None:
+    """The dataclass in `X`, `X | None` or `list[X]`; None for anything else."""
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
+        found = [inner for inner in map(_dataclass_in, typing.get_args(annotation)) if inner is not None]
+        return found[0] if len(found) == 1 else None
+    return None
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    message = (error.msg or str(error)).splitlines()[0]
+    if "$VALUE" in message:  # OmegaConf left its own template unfilled (values inside a tuple)
+        message = "a value has the wrong type"
+    return f"{error.full_key}: {message}" if error.full_key else message
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,92 @@
+"""Finds shipped recipes and configs: in a source tree (`recipes/`, `configs/`) or inside the wheel.
+
+A config is named `<recipe>/<name>`, for example `vlm/debug`; a recipe by its file name without the ending.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+from mmattn.errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def _folder(name: str) -> Path:
+    """The shipped folder `name`: `mmattn/_<name>` in a wheel, `<name>/` beside the package in a source tree.
+
+    The wheel's `_recipes` exists in a source tree too (it makes recipes importable), so the source tree is asked first.
+    """
+    tree = _PACKAGE.parent
+    in_tree = tree / name
+    if in_tree.is_dir() and (tree / "pyproject.toml").is_file():
+        return in_tree
+    return _PACKAGE / f"_{name}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the known name closest to `name`, or an empty string."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def list_recipes() -> list[str]:
+    """Names of the shipped recipes, sorted."""
+    return sorted(path.stem for path in _folder("recipes").glob("*.py") if not path.stem.startswith("_"))
+
+
+def list_configs() -> list[str]:
+    """Names of the shipped configs, sorted: `<recipe>/<name>`."""
+    return sorted(f"{path.parent.name}/{path.stem}" for path in _folder("configs").glob("*/*.yaml"))
+
+
+def config_path(source: str | Path) -> Path:
+    """The file that `source` means: a YAML file's path, or the name of a shipped config.
+
+    Args:
+        source: `my.yaml`, `some/folder/my.yaml`, or a shipped name such as `vlm/debug`.
+
+    Raises:
+        ConfigError: neither a file nor a shipped config.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    name = str(source)
+    shipped = list_configs()
+    if name in shipped:
+        return _folder("configs") / f"{name}.yaml"
+    if path.is_dir():
+        raise ConfigError(f"{name}: is a folder; give a YAML file, or a shipped config ({', '.join(shipped)})")
+    if path.suffix in (".yaml", ".yml"):
+        raise ConfigError(f"{name}: no such file. `mmattn cp NAME {name}` makes one from a shipped config")
+    raise ConfigError(f"{name}: no such file or shipped config.{nearest(name, shipped)} `mmattn ls` lists them")
+
+
+def describe_config(source: str | Path) -> str:
+    """One line about a config: the first comment line of its file ('' when it has none)."""
+    for line in config_path(source).read_text(encoding="utf-8").splitlines():
+        text = line.strip()
+        if text.startswith("#"):
+            return text.lstrip("#").strip()
+        if text:
+            break
+    return ""
+
+
+def load_recipe(name: str) -> ModuleType:
+    """Import the recipe `name` and return its module.
+
+    A recipe offers `Config` (a dataclass), `train(config, *, resume)`, `check(config)` and `evaluate(...)`.
+
+    Raises:
+        ConfigError: no recipe of that name.
+    """
+    known = list_recipes()
+    if name not in known:
+        raise ConfigError(f"recipe {name!r}: unknown.{nearest(name, known)} Known recipes: {', '.join(known)}")
+    return importlib.import_module(f"mmattn._recipes.{name}")
