@@ -1,0 +1,1 @@
+"""Using trained models: decoding, and the façades that turn pictures and texts into results."""
