@@ -109,7 +109,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _parse_override(override: str) -> dict[str, Any]:
     key, equals, value = override.partition("=")
     key = key.strip()
-    if not equals or not key or key.startswith("-"):
+    if key.startswith("-"):
+        plain = key.lstrip("-")
+        raise ConfigError(f"no such option: {key}; a config value is set without dashes: {plain or 'key.path'}=VALUE")
+    if not equals or not key:
         raise ConfigError(f"override {override!r}: must be key.path=value, for example training.max_steps=100")
     try:
         node = OmegaConf.from_dotlist([f"{key}={value}"])

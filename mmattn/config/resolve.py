@@ -5,6 +5,7 @@ A config is named `<recipe>/<name>`, for example `vlm/debug`; a recipe by its fi
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 from collections.abc import Iterable
@@ -26,6 +27,10 @@ def _folder(name: str) -> Path:
     if in_tree.is_dir() and (tree / "pyproject.toml").is_file():
         return in_tree
     return _PACKAGE / f"_{name}"
+
+
+def _shipped(name: str) -> Path:
+    return _folder("configs") / f"{name}.yaml"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -59,7 +64,7 @@ def config_path(source: str | Path) -> Path:
     name = str(source)
     shipped = list_configs()
     if name in shipped:
-        return _folder("configs") / f"{name}.yaml"
+        return _shipped(name)
     if path.is_dir():
         raise ConfigError(f"{name}: is a folder; give a YAML file, or a shipped config ({', '.join(shipped)})")
     if path.suffix in (".yaml", ".yml"):
@@ -76,6 +81,46 @@ def describe_config(source: str | Path) -> str:
         if text:
             break
     return ""
+
+
+def describe_recipe(name: str) -> str:
+    """One line about a recipe: the first line of its docstring, read without importing it."""
+    tree = ast.parse((_folder("recipes") / f"{name}.py").read_text(encoding="utf-8"))
+    return (ast.get_docstring(tree) or "").partition("\n")[0]
+
+
+def copy_config(name: str, target: Path) -> Path:
+    """Copy the shipped config `name` to `target` (a file, or a folder to put it in) and return the new file.
+
+    Raises:
+        ConfigError: no shipped config of that name, the new file exists already, or its folder does not exist.
+    """
+    shipped = list_configs()
+    if name not in shipped:
+        raise ConfigError(f"{name}: no shipped config.{nearest(name, shipped)} `mmattn ls` lists them")
+    source = _shipped(name)
+    path = target / source.name if target.is_dir() else target
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: the folder {path.parent} does not exist; make it first")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError as error:
+        raise ConfigError(f"{path}: exists already; nothing was written. Choose another name") from error
+    return path
+
+
+def trained_config(folder: Path) -> Path:
+    """The resolved config that training left in its output folder; `folder` may also lie inside that.
+
+    Raises:
+        ConfigError: neither the folder nor the three above it holds one.
+    """
+    for candidate in [folder.resolve(), *folder.resolve().parents][:4]:
+        path = candidate / "config.yaml"
+        if path.is_file():
+            return path
+    raise ConfigError(f"{folder}: no config.yaml here or above: not made by `mmattn train`; give --data CONFIG")
 
 
 def load_recipe(name: str) -> ModuleType:

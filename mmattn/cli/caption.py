@@ -1,0 +1,27 @@
+"""`mmattn caption`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mmattn.cli.options import BeamsOption, ImagesArgument, JsonOption, ModelOption
+
+
+def caption(
+    images: ImagesArgument,
+    model: ModelOption,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="How the captions shall begin.")] = None,
+    num_beams: BeamsOption = None,
+    json_lines: JsonOption = False,
+) -> None:
+    """Describe images."""
+    import json
+
+    from mmattn.inference.vlm import VisionLanguageModel
+
+    settings = {} if num_beams is None else {"num_beams": num_beams}
+    captions = VisionLanguageModel.from_pretrained(model).caption(images, prompt=prompt, **settings)
+    for image, text in zip(images, captions, strict=True):
+        print(json.dumps({"image": str(image), "caption": text}) if json_lines else f"{image}: {text}")

@@ -1,0 +1,64 @@
+"""Turns what a command raises into one line on stderr and an exit code.
+
+0 done; 1 failed while running; 2 wrong usage, configuration or input; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mmattn.errors import MmattnError
+
+
+def split_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """Take `--debug` out of a command line, wherever it stands before `--`: (the rest, whether it was there)."""
+    argv = list(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    options = [argument for argument in argv[:end] if argument != "--debug"]
+    return options + argv[end:], len(options) < end
+
+
+def run_guarded(action: Callable[[], Any], *, debug: bool) -> int:
+    """Run a command and return its exit code; with `debug` the traceback is printed as well."""
+    try:
+        action()
+        return 0
+    except SystemExit as stop:
+        return _exit_code(stop)
+    except KeyboardInterrupt:
+        _say("interrupted", debug)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has gone. Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MmattnError as error:
+        _say(_one_line(error), debug)
+        return error.exit_code
+    except Exception as error:
+        hint = "" if debug else " (unexpected; --debug shows the traceback)"
+        _say(f"{type(error).__name__}: {_one_line(error)}{hint}", debug)
+        return 1
+
+
+def _exit_code(stop: SystemExit) -> int:
+    if stop.code is None:
+        return 0
+    if isinstance(stop.code, int):
+        return stop.code
+    print(stop.code, file=sys.stderr)
+    return 1
+
+
+def _say(message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"mmattn: {message}", file=sys.stderr)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

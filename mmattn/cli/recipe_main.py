@@ -1,0 +1,70 @@
+"""What a recipe runs under `if __name__ == "__main__"`, and what the verbs share with it.
+
+accelerate launch recipes/vlm.py --config my.yaml [--resume] [key.path=value ...]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+
+from mmattn.cli.guard import run_guarded, split_debug
+from mmattn.cli.options import OVERRIDES_CONTEXT, OverridesArgument
+from mmattn.config import load_config, load_recipe, recipe_of
+from mmattn.config.resolve import trained_config
+from mmattn.errors import ConfigError, UsageError
+
+
+def run_recipe(module: ModuleType, argv: Sequence[str] | None = None) -> int:
+    """Train as `mmattn train` does, from a recipe that was launched as a script; returns the exit code.
+
+    Args:
+        module: the recipe: `sys.modules[__name__]`.
+        argv: arguments without the program's name; None reads `sys.argv`.
+    """
+    name = Path(module.__file__ or "recipe").stem
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+    @app.command(context_settings=OVERRIDES_CONTEXT)
+    def train(
+        config: Annotated[str, typer.Option("--config", "-c", help="A YAML file, or a shipped name (`mmattn ls`).")],
+        overrides: OverridesArgument = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    ) -> None:
+        """Train this recipe from a config."""
+        named = recipe_of(config)
+        if named != name:
+            raise ConfigError(f"{config}: is for the recipe {named!r}, but this is {name!r}: launch recipes/{named}.py")
+        train_recipe(module, config, overrides or (), resume=resume)
+
+    arguments, debug = split_debug(sys.argv[1:] if argv is None else argv)
+    return run_guarded(lambda: app(arguments, prog_name=f"{name}.py"), debug=debug)
+
+
+def train_recipe(module: ModuleType, source: str, overrides: Sequence[str], *, resume: bool) -> None:
+    """Load the recipe's config, train, and say where the result is (first process only)."""
+    config = load_config(module.Config, source, overrides)
+    result = module.train(config, resume=resume)
+    if os.environ.get("RANK", "0") == "0":
+        scores = "".join(f", {name} {value:.4g}" for name, value in result.metrics.items())
+        print(f"done: step {result.step}{scores}; written to {result.output_dir}")
+
+
+def evaluate_folder(folder: Path, data: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """Scores of a trained folder, on the data that it was trained for or on those of the config `data`.
+
+    Raises:
+        UsageError: no such folder.
+        ConfigError: a folder that does not say which recipe made it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; give the output_dir of a training run")
+    source = data if data is not None else str(trained_config(folder))
+    recipe = load_recipe(recipe_of(source))
+    return recipe.evaluate(folder, load_config(recipe.Config, source, overrides))

@@ -1,0 +1,61 @@
+# Sourced by quickstart.sh and test.sh: makes .venv in the repository and installs mmattn into it (editable).
+#
+#   install_mmattn EXTRAS     e.g. install_mmattn recipes,plot
+#
+# The Python is $PYTHON or the first python3 that is at least 3.11. A repeated call does nothing until pyproject.toml,
+# the constraints or this file change.
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="$root/.venv"
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.14 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            "$candidate" -c 'import ensurepip, venv' 2>/dev/null ||
+                fail "$candidate cannot make virtual environments; install its venv package (Debian: apt-get install python3-venv)"
+            echo "$candidate"
+            return
+        fi
+        [ -z "${PYTHON:-}" ] || fail "PYTHON=$PYTHON is not a Python 3.11 or newer"
+    done
+    fail "no Python 3.11 or newer found (looked for python3, python3.11 to 3.14); install one, or set PYTHON=/path/to/python3"
+}
+
+has_nvidia_gpu() {
+    nvidia-smi -L 2>/dev/null | grep -q '^GPU'
+}
+
+# Options for pip on this machine, one a line: the tested torch where there is no NVIDIA GPU.
+pip_constraints() {
+    has_nvidia_gpu || printf '%s\n' --constraint "$root/scripts/constraints-cpu.txt"
+}
+
+install_mmattn() {
+    local extras="$1" python key stamp options
+    if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+        python="$(find_python)" || exit 1
+        echo "making $venv with $("$python" --version)"
+        "$python" -m venv --clear "$venv"
+    fi
+    mapfile -t options < <(pip_constraints)
+    key="$("$venv/bin/python" -c '
+import hashlib, pathlib, sys
+digest = hashlib.sha256(" ".join(sys.argv[2:]).encode())
+for name in ("pyproject.toml", "scripts/constraints-cpu.txt", "scripts/install.sh"):
+    digest.update(pathlib.Path(sys.argv[1], name).read_bytes())
+print(digest.hexdigest())' "$root" "$root" "$extras" "${options[@]}")"
+    stamp="$venv/.installed-$extras"
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$key" ]; then
+        return
+    fi
+    echo "installing mmattn[$extras] into $venv"
+    "$venv/bin/python" -m pip install --quiet "${options[@]}" --editable "$root[$extras]" ||
+        fail "pip could not install mmattn[$extras]; its message is above"
+    echo "$key" >"$stamp"
+}

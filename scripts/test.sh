@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# All checks from a fresh clone: makes .venv, then ruff, basedpyright, import-linter, pytest (arguments go to pytest).
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+
+cd "$root"
+install_mmattn dev
+
+# Tests use nothing from a hub. One thread a test process: the processes themselves fill the cores.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+bin="$venv/bin"
+failed=()
+
+check() {
+    echo "== $*"
+    "$bin/$@" </dev/null || failed+=("$1")
+}
+
+check ruff check .
+check ruff format --check .
+check basedpyright
+check lint-imports
+echo "== pytest"
+workers="$("$bin/python" -c 'import os; print(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))')"
+"$bin/python" -m pytest -n "$workers" "$@" </dev/null || failed+=(pytest)
+
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "failed: ${failed[*]}" >&2
+    exit 1
+fi
