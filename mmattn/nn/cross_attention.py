@@ -1,0 +1,176 @@
+"""Cross-attention: queries of one sequence attend to another, whose keys and values are projected once."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from mmattn.errors import UsageError
+from mmattn.nn.norms import NormKind
+from mmattn.nn.projected_attention import ProjectedAttention, split_heads
+from mmattn.ops.cache import ContextKV
+
+
+class CrossAttention(ProjectedAttention):
+    """Multi-head cross-attention with separate `q_proj`, `k_proj`, `v_proj`, `out_proj` (arXiv 1706.03762).
+
+    It has neither causality nor rotary positions: places in two different sequences are not comparable.
+
+    Args:
+        embed_dim: C, width of the queries' input and of the output.
+        num_heads: H.
+        context_dim: Cc, width of the context; C when None.
+        num_kv_heads: G, a divisor of H; H when None.
+        head_dim: D; C / H when None.
+        bias: Bias of the query, key and value projections.
+        out_bias: Bias of the output projection; as `bias` when None.
+        dropout_p: Dropout on the attention weights, in training only.
+        qk_norm: "rms" or "layer" norm over D on queries and keys, or None.
+        scale: Factor of the scores; D ** -0.5 when None.
+        backend: Passed to `mmattn.attention`.
+
+    Raises:
+        UsageError: When the sizes do not divide.
+    """
+
+    role: ClassVar[Literal["self", "cross"]] = "cross"
+    packed_names: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        context_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = True,
+        out_bias: bool | None = None,
+        dropout_p: float = 0.0,
+        qk_norm: NormKind | None = None,
+        scale: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            context_dim=embed_dim if context_dim is None else context_dim,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            bias=bias,
+            out_bias=out_bias,
+            dropout_p=dropout_p,
+            qk_norm=qk_norm,
+            scale=scale,
+            backend=backend,
+        )
+
+    def project_context(self, context: Tensor, key_mask: Tensor | None = None) -> ContextKV:
+        """Keys and values of a context, to be projected once and used by any number of queries.
+
+        Args:
+            context: `[B, Lk, Cc]`.
+            key_mask: `[B, Lk]`, False where the context is padding.
+
+        Raises:
+            UsageError: On a wrong shape.
+        """
+        self._check_input(context, self.context_dim, "context")
+        packed = self._usable_packing()
+        if packed is None:
+            key = split_heads(self.k_proj(context), self.num_kv_heads)
+            value = split_heads(self.v_proj(context), self.num_kv_heads)
+        else:
+            key, value = split_heads(packed(context), 2 * self.num_kv_heads).chunk(2, dim=1)
+        if self.k_norm is not None:
+            key = self.k_norm(key)
+        return ContextKV(key, value, key_mask)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | ContextKV,
+        *,
+        key_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from x to the context.
+
+        x may have n times as many rows as the context (beams, several texts on one picture): row i attends to context
+        row i // n. The n rows are folded into the query axis, so keys and values are neither repeated nor copied.
+
+        Args:
+            x: `[B * n, L, C]`.
+            context: `[B, Lk, Cc]`, or what `project_context` returned.
+            key_mask: `[B, Lk]`, False where the context is padding; combined by "and" with the context's own.
+            attn_mask: True = may attend, `[L, Lk]`, `[B * n, L, Lk]` or `[B * n, 1 or H, L, Lk]`.
+
+        Returns:
+            `[B * n, L, C]`. A row that may attend to nothing gets the output projection of zeros.
+
+        Raises:
+            UsageError: On a wrong shape, or when the rows of x are no multiple of the context's.
+        """
+        self._check_input(x, self.embed_dim, "x")
+        if not isinstance(context, ContextKV):
+            context, key_mask = self.project_context(context, key_mask), None
+        rows, length, _ = x.shape
+        batch = context.key.shape[0]
+        if rows % max(batch, 1):
+            raise UsageError(
+                f"CrossAttention: x has {rows} rows and the context {batch}: x needs a multiple of the context's rows"
+            )
+        query = self.q_proj(x)
+        repeats = rows // max(batch, 1)
+        if repeats != 1:
+            query = query.reshape(batch, repeats * length, -1)
+            attn_mask = None if attn_mask is None else fold_attn_mask(attn_mask, rows, length, repeats)
+        query = split_heads(query, self.num_heads)
+        if self.q_norm is not None:
+            query = self.q_norm(query)
+        attended = self._attend(
+            query,
+            context.key,
+            context.value,
+            attn_mask=attn_mask,
+            key_mask=_both(context.key_mask, key_mask),
+            is_causal=False,
+        )
+        if repeats != 1:
+            attended = attended.reshape(rows, length, -1)
+        return self.out_proj(attended)
+
+
+def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first & second
+
+
+def fold_attn_mask(attn_mask: Tensor, rows: int, length: int, repeats: int) -> Tensor:
+    """The mask of folded rows: `[L, Lk]` to `[n * L, Lk]`, `[B * n, h, L, Lk]` to `[B, h, n * L, Lk]`.
+
+    Args:
+        attn_mask: Of rank 2, 3 or 4; an axis of size 1 stands for all of its places.
+        rows: B * n.
+        length: L.
+        repeats: n.
+
+    Raises:
+        UsageError: When the first axis of a mask of rank 3 or 4 is neither 1 nor `rows`.
+    """
+    shape = list(attn_mask.shape)
+    if len(shape) not in (2, 3, 4) or (len(shape) > 2 and shape[0] not in (1, rows)) or shape[-2] not in (1, length):
+        raise UsageError(
+            f"CrossAttention: attn_mask has shape {shape}, expected [{length}, Lk], [{rows}, {length}, Lk] or "
+            f"[{rows}, heads, {length}, Lk]"
+        )
+    if len(shape) == 2 or shape[0] == 1:
+        if shape[-2] == 1:
+            return attn_mask
+        return attn_mask.repeat(*[1] * (len(shape) - 2), repeats, 1)
+    folded = attn_mask.expand(*shape[:-2], length, shape[-1]).unflatten(0, (rows // repeats, repeats))
+    if len(shape) == 4:
+        folded = folded.transpose(1, 2)
+    return folded.flatten(-3, -2)

@@ -1,0 +1,153 @@
+"""Self-attention: a sequence attends to itself, or to its own past through a cache."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mmattn.errors import UsageError
+from mmattn.nn.norms import NormKind
+from mmattn.nn.positions import RotaryEmbedding, RotaryTables
+from mmattn.nn.projected_attention import ProjectedAttention, split_heads
+from mmattn.ops.cache import KVCache
+from mmattn.ops.masks import sliding_window_mask
+from mmattn.ops.rotary import rotate
+
+
+class SelfAttention(ProjectedAttention):
+    """Multi-head self-attention with separate `q_proj`, `k_proj`, `v_proj`, `out_proj` (arXiv 1706.03762).
+
+    Args:
+        embed_dim: C, width of input and output.
+        num_heads: H.
+        num_kv_heads: G, a divisor of H; H when None.
+        head_dim: D; C / H when None.
+        bias: Bias of the query, key and value projections.
+        out_bias: Bias of the output projection; as `bias` when None.
+        dropout_p: Dropout on the attention weights, in training only.
+        is_causal: Whether a position sees only itself and those before it.
+        qk_norm: "rms" or "layer" norm over D on queries and keys, or None.
+        rotary: Rotary positions applied to queries and keys; one object may serve all layers.
+        scale: Factor of the scores; D ** -0.5 when None.
+        backend: Passed to `mmattn.attention`.
+
+    Raises:
+        UsageError: When the sizes do not divide, or the rotary embedding is of another head size.
+    """
+
+    role: ClassVar[Literal["self", "cross"]] = "self"
+    packed_names: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = True,
+        out_bias: bool | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        qk_norm: NormKind | None = None,
+        rotary: RotaryEmbedding | None = None,
+        scale: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            context_dim=embed_dim,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            bias=bias,
+            out_bias=out_bias,
+            dropout_p=dropout_p,
+            qk_norm=qk_norm,
+            scale=scale,
+            backend=backend,
+        )
+        if rotary is not None and rotary.head_dim != self.head_dim:
+            raise UsageError(f"SelfAttention: rotary has head_dim {rotary.head_dim}, the heads have {self.head_dim}")
+        self.is_causal = is_causal
+        self.rotary = rotary
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        attn_mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        positions: Tensor | RotaryTables | None = None,
+    ) -> Tensor:
+        """Attend within x.
+
+        Args:
+            x: `[B, L, C]`; with a cache, the new positions only.
+            attn_mask: True = may attend, `[L, Lk]`, `[B, L, Lk]` or `[B, 1 or H, L, Lk]`; Lk counts the cached ones.
+            key_mask: `[B, Lk]`, False where a key is padding.
+            cache: Keys and values of the positions before; x's are appended to it.
+            positions: Places for the rotary embedding, `[L]` or `[B, L]`, or its tables for them, made once for all
+                layers; those that follow the cache when None.
+
+        Returns:
+            `[B, L, C]`.
+
+        Raises:
+            UsageError: On a wrong shape, a full cache, a windowed cache without causality, or positions without a
+                rotary embedding.
+        """
+        self._check_input(x, self.embed_dim, "x")
+        query, key, value = self._project(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.rotary is not None:
+            if positions is None:
+                start = 0 if cache is None else cache.position
+                positions = torch.arange(start, start + query.shape[2], device=query.device)
+            if isinstance(positions, Tensor):
+                positions = self.rotary(positions, torch.promote_types(query.dtype, torch.float32))
+            query, key = self._rotated(query, key, positions)
+        elif positions is not None:
+            raise UsageError("SelfAttention: positions were given, but the module has no rotary embedding to use them")
+        # A single newest query sees every cached key: causal without a mask.
+        is_causal = self.is_causal and query.shape[2] > 1
+        if cache is not None:
+            key, value = cache.update(key, value)
+            if cache.window is not None:
+                attn_mask = self._windowed(attn_mask, query, key, cache.window)
+        attended = self._attend(query, key, value, attn_mask=attn_mask, key_mask=key_mask, is_causal=is_causal)
+        return self.out_proj(attended)
+
+    def _rotated(self, query: Tensor, key: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor]:
+        cos, sin = tables
+        batch, _, length, _ = query.shape
+        if cos.shape[2] != length or cos.shape[0] not in (1, batch):
+            raise UsageError(
+                f"SelfAttention: positions for [batch, length] = [{cos.shape[0]}, {cos.shape[2]}] do not fit x of "
+                f"[{batch}, {length}]"
+            )
+        return rotate(query, cos, sin), rotate(key, cos, sin)
+
+    def _windowed(self, attn_mask: Tensor | None, query: Tensor, key: Tensor, window: int) -> Tensor | None:
+        if not self.is_causal:
+            raise UsageError("SelfAttention: a cache with a window needs is_causal=True")
+        num_queries, num_keys = query.shape[2], key.shape[2]
+        if num_queries == 1 or num_keys <= window:
+            return attn_mask
+        near = sliding_window_mask(num_queries, num_keys, window, device=query.device)
+        if attn_mask is None:
+            return near
+        return attn_mask & near if attn_mask.dtype is torch.bool else attn_mask.masked_fill(~near, float("-inf"))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        packed = self._usable_packing()
+        if packed is None:
+            query = split_heads(self.q_proj(x), self.num_heads)
+            return query, split_heads(self.k_proj(x), self.num_kv_heads), split_heads(self.v_proj(x), self.num_kv_heads)
+        heads = split_heads(packed(x), self.num_heads + 2 * self.num_kv_heads)
+        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        return query, key, value
