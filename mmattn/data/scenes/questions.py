@@ -53,7 +53,8 @@ def _existence(scene: Scene, draws: Sequence[float]) -> list[TextItem]:
         absent = [pair for pair in absent if pair[0] in colors or pair[1] in shapes] or absent
     no = absent[int(draws[2] * len(absent))]
     return [
-        TextItem(answer, f"is there a {pair[0]} {pair[1]}?", "exists") for answer, pair in (("yes", yes), ("no", no))
+        TextItem(answer, f"is there {_article(color)} {color} {shape}?", "exists")
+        for answer, (color, shape) in (("yes", yes), ("no", no))
     ]
 
 
