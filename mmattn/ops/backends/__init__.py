@@ -1,0 +1,1 @@
+"""Backends, one file each. None imports another; `mmattn.ops.registry` lists them."""

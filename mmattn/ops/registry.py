@@ -1,0 +1,116 @@
+"""The table of attention backends, and which of them serves a call.
+
+One rule of precedence: the call's `backend` argument, else what `use_backend` says for the call's role, else the
+first row of the table that can serve the call. A backend that was named never falls back to another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import NamedTuple
+
+from mmattn.errors import BackendError, UsageError
+from mmattn.ops.backends import eager, sdpa
+from mmattn.ops.limits import Backend
+from mmattn.ops.request import Traits
+
+# Adding a backend is one file in `backends/` and one row here. "auto" takes the first row that can serve.
+TABLE: tuple[Backend, ...] = (sdpa.BACKEND, eager.BACKEND)
+_BY_NAME = {backend.name: backend for backend in TABLE}
+ROLES = ("self", "cross")
+
+
+class Selection(NamedTuple):
+    """What `use_backend` asked for: for self-attention, cross-attention, and calls without a role."""
+
+    self_role: str = "auto"
+    cross_role: str = "auto"
+    no_role: str = "auto"
+
+
+_SELECTION: ContextVar[Selection] = ContextVar("mmattn_backend_selection", default=Selection())  # noqa: B039
+# Filled as calls come; a choice depends on nothing but the call's features and the machine.
+_CHOICES: dict[tuple[str, Traits], Backend] = {}
+
+
+@contextlib.contextmanager
+def use_backend(name: str, role: str | None = None) -> Iterator[None]:
+    """Within the block (and this thread or task only), attention without a `backend` argument runs on `name`.
+
+    Args:
+        name: a backend's name, or "auto".
+        role: "self" or "cross" to set only that one; None sets every call, those without a role included.
+
+    Raises:
+        UsageError: for an unknown backend or role.
+    """
+    check_name(name)
+    check_role(role)
+    before = _SELECTION.get()
+    if role is None:
+        selection = Selection(name, name, name)
+    elif role == "self":
+        selection = before._replace(self_role=name)
+    else:
+        selection = before._replace(cross_role=name)
+    token = _SELECTION.set(selection)
+    try:
+        yield
+    finally:
+        _SELECTION.reset(token)
+
+
+def selected(role: str | None) -> str:
+    """The name that `use_backend` has set for a role here, "auto" if none."""
+    selection = _SELECTION.get()
+    if role is None:
+        return selection.no_role
+    return selection.self_role if role == "self" else selection.cross_role
+
+
+def check_name(name: str) -> None:
+    """Raise `UsageError` for a name that is neither "auto" nor a backend."""
+    if name != "auto" and name not in _BY_NAME:
+        raise UsageError(f"unknown attention backend {name!r}; use one of: auto, {', '.join(_BY_NAME)}")
+
+
+def check_role(role: str | None) -> None:
+    """Raise `UsageError` for a role that does not exist."""
+    if role is not None and role not in ROLES:
+        raise UsageError(f'unknown attention role {role!r}; use "self", "cross" or None')
+
+
+def choose(name: str, traits: Traits) -> Backend:
+    """The backend that serves a call with these features.
+
+    Raises:
+        UsageError: for an unknown name.
+        BackendError: naming every reason, when the named backend, or with "auto" every backend, must refuse.
+    """
+    chosen = _CHOICES.get((name, traits))
+    if chosen is None:
+        check_name(name)
+        chosen = _CHOICES[name, traits] = _first_usable(traits) if name == "auto" else _named(name, traits)
+    return chosen
+
+
+def _named(name: str, traits: Traits) -> Backend:
+    backend = _BY_NAME[name]
+    reasons = backend.refusals(traits)
+    if reasons:
+        raise BackendError(f"attention backend {name!r} cannot serve this call: {'; '.join(reasons)}")
+    return backend
+
+
+def _first_usable(traits: Traits) -> Backend:
+    refused = []
+    for backend in TABLE:
+        reasons = backend.refusals(traits)
+        if traits.device not in backend.auto_devices:
+            reasons.append(f"auto does not choose it on {traits.device}")
+        if not reasons:
+            return backend
+        refused.append(f"{backend.name}: {'; '.join(reasons)}")
+    raise BackendError(f"no attention backend can serve this call. {'. '.join(refused)}")
