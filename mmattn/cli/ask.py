@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mmattn.cli.options import BeamsOption, JsonOption, ModelOption
+from mmattn.errors import UsageError
 
 
 def ask(
@@ -21,13 +22,12 @@ def ask(
     json_lines: JsonOption = False,
 ) -> None:
     """Answer questions about an image."""
-    import json
-
-    from mmattn.errors import UsageError
-    from mmattn.inference.vlm import VisionLanguageModel
-
     if map_file is not None and len(questions) != 1:
         raise UsageError(f"--map {map_file}: draws one answer, but {len(questions)} questions were given; ask one")
+    import json
+
+    from mmattn.inference.vlm import VisionLanguageModel
+
     vlm = VisionLanguageModel.from_pretrained(model)
     settings = {} if num_beams is None else {"num_beams": num_beams}
     pictures = vlm.encode([image])

@@ -1,0 +1,114 @@
+"""The verbs themselves, on a recipe for tests."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmattn.cli.main import main
+from tests.toy_recipe import CONFIG
+
+
+def test_ls(toy_tree: Path, capsys):
+    assert main(["ls"]) == 0
+    expected = "Recipes:\n  toy        A recipe for tests.\nConfigs:\n  toy/debug  A config for tests\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_cp_then_train(toy_tree: Path, capsys):
+    assert main(["cp", "toy/debug", "my.yaml"]) == 0
+    assert capsys.readouterr().out == "wrote my.yaml: edit it, then run `mmattn train my.yaml`\n"
+    Path("my.yaml").write_text(CONFIG.replace("11", "13"))
+    assert main(["train", "my.yaml"]) == 0
+    assert capsys.readouterr().out == "done: step 13, accuracy 0.25; written to runs/toy\n"
+
+
+def test_cp_refuses_to_overwrite(toy_tree: Path, capsys):
+    Path("my.yaml").write_text("mine")
+    assert main(["cp", "toy/debug", "my.yaml"]) == 2
+    assert "my.yaml: exists already; nothing was written" in capsys.readouterr().err
+    assert Path("my.yaml").read_text() == "mine"
+
+
+def test_show_prints_every_value_and_reads_back(toy_tree: Path, capsys):
+    assert main(["show", "toy/debug", "training.learning_rate=0.5"]) == 0
+    shown = capsys.readouterr().out
+    assert shown == (
+        "recipe: toy\nname: from the file\nfailure: ''\noutput_dir: runs/toy\n"
+        "training:\n  max_steps: 11\n  learning_rate: 0.5\n"
+    )
+    Path("shown.yaml").write_text(shown)
+    assert main(["show", "shown.yaml"]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_check_prints_what_the_recipe_says(toy_tree: Path, capsys):
+    assert main(["check", "toy/debug", "training.max_steps=17"]) == 0
+    assert capsys.readouterr().out == "config: valid\nsteps: 17\n"
+
+
+def test_train_takes_overrides_and_resume(toy_tree: Path, capsys):
+    assert main(["train", "toy/debug", "training.max_steps=17", "--resume", "output_dir=out"]) == 0
+    assert capsys.readouterr().out == "done: step 17, accuracy 0.5; written to out\n"
+
+
+def test_only_the_first_process_reports(toy_tree: Path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "toy/debug"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_eval_uses_the_config_beside_the_model(toy_tree: Path, capsys):
+    Path("run/best").mkdir(parents=True)
+    Path("run/config.yaml").write_text(CONFIG.replace("11", "13"))
+    assert main(["eval", "run/best"]) == 0
+    assert capsys.readouterr().out == "accuracy  0.7500\nsteps     13.0000\n"
+    assert main(["eval", "run/best", "--json", "--data", "toy/debug", "training.max_steps=3"]) == 0
+    assert capsys.readouterr().out == '{"accuracy": 0.75, "steps": 3.0}\n'
+
+
+def test_eval_names_what_is_wrong(toy_tree: Path, capsys):
+    assert main(["eval", "nowhere"]) == 2
+    assert capsys.readouterr().err == "mmattn: nowhere: no such folder; give the output_dir of a training run\n"
+    Path("empty").mkdir()
+    assert main(["eval", "empty"]) == 2
+    assert "empty: no config.yaml here or above" in capsys.readouterr().err
+
+
+def test_the_recipe_runs_as_a_script(toy_tree: Path, capsys, monkeypatch):
+    script = str(toy_tree / "recipes" / "toy.py")
+    monkeypatch.setattr(sys, "argv", [script, "--config", "toy/debug", "training.max_steps=3", "--resume"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(script, run_name="__main__")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == "done: step 3, accuracy 0.5; written to runs/toy\n"
+
+
+def test_the_script_fails_as_the_command_does(toy_tree: Path):
+    Path("my.yaml").write_text(CONFIG)
+    Path("other.yaml").write_text("recipe: other")
+    script = toy_tree / "recipes" / "toy.py"
+
+    def run(*arguments: str) -> tuple[int, str]:
+        root = Path(__file__).resolve().parents[2]
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        command = [sys.executable, str(script), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    assert run("--config", "my.yaml", "failure=run") == (
+        1,
+        "mmattn: training.loss: not finite at step 3; lower learning_rate\n",
+    )
+    assert run("--config", "other.yaml") == (
+        2,
+        "mmattn: other.yaml: is for the recipe 'other', but this is 'toy': launch recipes/other.py\n",
+    )
+    code, message = run()
+    assert code == 2
+    assert "Missing option '--config'" in message
