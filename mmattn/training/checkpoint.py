@@ -1,0 +1,210 @@
+"""Checkpoint folders that are complete or absent.
+
+A checkpoint is written into a temporary folder, its files are synced, a manifest with their sizes and SHA-256 is
+written last, and one rename gives the folder its name. Whatever has no valid manifest is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from mmattn.errors import CheckpointError, RunError
+
+MANIFEST = "manifest.json"
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+_TEMPORARY = ".tmp-"
+
+
+class CheckpointStore:
+    """The `checkpoints/` of one output folder: `step-00001000/` and so on."""
+
+    def __init__(self, output_dir: Path | str) -> None:
+        self.output_dir = Path(output_dir)
+        self.folder = self.output_dir / "checkpoints"
+
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.folder / f"step-{step:08d}"
+
+    def clean(self) -> int:
+        """Remove what an interrupted save left behind; the number of folders removed."""
+        leftovers = [
+            *self.folder.glob(f"{_TEMPORARY}*"),
+            *(path for path in self.output_dir.glob(f"{_TEMPORARY}*") if path.is_dir()),
+        ]
+        for leftover in leftovers:
+            shutil.rmtree(leftover)
+        return len(leftovers)
+
+    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Make a checkpoint from what `write(folder)` puts into a folder.
+
+        Raises:
+            RunError: when the disk is full or cannot be written; earlier checkpoints are untouched.
+        """
+        final, temporary = self.path(step), self.folder / f"{_TEMPORARY}step-{step:08d}"
+        try:
+            _write_folder(temporary, write, {"step": step})
+            if final.exists():  # not a checkpoint, or `latest` would have found it: kept for whoever wants to look
+                os.rename(final, _free_name(final.with_name(f"{final.name}.damaged")))
+            os.rename(temporary, final)
+            _sync_folder(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise RunError(self._failure(final, error)) from error
+        return final
+
+    def publish(self, source: Path, name: str) -> Path:
+        """Copy a folder of a checkpoint to `<output_dir>/<name>`, in place of what is there.
+
+        Raises:
+            RunError: when the disk is full or cannot be written.
+        """
+        final, temporary, old = (
+            self.output_dir / name,
+            *(self.output_dir / f"{_TEMPORARY}{name}{suffix}" for suffix in ("", "-old")),
+        )
+        try:
+            for leftover in (temporary, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.copytree(source, temporary)
+            _sync_tree(temporary)
+            if final.exists():
+                os.rename(final, old)
+            os.rename(temporary, final)
+            _sync_folder(self.output_dir)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise RunError(self._failure(final, error)) from error
+        return final
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints whose files all have the size that their manifest says, in order."""
+        found = [
+            int(match[1])
+            for path in self.folder.glob("step-*")
+            if (match := _STEP_NAME.fullmatch(path.name)) is not None
+        ]
+        return sorted(step for step in found if _problem(self.path(step), hashes=False) is None)
+
+    def latest(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that passes `verify_checkpoint`, and what is wrong with newer folders."""
+        problems: list[str] = []
+        names = [path for path in self.folder.glob("step-*") if _STEP_NAME.fullmatch(path.name)]
+        for path in sorted(names, key=lambda path: int(path.name[5:]), reverse=True):
+            problem = _problem(path, hashes=True)
+            if problem is None:
+                return path, problems
+            problems.append(f"{path}: {problem}")
+        return None, problems
+
+    def prune(self, keep_last: int, keep: Collection[int]) -> None:
+        """Delete all but the newest `keep_last` checkpoints and those of the steps in `keep`."""
+        for step in self.steps()[:-keep_last]:
+            if step not in keep:
+                # Under its own name a half-deleted folder would look damaged instead of deleted.
+                doomed = self.folder / f"{_TEMPORARY}delete-{step:08d}"
+                os.rename(self.path(step), doomed)
+                shutil.rmtree(doomed)
+
+    def _failure(self, final: Path, error: Exception) -> str:
+        text = str(error)
+        is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "StorageFull" in text
+        reason = "the disk is full" if is_full else " ".join(text.split())
+        kept = self.steps()
+        previous = f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no earlier checkpoint"
+        return f"cannot save {final}: {reason}; {previous}; make room, then go on with --resume"
+
+
+def latest_checkpoint(output_dir: Path | str) -> Path | None:
+    """The newest complete checkpoint of a run's output folder, or None."""
+    return CheckpointStore(output_dir).latest()[0]
+
+
+def verify_checkpoint(folder: Path | str) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, cut or changed, or that there is no manifest.
+    """
+    problem = _problem(Path(folder), hashes=True)
+    if problem is not None:
+        raise CheckpointError(f"{folder} is not a complete checkpoint: {problem}")
+
+
+def _problem(folder: Path, *, hashes: bool) -> str | None:
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        entries = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} is damaged"
+    for name, size, sha256 in entries:
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if hashes and _sha256(path) != sha256:
+            return f"{name} has changed since it was written (SHA-256 differs)"
+    return None
+
+
+def _write_folder(folder: Path, write: Callable[[Path], None], facts: dict) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write(folder)
+    _sync_tree(folder)
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1) + "\n")
+    _sync_file(folder / MANIFEST)
+    _sync_folder(folder)
+
+
+def _sync_tree(folder: Path) -> None:
+    paths = list(folder.rglob("*"))
+    for path in paths:
+        if path.is_file():
+            _sync_file(path)
+    for path in [*(path for path in paths if path.is_dir()), folder]:
+        _sync_folder(path)
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _free_name(path: Path) -> Path:
+    candidates = (path.with_name(f"{path.name}{suffix}") for suffix in ("", *(f"-{n}" for n in range(1, 1000))))
+    return next(candidate for candidate in candidates if not candidate.exists())

@@ -1,0 +1,119 @@
+"""The settings of one training run, the same for every recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from mmattn.errors import ConfigError
+
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
+DEVICES = ("auto", "cpu")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+# A run may be continued in its own folder only when these are unchanged: its promise is to equal an unbroken run.
+MATHS_KEYS = (
+    "batch_size",
+    "learning_rate",
+    "betas",
+    "eps",
+    "weight_decay",
+    "warmup_steps",
+    "schedule",
+    "min_learning_rate_ratio",
+    "max_grad_norm",
+    "ema_decay",
+    "seed",
+)
+# These change rounding or dropout draws only (a smaller card, another number of processes): allowed, and said.
+ROUNDING_KEYS = ("micro_batch_size", "mixed_precision", "device")
+
+
+@dataclass
+class TrainingConfig:
+    """Settings of one training run.
+
+    Steps are optimiser steps everywhere. `batch_size` counts the examples of one step over all processes and
+    micro-batches; `micro_batch_size` counts the examples that go through the model at once in one process.
+    """
+
+    output_dir: str
+    max_steps: int = 1000
+    batch_size: int = 32
+    micro_batch_size: int | None = None  # None: the whole share of a process at once
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01  # not on biases, norms, embeddings, gates
+    warmup_steps: int = 0
+    schedule: str = "cosine"  # or "constant"
+    min_learning_rate_ratio: float = 0.0  # where cosine ends, as a part of learning_rate
+    max_grad_norm: float | None = 1.0
+    mixed_precision: str = "auto"  # auto: bf16 on a GPU that has it, else none
+    device: str = "auto"  # or "cpu"
+    ema_decay: float | None = None
+    eval_every: int = 0  # 0: never; otherwise also after the last step
+    save_every: int = 0  # 0: after the last step, and at a best evaluation or a signal
+    keep_last: int = 2  # beside the best, which always stays
+    log_every: int = 10  # console and trackers; metrics.jsonl has every step
+    num_workers: int = 0
+    trackers: list[str] = field(default_factory=list)
+    max_bad_steps: int = 10  # so many non-finite steps in a row stop the run
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise `ConfigError` naming every setting that cannot be used."""
+        problems = [text for is_wrong, text in self._rules() if is_wrong]
+        if problems:
+            raise ConfigError("training settings: " + "; ".join(problems))
+
+    def _rules(self) -> list[tuple[bool, str]]:
+        at_least_one = ("max_steps", "batch_size", "keep_last", "log_every", "max_bad_steps")
+        at_least_zero = ("warmup_steps", "eval_every", "save_every", "num_workers", "seed", "weight_decay", "eps")
+        micro = self.micro_batch_size
+        return [
+            (not self.output_dir, "output_dir is empty"),
+            *[(getattr(self, key) < 1, f"{key} must be at least 1, not {getattr(self, key)}") for key in at_least_one],
+            *[
+                (getattr(self, key) < 0, f"{key} must not be negative, is {getattr(self, key)}")
+                for key in at_least_zero
+            ],
+            (micro is not None and micro < 1, f"micro_batch_size must be at least 1, not {micro}"),
+            (not self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}"),
+            (
+                len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas),
+                f"betas must be two numbers in [0, 1), not {self.betas}",
+            ),
+            (
+                not 0 <= self.min_learning_rate_ratio <= 1,
+                f"min_learning_rate_ratio must be in [0, 1], is {self.min_learning_rate_ratio}",
+            ),
+            (
+                self.max_grad_norm is not None and not self.max_grad_norm > 0,
+                f"max_grad_norm must be positive or null, not {self.max_grad_norm}",
+            ),
+            (
+                self.ema_decay is not None and not 0 < self.ema_decay < 1,
+                f"ema_decay must be in (0, 1) or null, not {self.ema_decay}",
+            ),
+            _not_one_of("schedule", self.schedule, SCHEDULES),
+            _not_one_of("mixed_precision", self.mixed_precision, PRECISIONS),
+            _not_one_of("device", self.device, DEVICES),
+            *[_not_one_of("trackers", name, TRACKERS) for name in self.trackers],
+        ]
+
+
+def _not_one_of(key: str, value: str, allowed: tuple[str, ...]) -> tuple[bool, str]:
+    return value not in allowed, f"{key} must be one of {', '.join(allowed)}, not {value!r}"
+
+
+def config_dict(config: TrainingConfig) -> dict:
+    """The settings as JSON has them (tuples become lists)."""
+    values = dataclasses.asdict(config)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def config_differences(old: dict, new: dict, keys: tuple[str, ...]) -> list[str]:
+    """`key: old -> new` for each of `keys` whose values differ between two `config_dict` results."""
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]

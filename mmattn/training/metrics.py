@@ -1,0 +1,122 @@
+"""Where a run's figures go: metrics.jsonl always, the console, and trackers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, with `kind` (train, eval, skipped) and `step`.
+
+    What depends on the clock or the machine stands under the one key `time`: without it, the file of a resumed run
+    equals that of an unbroken one.
+    """
+
+    def __init__(self, output_dir: Path, *, keep_to_step: int) -> None:
+        """Open the file to append, without the lines beyond step `keep_to_step`."""
+        self.path = output_dir / METRICS_FILE
+        if self.path.exists():
+            os.truncate(self.path, _length_to_step(self.path, keep_to_step))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line; non-finite numbers become strings, for JSON has none."""
+        self._file.write(json.dumps(_finite(line)) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Bring everything written to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path | str, *, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of a metrics file, or those of one kind; a last line that was cut off is left out."""
+    lines: list[dict[str, Any]] = []
+    with open(path, encoding="utf-8") as file:
+        for text in file:
+            if text.endswith("\n"):
+                lines.append(json.loads(text))
+    return [line for line in lines if kind is None or line["kind"] == kind]
+
+
+def _length_to_step(path: Path, last_step: int) -> int:
+    length = 0
+    with open(path, "rb") as file:
+        for raw in file:
+            try:
+                is_kept = raw.endswith(b"\n") and json.loads(raw)["step"] <= last_step
+            except (ValueError, KeyError, TypeError):
+                is_kept = False
+            if not is_kept:
+                break
+            length += len(raw)
+    return length
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+class Progress:
+    """The console: a tqdm bar on a terminal, plain lines elsewhere, nothing on other processes than the main one."""
+
+    def __init__(
+        self, first_step: int, last_step: int, *, log_every: int, enabled: bool, stream: TextIO | None = None
+    ) -> None:
+        self.stream = stream or sys.stderr
+        self.first_step, self.last_step, self.log_every, self.enabled = first_step, last_step, log_every, enabled
+        self._started = time.perf_counter()
+        self._bar: tqdm | None = None
+        if enabled and self.stream.isatty():
+            self._bar = tqdm(total=last_step, initial=first_step, file=self.stream, unit="step", dynamic_ncols=True)
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def step(self, step: int, *, loss: float, learning_rate: float, tokens_per_s: float, data_share: float) -> None:
+        """Show the end of a step: every step in the bar, every `log_every`-th as a line."""
+        if not self.enabled:
+            return
+        figures = f"loss {loss:.4f} | lr {learning_rate:.2e} | {tokens_per_s:,.0f} tokens/s | data {data_share:.0%}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step % self.log_every == 0 or step == self.last_step:
+            rate = (step - self.first_step) / max(time.perf_counter() - self._started, 1e-9)
+            left = _duration((self.last_step - step) / rate)
+            self.say(f"step {step}/{self.last_step} | {figures} | {rate:.2f} steps/s | {left} left")
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

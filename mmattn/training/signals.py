@@ -1,0 +1,56 @@
+"""SIGTERM and SIGINT ask the loop to save and stop after the step at hand."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from mmattn.errors import RunError
+
+
+class TrainingStoppedError(RunError):
+    """The run was asked to stop, saved, and can be resumed. `exit_code` is 128 + the signal: 143 TERM, 130 INT."""
+
+    def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class StopSignal:
+    """While open, notes the first SIGTERM or SIGINT instead of dying; a second one acts as usual.
+
+    Outside the main thread Python allows no handlers; then nothing is noted.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Start of a data worker: schedulers signal the whole process group, and the main process decides when to stop."""
+    for number in StopSignal.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,166 @@
+"""What a checkpoint holds besides the model folder: everything that the next step depends on.
+
+Random numbers need no state: dropout is seeded anew in every step from (seed, step, process).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mmattn._optional import package_version
+from mmattn.errors import CheckpointError
+from mmattn.training.ema import ParameterAverage
+from mmattn.training.optim import load_optimizer_tensors, optimizer_tensors, trainable_parameters
+
+FORMAT = 1
+STATE_FILE, TRAINED_FILE, OPTIMIZER_FILE, AVERAGE_FILE = (
+    "state.json",
+    "trained.safetensors",
+    "optimizer.safetensors",
+    "average.safetensors",
+)
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PACKAGES = ("mmattn", "torch", "transformers", "diffusers", "accelerate", "datasets", "peft", "safetensors", "numpy")
+
+
+@dataclass
+class LoopState:
+    """Where a run stands. `step` counts batches taken, skipped ones too, and so the schedule."""
+
+    step: int = 0
+    examples: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+    average_updates: int = 0
+    scaler: dict[str, Any] | None = None
+
+
+def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to the model's state (batch norm's statistics), by name."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def frozen_checksum(model: nn.Module) -> str:
+    """A fingerprint of the parameters that are not trained: equal on every device, in any order of summation."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            bits = parameter.detach().contiguous().view(_INTEGER_OF_SIZE[parameter.element_size()]).view(-1)
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {_bit_sum(bits)};".encode())
+    return digest.hexdigest()
+
+
+def _bit_sum(bits: Tensor) -> list[int]:
+    # Weighted by place, modulo 2**64, so that exchanged values show.
+    sums = []
+    for part in bits.split(1 << 22):
+        places = torch.arange(1, len(part) + 1, device=part.device)
+        sums.append(int((part.long() * places).sum()))
+    return sums
+
+
+def write_state(
+    folder: Path,
+    state: LoopState,
+    facts: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: ParameterAverage | None,
+) -> None:
+    """Write the loop's state: tensors as safetensors, the rest as JSON."""
+    parameters = trainable_parameters(model)
+    _save_tensors({**parameters, **stored_buffers(model)}, folder / TRAINED_FILE)
+    _save_tensors(optimizer_tensors(optimizer, parameters), folder / OPTIMIZER_FILE)
+    if average is not None:
+        _save_tensors(average.averages, folder / AVERAGE_FILE)
+    (folder / STATE_FILE).write_text(
+        json.dumps({"format": FORMAT, **dataclasses.asdict(state), **facts}, indent=1) + "\n"
+    )
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint's state.
+
+    Raises:
+        CheckpointError: when it was written in another format.
+    """
+    content = json.loads((folder / STATE_FILE).read_text())
+    if content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {content.get('format')}, this version of mmattn reads {FORMAT}"
+        )
+    return content
+
+
+def read_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: ParameterAverage | None
+) -> LoopState:
+    """Put a checkpoint's tensors back in place; the state beside them.
+
+    Raises:
+        CheckpointError: when the checkpoint's trained tensors are not those of the model.
+    """
+    content = read_facts(folder)
+    state = LoopState(**{field.name: content[field.name] for field in dataclasses.fields(LoopState)})
+    parameters = trainable_parameters(model)
+    _copy_into({**parameters, **stored_buffers(model)}, load_file(folder / TRAINED_FILE), folder)
+    load_optimizer_tensors(optimizer, parameters, load_file(folder / OPTIMIZER_FILE))
+    if average is not None:
+        if (folder / AVERAGE_FILE).exists():
+            average.load(load_file(folder / AVERAGE_FILE), state.average_updates)
+        else:  # a run continued elsewhere that had no average: it starts from the weights
+            average.restart()
+    return state
+
+
+def write_run_facts(
+    folder: Path, command: str, training: dict[str, Any], resolved_config: dict[str, Any] | None
+) -> None:
+    """Write how the run was made: `run.json` (command line, versions, settings) and `config.yaml`."""
+    versions = {name: version for name in _PACKAGES if (version := package_version(name)) is not None}
+    facts = {
+        "command": command,
+        "versions": {"python": platform.python_version(), **versions},
+        "platform": platform.platform(),
+        "training": training,
+    }
+    (folder / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
+    if resolved_config is not None:
+        (folder / "config.yaml").write_text(yaml.safe_dump(resolved_config, sort_keys=False, allow_unicode=True))
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    # Copies, for two names may share memory, which safetensors refuses.
+    save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)
+
+
+@torch.no_grad()
+def _copy_into(targets: dict[str, Tensor], tensors: dict[str, Tensor], folder: Path) -> None:
+    missing, extra = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets.keys())
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(target.shape)}"
+        for name, target in targets.items()
+        if name in tensors and tensors[name].shape != target.shape
+    ]
+    if missing or extra or shapes:
+        raise CheckpointError(
+            f"{folder} was written for another model or another choice of what to train: "
+            f"missing {missing[:5]}, unexpected {extra[:5]}, wrong shapes {shapes[:5]}"
+        )
+    for name, target in targets.items():
+        target.copy_(tensors[name])

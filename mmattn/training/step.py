@@ -1,0 +1,197 @@
+"""One optimiser step: micro-batches to gradients, over all processes, and whether they may be used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object, send_to_device
+from torch import Tensor, nn
+
+from mmattn.errors import UsageError
+from mmattn.training.devices import sum_over_processes
+from mmattn.training.task import Batch, Loss, Task
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step over all processes.
+
+    Attributes:
+        loss: Sum of the losses divided by `count`.
+        count: Scored tokens.
+        grad_norm: Norm of the gradient before clipping.
+        parts: The parts' means.
+        skip_reason: Why the parameters were left alone, or None.
+        is_overflow: Skipped because the fp16 loss scale was too large, which is no fault of the data.
+        suspects: (process, micro-batch) of the non-finite losses.
+        stop_signal: The largest stop signal that any process has received, or 0.
+    """
+
+    loss: float
+    count: int
+    grad_norm: float
+    parts: dict[str, float] = field(default_factory=dict)
+    skip_reason: str | None = None
+    is_overflow: bool = False
+    suspects: list[tuple[int, int]] = field(default_factory=list)
+    stop_signal: int = 0
+
+
+def seed_draws(seed: int, step: int, rank: int, *, is_evaluation: bool = False) -> None:
+    """Seed torch for a step, so that dropout is a function of (seed, step, process) and needs no saved state."""
+    words = np.random.SeedSequence([seed, step, rank, 2 if is_evaluation else 1]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0]))
+
+
+def run_step(
+    task: Task,
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    accelerator: Accelerator,
+    micro_batches: Sequence[Batch],
+    *,
+    max_grad_norm: float | None,
+    stop_signal: int = 0,
+) -> StepResult:
+    """Take one step on the mean loss over all scored tokens of all micro-batches and processes.
+
+    The step is taken only when the loss and the norm of the gradient are finite.
+    """
+    counts = [task.count(batch) for batch in micro_batches]
+    count = round(sum_over_processes(accelerator, [float(sum(counts))])[0])
+    optimizer.zero_grad()
+    # DDP averages gradients over processes: times their number gives the sum.
+    scale = accelerator.num_processes / max(count, 1)
+    losses = _accumulate(task, model, accelerator, micro_batches, counts, scale)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norm = torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+    figures = _gather(accelerator, losses, norm.item(), stop_signal)
+    loss = sum(figures.totals) / max(count, 1)
+    grad_norm, is_scaled = figures.grad_norm, accelerator.scaler is not None
+    reason = _skip_reason(loss, grad_norm, count)
+    if reason is None:
+        optimizer.step()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()
+    return StepResult(
+        loss=loss,
+        count=count,
+        grad_norm=grad_norm,
+        parts=figures.parts,
+        skip_reason=reason,
+        is_overflow=is_scaled and reason is not None and count > 0 and math.isfinite(loss),
+        suspects=figures.suspects,
+        stop_signal=figures.stop_signal,
+    )
+
+
+def _accumulate(
+    task: Task,
+    model: nn.Module,
+    accelerator: Accelerator,
+    micro_batches: Sequence[Batch],
+    counts: Sequence[int],
+    scale: float,
+) -> list[Loss]:
+    losses: list[Loss] = []
+    for index, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
+        is_last = index == len(micro_batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            batch = cast(Batch, send_to_device(batch, accelerator.device, non_blocking=True))
+            with accelerator.autocast():
+                loss = task.loss(model, batch)
+            if loss.count != count:
+                raise UsageError(
+                    f"{type(task).__name__}.loss scored {loss.count} tokens where count(batch) said {count}: "
+                    "they must agree, for the loss is divided by the latter"
+                )
+            accelerator.backward(loss.total * scale)
+        parts = {name: (total.detach(), number) for name, (total, number) in loss.parts.items()}
+        losses.append(Loss(loss.total.detach(), loss.count, parts))
+    return losses
+
+
+@dataclass(frozen=True)
+class _Figures:
+    totals: list[float]
+    parts: dict[str, float]
+    suspects: list[tuple[int, int]]
+    grad_norm: float
+    stop_signal: int
+
+
+def _gather(accelerator: Accelerator, losses: Sequence[Loss], grad_norm: float, stop_signal: int) -> _Figures:
+    names = sorted({name for loss in losses for name in loss.parts})
+    own = {
+        "totals": torch.stack([loss.total for loss in losses]).tolist(),
+        "parts": {name: _sum_part(losses, name) for name in names},
+        "norm": grad_norm,
+        "stop": stop_signal,
+    }
+    everyone = gather_object([own]) if accelerator.num_processes > 1 else [own]
+    parts: dict[str, float] = {}
+    for name in sorted({name for one in everyone for name in one["parts"]}):
+        pairs = [one["parts"][name] for one in everyone if name in one["parts"]]
+        number = sum(pair[1] for pair in pairs)
+        if number:
+            parts[name] = sum(pair[0] for pair in pairs) / number
+    return _Figures(
+        totals=[total for one in everyone for total in one["totals"]],
+        parts=parts,
+        suspects=[
+            (rank, index)
+            for rank, one in enumerate(everyone)
+            for index, total in enumerate(one["totals"])
+            if not math.isfinite(total)
+        ],
+        grad_norm=max((one["norm"] for one in everyone), key=lambda norm: (not math.isfinite(norm), norm)),
+        stop_signal=max(one["stop"] for one in everyone),
+    )
+
+
+def _sum_part(losses: Sequence[Loss], name: str) -> tuple[float, int]:
+    pairs = [loss.parts[name] for loss in losses if name in loss.parts]
+    return float(torch.stack([total for total, _ in pairs]).sum()), sum(number for _, number in pairs)
+
+
+def _skip_reason(loss: float, grad_norm: float, count: int) -> str | None:
+    if count == 0:
+        return "the batch holds nothing to score"
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if not math.isfinite(grad_norm):
+        return f"the norm of the gradient is {grad_norm}"
+    return None
+
+
+class BufferGuard:
+    """Keeps the buffers of the last good step, for a skipped step has already put its figures into batch norm's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.buffers = dict(model.named_buffers())
+        self._kept: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
+        self.keep()
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remember the buffers that have changed."""
+        for name, buffer in self.buffers.items():
+            if self._versions.get(name) != buffer._version:
+                self._kept[name], self._versions[name] = buffer.clone(), buffer._version
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Undo what happened to the buffers since `keep`."""
+        for name, buffer in self.buffers.items():
+            if self._versions[name] != buffer._version:
+                buffer.copy_(self._kept[name])
+                self._versions[name] = buffer._version

@@ -1,0 +1,79 @@
+"""What a recipe gives the loop: examples to a batch, a batch to a loss, a model to a score and to a folder."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+Draw = tuple[int, int]
+"""(epoch, example): all that decides what an example looks like, since every random draw is made from it and a seed."""
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of one micro-batch, as sums, so that micro-batches and processes add up exactly.
+
+    Attributes:
+        total: Sum of the losses of the scored tokens (or pixels, or pairs), a scalar with gradient.
+        count: How many were scored: the same number as `Task.count(batch)`.
+        parts: Further losses to log, each a (sum, count) pair. Every micro-batch names the same parts, with count 0
+            where it has none.
+    """
+
+    total: Tensor
+    count: int
+    parts: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """One training task. Only parameters with `requires_grad` are trained.
+
+    Attributes:
+        model: What is trained, as one module. `loss` receives it wrapped for the run (DDP, autocast), and has to go
+            through its `forward`.
+        best: The metric of `evaluate` that chooses the best checkpoint; None keeps no best.
+        is_higher_better: Whether a larger `best` metric is better.
+    """
+
+    model: nn.Module
+    best: str | None = None
+    is_higher_better: bool = True
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of training examples."""
+
+    @abstractmethod
+    def collate(self, draws: Sequence[Draw]) -> Batch:
+        """Make the batch of these draws, on the CPU. A pure function of `draws`: it runs in data workers."""
+
+    @abstractmethod
+    def count(self, batch: Batch) -> int:
+        """How many tokens of a batch (still on the CPU) are scored; the loss of a step is divided by their sum."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """The loss of a micro-batch that lies on the model's device."""
+
+    @abstractmethod
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the model into an existing empty folder, in the format that `from_pretrained` opens."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Score the model, in evaluation mode and without gradients. Runs on the main process only."""
+        return {}
+
+    def describe(self) -> str:
+        """One line for the log: data and model."""
+        return f"{type(self).__name__}, {len(self)} examples"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a data worker that is not forked receives: everything but the model."""
+        return {key: value for key, value in self.__dict__.items() if key != "model"}
