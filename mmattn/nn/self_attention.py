@@ -109,8 +109,10 @@ class SelfAttention(ProjectedAttention):
                 start = 0 if cache is None else cache.position
                 positions = torch.arange(start, start + query.shape[2], device=query.device)
             if isinstance(positions, Tensor):
-                positions = self.rotary(positions, torch.promote_types(query.dtype, torch.float32))
-            query, key = self._rotated(query, key, positions)
+                tables: RotaryTables = self.rotary(positions, torch.promote_types(query.dtype, torch.float32))
+            else:
+                tables = positions
+            query, key = self._rotated(query, key, tables)
         elif positions is not None:
             raise UsageError("SelfAttention: positions were given, but the module has no rotary embedding to use them")
         # A single newest query sees every cached key: causal without a mask.
