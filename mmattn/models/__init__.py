@@ -1,0 +1,1 @@
+"""Networks on mmattn's blocks, and the folders they are opened from and saved to."""

@@ -1,0 +1,191 @@
+"""What a vision-language network is made of: plain dataclasses, readable as YAML or JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmattn.errors import ConfigError
+
+TASKS = ("captioning", "question_answering", "matching")
+IMAGE_ENCODERS = ("vit", "conv")
+
+
+@dataclass
+class ImageEncoderConfig:
+    """The part that turns a picture into features `[B, Lk, C]`.
+
+    `vit` (arXiv 2010.11929) cuts the picture into patches and puts a class token first:
+    Lk = (image_size / patch_size)^2 + 1.
+    `conv` runs 3x3 convolutions with batch norm, the first stage at full resolution, each later one halving the side
+    until it is `grid`: Lk = grid^2. It learns from few pictures, where a ViT does not.
+    """
+
+    kind: str = "vit"
+    image_size: int = 384
+    embed_dim: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    ffn_dim: int = 3072
+    activation: str = "gelu"
+    norm_eps: float = 1e-5
+    dropout_p: float = 0.0
+    attention_dropout_p: float = 0.0
+    position_std: float = 0.02  # spread of the position table at the start
+    patch_size: int = 16  # vit only
+    conv_channels: list[int] = field(default_factory=lambda: [32, 64, 128])  # conv only: one stage each
+    convs_per_stage: int = 1  # conv only
+    grid: int = 8  # conv only
+
+    @property
+    def num_features(self) -> int:
+        """Lk, the number of features of a picture."""
+        return self.grid**2 if self.kind == "conv" else (self.image_size // self.patch_size) ** 2 + 1
+
+    def validate(self) -> None:
+        """Raise `ConfigError` when the parts do not fit together."""
+        if self.kind not in IMAGE_ENCODERS:
+            raise ConfigError(f"image.kind is {self.kind!r}: choose one of {', '.join(IMAGE_ENCODERS)}")
+        if self.num_layers and self.embed_dim % self.num_heads:
+            raise ConfigError(f"image.embed_dim {self.embed_dim} is not divisible by image.num_heads {self.num_heads}")
+        if self.kind == "vit" and self.image_size % self.patch_size:
+            raise ConfigError(
+                f"image.image_size {self.image_size} is not divisible by image.patch_size {self.patch_size}"
+            )
+        stages = len(self.conv_channels)
+        if self.kind == "conv" and (stages == 0 or self.image_size != self.grid * 2 ** (stages - 1)):
+            raise ConfigError(
+                f"image.conv_channels has {stages} stages, each after the first halving the side: they do not take"
+                f" image.image_size {self.image_size} to image.grid {self.grid}"
+            )
+
+
+@dataclass
+class TextConfig:
+    """The text network: embeddings, transformer layers, vocabulary head.
+
+    The defaults are our own decoder: pre-norm, a cross-attention sub-layer in every layer. BLIP's is post-norm
+    (`norm_first=False`) with `embedding_norm` and `head_transform`, as in BERT (arXiv 1810.04805).
+    """
+
+    vocab_size: int = 30524
+    embed_dim: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    num_kv_heads: int | None = None
+    ffn_dim: int = 3072
+    max_positions: int = 512
+    activation: str = "gelu"
+    norm_first: bool = True
+    norm_eps: float = 1e-5
+    dropout_p: float = 0.0
+    attention_dropout_p: float = 0.0
+    cross_attention_every: int = 1  # 1: every layer; n: layers n, 2n, ... counted from one
+    gated: bool = False  # tanh-gated cross-attention blocks before the layer (arXiv 2204.14198), else inside it
+    embedding_norm: bool = False
+    head_transform: bool = False  # dense + activation + norm before the vocabulary
+    tie_word_embeddings: bool = True
+    label_smoothing: float = 0.0
+    initializer_range: float = 0.02
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+    sep_token_id: int | None = None
+    stop_token_id: int | None = None  # the token that ends a generated text; None: eos_token_id (BLIP stops at sep)
+
+    def has_cross_attention(self, layer: int) -> bool:
+        """Whether layer number `layer`, counted from 0, attends to the context."""
+        return (layer + 1) % self.cross_attention_every == 0
+
+    def validate(self) -> None:
+        """Raise `ConfigError` when the parts do not fit together."""
+        if self.embed_dim % self.num_heads:
+            raise ConfigError(f"text.embed_dim {self.embed_dim} is not divisible by text.num_heads {self.num_heads}")
+        if not 1 <= self.cross_attention_every <= self.num_layers:
+            raise ConfigError(
+                f"text.cross_attention_every is {self.cross_attention_every}: it must lie between 1 and"
+                f" text.num_layers {self.num_layers}, or no layer would see the picture"
+            )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "stop_token_id"):
+            token = getattr(self, name)
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ConfigError(f"text.{name} {token} is outside the vocabulary of {self.vocab_size}")
+
+
+@dataclass
+class VLMConfig:
+    """A vision-language network. `task` says which: `captioning`, `question_answering` or `matching`.
+
+    `image_text_dim` is the width of the common space of the matching task's cosine score. `stock` holds the fields of
+    the stock config that the network has no use for; they are written back when it is saved.
+    """
+
+    task: str = "captioning"
+    image: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    image_text_dim: int = 256
+    stock: dict[str, Any] = field(default_factory=dict)
+
+    def validate(self) -> None:
+        """Raise `ConfigError` when the parts do not fit together."""
+        if self.task not in TASKS:
+            raise ConfigError(f"task is {self.task!r}: choose one of {', '.join(TASKS)}")
+        self.image.validate()
+        self.text.validate()
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary."""
+        return self.text.vocab_size
+
+    @property
+    def bos_token_id(self) -> int:
+        """The token that every decoded text starts with."""
+        return self.text.bos_token_id
+
+    @property
+    def eos_token_id(self) -> int:
+        """The tokenizer's end-of-text token; `stop_token_id` is what decoding stops at."""
+        return self.text.eos_token_id
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token that fills the shorter texts of a batch."""
+        return self.text.pad_token_id
+
+    @property
+    def sep_token_id(self) -> int | None:
+        """The token between the parts of a text."""
+        return self.text.sep_token_id
+
+    @property
+    def stop_token_id(self) -> int:
+        """The token that ends a generated text."""
+        return self.text.eos_token_id if self.text.stop_token_id is None else self.text.stop_token_id
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> VLMConfig:
+        """The opposite of `to_dict`.
+
+        Raises:
+            ConfigError: a field that does not exist, or parts that do not fit together.
+        """
+        rest = dict(values)
+        image = _fill(ImageEncoderConfig, rest.pop("image", {}), "image.")
+        text = _fill(TextConfig, rest.pop("text", {}), "text.")
+        config = _fill(cls, {**rest, "image": image, "text": text}, "")
+        config.validate()
+        return config
+
+
+def _fill(schema: type[Any], values: dict[str, Any], prefix: str) -> Any:
+    known = [entry.name for entry in dataclasses.fields(schema)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(f"no such field: {prefix}{f', {prefix}'.join(unknown)}; known: {', '.join(known)}")
+    return schema(**values)

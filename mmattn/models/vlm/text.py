@@ -1,0 +1,223 @@
+"""The text network: embeddings, transformer layers that may attend to a context, vocabulary head.
+
+R rows (texts), B contexts (R = B * n, row i belongs to context i // n), L tokens, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmattn.errors import UsageError
+from mmattn.models.vlm.config import TextConfig
+from mmattn.nn import GatedCrossAttention, LearnedPositions, SelfAttention, TransformerLayer
+from mmattn.nn.feed_forward import ActivationName
+from mmattn.ops.cache import ContextKV, KVCache
+
+_HEAD_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+LayerContexts = tuple[ContextKV | None, ...]
+"""Projected keys and values of a context, an entry per layer; None for a layer that doesn't attend to it."""
+
+
+class TextEmbedding(nn.Module):
+    """Word plus learned position, then BERT's norm where the architecture has one."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.words = nn.Embedding(config.vocab_size, config.embed_dim, padding_idx=config.pad_token_id)
+        self.positions = LearnedPositions(config.max_positions, config.embed_dim)
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps) if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout_p)
+
+    def forward(self, input_ids: Tensor, start: int) -> Tensor:
+        """`[R, L]` token ids, the first at position `start`, to `[R, L, C]`."""
+        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+        return self.dropout(self.norm(self.words(input_ids) + self.positions(positions)))
+
+
+class TextLayers(nn.Module):
+    """Embeddings and transformer layers: BLIP's text encoder, and the body of every text decoder.
+
+    Args:
+        config: sizes and form.
+        context_dim: channels of the context that the cross-attention reads.
+        is_causal: a token sees only itself and those before it (decoder).
+    """
+
+    def __init__(self, config: TextConfig, *, context_dim: int, is_causal: bool) -> None:
+        super().__init__()
+        self.max_positions = config.max_positions
+        self.embedding = TextEmbedding(config)
+        attending = [index for index in range(config.num_layers) if config.has_cross_attention(index)]
+        self.layers = nn.ModuleList(
+            _layer(config, context_dim if index in attending and not config.gated else None, is_causal)
+            for index in range(config.num_layers)
+        )
+        self.gated = nn.ModuleDict(
+            {str(index): _gated_block(config, context_dim) for index in attending if config.gated}
+        )
+        # Post-norm layers end in a norm already.
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps) if config.norm_first else nn.Identity()
+
+    def project_context(self, context: Tensor, key_mask: Tensor | None = None) -> LayerContexts:
+        """Keys and values of every layer, once per context.
+
+        Args:
+            context: `[B, Lk, Cc]`.
+            key_mask: bool `[B, Lk]`, True = may be attended; None: all.
+        """
+        cross = [cast(TransformerLayer, layer).cross_attn for layer in self.layers]
+        gated = {int(index): cast(GatedCrossAttention, block) for index, block in self.gated.items()}
+        parts = [gated.get(index, attention) for index, attention in enumerate(cross)]
+        return tuple(None if part is None else part.project_context(context, key_mask) for part in parts)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        contexts: LayerContexts | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        caches: Sequence[KVCache] | None = None,
+    ) -> Tensor:
+        """Run the layers.
+
+        Args:
+            input_ids: `[R, L]`.
+            contexts: what `project_context` gave, for B contexts (R = B * n); None leaves cross-attention out.
+            key_mask: bool `[R, L]`, False at padding.
+            caches: a self-attention cache per layer; `input_ids` then continue what is cached.
+
+        Returns:
+            Hidden states `[R, L, C]`.
+
+        Raises:
+            UsageError: more tokens than the model has positions.
+        """
+        start = caches[0].length if caches else 0
+        if start + input_ids.shape[1] > self.max_positions:
+            raise UsageError(
+                f"{start + input_ids.shape[1]} tokens, but this text model has {self.max_positions} positions:"
+                " shorten the text or generate fewer tokens"
+            )
+        hidden = self.embedding(input_ids, start)
+        for index, layer in enumerate(self.layers):
+            context = contexts[index] if contexts is not None else None
+            if context is not None and str(index) in self.gated:
+                hidden, context = self.gated[str(index)](hidden, context), None
+            cache = caches[index] if caches else None
+            if context is None and layer.cross_attn is not None:
+                hidden = _without_context(cast(TransformerLayer, layer), hidden, key_mask, cache)
+            else:
+                hidden = layer(hidden, key_mask=key_mask, context=context, cache=cache)
+        return self.norm(hidden)
+
+
+def _without_context(layer: TransformerLayer, x: Tensor, key_mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    """The layer with its cross-attention left out, as BLIP's text encoder embeds a text on its own."""
+    attention, norm = cast(SelfAttention, layer.self_attn), cast(nn.Module, layer.self_attn_norm)
+    x = layer._add(x, attention(norm(x) if layer.norm_first else x, key_mask=key_mask, cache=cache), norm)
+    return layer._add(x, layer.ffn(layer.ffn_norm(x) if layer.norm_first else x), layer.ffn_norm)
+
+
+def _layer(config: TextConfig, context_dim: int | None, is_causal: bool) -> TransformerLayer:
+    return TransformerLayer(
+        config.embed_dim,
+        config.num_heads,
+        config.ffn_dim,
+        num_kv_heads=config.num_kv_heads,
+        has_cross_attention=context_dim is not None,
+        context_dim=context_dim,
+        is_causal=is_causal,
+        norm_first=config.norm_first,
+        norm_eps=config.norm_eps,
+        activation=cast("ActivationName", config.activation),
+        dropout_p=config.dropout_p,
+        attention_dropout_p=config.attention_dropout_p,
+    )
+
+
+def _gated_block(config: TextConfig, context_dim: int) -> GatedCrossAttention:
+    return GatedCrossAttention(
+        config.embed_dim,
+        config.num_heads,
+        config.ffn_dim,
+        context_dim=context_dim,
+        num_kv_heads=config.num_kv_heads,
+        norm_eps=config.norm_eps,
+        activation=cast("ActivationName", config.activation),
+        attention_dropout_p=config.attention_dropout_p,
+    )
+
+
+class VocabularyHead(nn.Module):
+    """Hidden states to logits; the matrix is the word embedding's unless `tie_word_embeddings` is off."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.has_transform = config.head_transform
+        if config.head_transform:
+            self.activation = _HEAD_ACTIVATIONS[config.activation]
+            self.dense = nn.Linear(config.embed_dim, config.embed_dim)
+            self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+        self.register_parameter("weight", None)
+        if not config.tie_word_embeddings:
+            self.weight = nn.Parameter(torch.empty(config.vocab_size, config.embed_dim))
+            nn.init.normal_(self.weight, std=config.initializer_range)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
+        """`[..., C]` to `[..., V]`; `word_embedding [V, C]` serves where the head has no matrix of its own."""
+        if self.has_transform:
+            hidden = self.norm(self.activation(self.dense(hidden)))
+        return F.linear(hidden, word_embedding if self.weight is None else self.weight, self.bias)
+
+
+class TextDecoder(nn.Module):
+    """A causal text network that attends to a context: `TextLayers` under a `VocabularyHead`."""
+
+    def __init__(self, config: TextConfig, *, context_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.body = TextLayers(config, context_dim=context_dim, is_causal=True)
+        self.head = VocabularyHead(config)
+
+    def project_context(self, context: Tensor, key_mask: Tensor | None = None) -> LayerContexts:
+        """See `TextLayers.project_context`."""
+        return self.body.project_context(context, key_mask)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        contexts: LayerContexts | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        caches: Sequence[KVCache] | None = None,
+    ) -> Tensor:
+        """Hidden states `[R, L, C]`; see `TextLayers.forward`."""
+        return self.body(input_ids, contexts, key_mask=key_mask, caches=caches)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[..., C]` to logits `[..., V]`."""
+        return self.head(hidden, self.body.embedding.words.weight)
+
+
+def init_text_weights(module: nn.Module, std: float) -> None:
+    """Draw embedding tables from a normal of spread `std`, the padding row zero (the blocks draw their own)."""
+    for part in module.modules():
+        if isinstance(part, TextEmbedding):
+            for name, parameter in part.named_parameters():
+                if not name.startswith("norm"):
+                    nn.init.normal_(parameter, std=std)
+            if part.words.padding_idx is not None:
+                nn.init.zeros_(part.words.weight[part.words.padding_idx])
