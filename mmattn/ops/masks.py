@@ -5,7 +5,6 @@ Shapes: B batch, H query heads, G key/value heads, Lq / Lk lengths, D head_dim.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,11 +115,21 @@ def empty_rows(allowed: Tensor) -> Tensor:
 def key_spans(key_mask: Tensor) -> tuple[list[tuple[int, int]], bool]:
     """Per row of a CPU key mask [B, Lk] the half-open span (first, last + 1) of its valid keys, and "no row has gaps".
 
-    Rows without a valid key have the span (0, 0). Runs on a numpy view: it is called in every decoding step.
+    Rows without a valid key have the span (0, 0). Works on the mask's bytes: decoding asks in every step of every
+    layer, and a handful of tensor operations would take longer than the attention itself.
     """
-    mask = key_mask.numpy()
-    num_keys = mask.shape[1]
-    counts = np.count_nonzero(mask, axis=1)
-    starts = mask.argmax(axis=1)
-    ends = np.where(counts > 0, num_keys - mask[:, ::-1].argmax(axis=1), 0)
-    return list(zip(starts.tolist(), ends.tolist(), strict=True)), bool((ends - starts == counts).all())
+    num_keys = key_mask.shape[1]
+    data = key_mask.detach().numpy().tobytes()
+    if b"\0" not in data:
+        return [(0, num_keys)] * key_mask.shape[0], True
+    spans = []
+    is_contiguous = True
+    for row in range(0, len(data), num_keys):
+        start = data.find(b"\1", row, row + num_keys)
+        if start < 0:
+            spans.append((0, 0))
+            continue
+        end = data.rfind(b"\1", row, row + num_keys) + 1
+        is_contiguous = is_contiguous and data.find(b"\0", start, end) < 0
+        spans.append((start - row, end - row))
+    return spans, is_contiguous

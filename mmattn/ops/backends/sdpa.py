@@ -12,6 +12,7 @@ What is chosen here, always exactly (ratios: one process on a 2-core AVX2 machin
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,12 @@ from mmattn.ops import masks
 from mmattn.ops.limits import FLOATS, Backend, KnownBad, Limits, torch_device_missing
 from mmattn.ops.request import Request
 
-# Costs that decide how padding is cut off, in multiplications of a fused product (about 25 per ns here): one more
-# call with its slices, and one element of a key or value that must be copied to be zeroed.
+# What decides how padding is cut off, measured on that machine in multiplications of a fused product (25 per ns):
+# one more call with its slices, the mask's own cost, a key read though it has few queries, an element looked at.
 _CALL_COST = 750_000
-_COPY_COST = 12
+_MASK_COST = 1_000_000
+_READ_COST = 3
+_LOOK_COST = 2
 
 
 def run(request: Request) -> tuple[Tensor, None]:
@@ -41,16 +44,19 @@ def run(request: Request) -> tuple[Tensor, None]:
 
 def _attend_padded(request: Request, key_mask: Tensor, offset: int | None) -> Tensor:
     """Cut padding off, on a CPU, where looking at the mask costs nothing."""
-    query, key, value, mask = request.query, request.key, request.value, request.attn_mask
     spans, is_contiguous = masks.key_spans(key_mask)
     runs = _runs(spans)
-    if is_contiguous and (len(runs) == 1 or _runs_are_cheaper(request, spans, len(runs))):
+    if is_contiguous and len(runs) > 1 and _runs_are_cheaper(request, spans, len(runs)):
         return _attend_runs(request, runs, offset)
-    first = min(start for start, end in spans if end)
+    first = min((start for start, end in spans if end), default=0)
     last = max(end for _, end in spans)
-    key, value, key_mask = key[:, :, first:last], value[:, :, first:last], key_mask[:, first:last]
-    mask = None if mask is None else mask[..., first:last]
-    return _attend(request, query, key, value, mask, key_mask, None if offset is None else offset - first)
+    key, value, attn_mask = request.key, request.value, request.attn_mask
+    if last - first < key.shape[2]:
+        key, value, key_mask = key[:, :, first:last], value[:, :, first:last], key_mask[:, first:last]
+        attn_mask = None if attn_mask is None else attn_mask[..., first:last]
+        offset = None if offset is None else offset - first
+    remaining = None if is_contiguous and len(runs) == 1 else key_mask
+    return _attend(request, request.query, key, value, attn_mask, remaining, offset)
 
 
 def _runs(spans: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
@@ -69,9 +75,9 @@ def _runs_are_cheaper(request: Request, spans: list[tuple[int, int]], num_runs: 
     _, heads, num_queries, head_dim = request.query.shape
     kept = sum(end - start for start, end in spans)
     longest = (max(end for _, end in spans) - min(start for start, end in spans if end)) * len(spans)
-    per_key = 2 * heads * num_queries * head_dim
-    copied = 2 * request.key.shape[1] * head_dim * longest
-    return kept * per_key + num_runs * _CALL_COST < longest * per_key + copied * _COPY_COST + _CALL_COST
+    per_key = 2 * heads * head_dim * (num_queries + _READ_COST)
+    looked_at = 2 * request.key.shape[1] * head_dim * longest
+    return kept * per_key + num_runs * _CALL_COST < longest * per_key + looked_at * _LOOK_COST + _MASK_COST
 
 
 def _attend_runs(request: Request, runs: list[tuple[int, int, int]], offset: int | None) -> Tensor:
@@ -95,7 +101,7 @@ def _attend_runs(request: Request, runs: list[tuple[int, int, int]], offset: int
                 None if offset is None else offset - start,
             )
         )
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return torch.cat(outputs)
 
 
 def _attend(
@@ -114,37 +120,57 @@ def _attend(
             return _kernel(request, query, key, value, None, False)
         if offset == 0:
             return _kernel(request, query, key, value, None, True)
-    causal = None
+    extra = None if key_mask is None else key_mask[:, None, None, :]
     if offset is not None and offset < num_keys - 1:
         causal = masks.causal_mask(num_queries, num_keys, offset=offset, device=query.device)[None, None]
-    allowed, bias = masks.split_bias(attn_mask)
-    allowed = masks.combine(allowed, None if key_mask is None else key_mask[:, None, None, :], causal)
-    assert allowed is not None  # one of the three masks is there
-    return _attend_masked(request, query, key, value, allowed, bias)
+        extra = masks.combine(extra, causal)
+    return _attend_masked(request, query, key, value, attn_mask, extra)
 
 
 def _attend_masked(
-    request: Request, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, bias: Tensor | None
+    request: Request, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, extra: Tensor | None
 ) -> Tensor:
-    """A masked call: unused keys are zeroed, and rows without keys kept from the kernel.
+    """A masked call; `extra` is a boolean mask to be met besides `attn_mask`. At least one of the two is there.
 
-    Kernels differ in what they do to a row without keys. Such rows attend to everything instead, and their output is
-    then set to zero, which gives zero gradients too, whatever the kernel.
+    Rows without keys: torch's CPU kernels give zeros and zero gradients. CUDA kernels differ among themselves, so
+    there such rows attend to everything and their output is then set to zero, which makes their gradients zero too.
     """
-    may_look = query.device.type == "cpu" and not torch.compiler.is_compiling()
-    used = masks.used_keys(allowed, key.shape[1])
-    if not (may_look and bool(used.all())):
-        key, value = key.masked_fill(~used, 0.0), value.masked_fill(~used, 0.0)
-    empty: Tensor | None = masks.empty_rows(allowed)
-    if may_look and not bool(empty.any()):
-        empty = None
-    else:
-        allowed = allowed | empty
-    mask = allowed
-    if bias is not None:
-        mask = bias.to(query.dtype).masked_fill(~allowed, float("-inf"))
-    output = _kernel(request, query, key, value, mask, False)
-    return output if empty is None else output.masked_fill(empty, 0.0)
+    mask = _joined(attn_mask, extra, query.dtype)
+    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not _is_finite(key, value):
+            key, value = _zero_unused(key, value, _allowed(mask))
+        return _kernel(request, query, key, value, mask, False)
+    allowed = _allowed(mask)
+    key, value = _zero_unused(key, value, allowed)
+    empty = masks.empty_rows(allowed)
+    mask = mask | empty if mask.dtype is torch.bool else mask.masked_fill(empty, 0.0)
+    return _kernel(request, query, key, value, mask, False).masked_fill(empty, 0.0)
+
+
+def _joined(attn_mask: Tensor | None, extra: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Both masks as one: boolean, or float with -inf where either forbids."""
+    if attn_mask is None or attn_mask.dtype is torch.bool:
+        mask = masks.combine(attn_mask, extra)
+        assert mask is not None  # the caller has one of the two
+        return mask
+    attn_mask = attn_mask.to(dtype)
+    return attn_mask if extra is None else attn_mask.masked_fill(~extra, float("-inf"))
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    return mask if mask.dtype is torch.bool else mask > float("-inf")
+
+
+def _is_finite(key: Tensor, value: Tensor) -> bool:
+    """True only if every element is finite: a sum passes on any NaN or infinity, and reads ten times as fast as a
+    masked copy is made. (A sum that overflows costs that copy, nothing else.)"""
+    return math.isfinite((key.detach().sum() + value.detach().sum()).item())
+
+
+def _zero_unused(key: Tensor, value: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with zeros where no query may look."""
+    unused = ~masks.used_keys(allowed, key.shape[1])
+    return key.masked_fill(unused, 0.0), value.masked_fill(unused, 0.0)
 
 
 def _kernel(
