@@ -146,8 +146,8 @@ class ImageTextCollator:
         return ids
 
 
-def _token_id(name: str, given: int | None, own: int | None) -> int:
+def _token_id(name: str, given: int | None, own: object) -> int:
     token = own if given is None else given
-    if token is None:
+    if not isinstance(token, int):
         raise UsageError(f"the tokenizer has no {name} token: pass {name}_id")
     return token

@@ -69,3 +69,19 @@ def read_records(source: ImageTextSource, indices: Sequence[int]) -> list[ImageT
     if isinstance(source, BatchedSource):
         return source.records(indices)
     return [source[index] for index in indices]
+
+
+@runtime_checkable
+class TextSource(Protocol):
+    """A source that knows its texts without opening pictures."""
+
+    def texts(self, indices: Sequence[int]) -> list[tuple[TextItem, ...]]:
+        """`[self[i].texts for i in indices]`."""
+        ...
+
+
+def read_texts(source: ImageTextSource, indices: Sequence[int]) -> list[tuple[TextItem, ...]]:
+    """`[source[i].texts for i in indices]`, without opening pictures where the source can."""
+    if isinstance(source, TextSource):
+        return source.texts(indices)
+    return [source[index].texts for index in indices]

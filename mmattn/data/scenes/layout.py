@@ -59,7 +59,7 @@ _HELD_OUT_ORDERED = tuple(pair for pair in ALL_PAIRS if pair in HELD_OUT_PAIRS)
 # Half the width of an object, as a fraction of the picture's side.
 RADII = {"small": (0.115, 0.135), "large": (0.19, 0.215)}
 MARGIN = 0.015
-GAP = 0.03
+GAP = 0.05  # more than a pixel of background between objects at 32 px
 CLEAR_RATIO = 0.5  # a relation is clear when the other axis moves at most half as far
 
 _OBJECT_COUNTS = {1: (1.0,), 2: (0.4, 0.6), 3: (0.25, 0.4, 0.35)}

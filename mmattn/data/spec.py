@@ -1,0 +1,90 @@
+"""What a config says about data: the `data:` section of the vision-language recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from mmattn.data.images import MAX_PIXELS
+from mmattn.errors import ConfigError
+
+KINDS = ("scenes", "stamps", "files", "imagefolder", "hub")
+SPLITS = ("train", "validation", "test", "heldout")
+
+
+@dataclass
+class ColumnConfig:
+    """Which column of the user's table holds what.
+
+    Args:
+        image: A path (relative to the file, or to `image_root`), the file's bytes, or an embedded image. None takes
+            "file_name" in an image folder and "image" elsewhere.
+        text: A caption or an answer, or a list of them.
+        question: The question that `text` answers; None for captions.
+        kind: Names the sort of text, for scores by kind.
+        group: Rows that agree here show the same picture: they become one record and stay on one side of a split.
+            None goes by the image's path; embedded images stay apart.
+    """
+
+    image: Optional[str] = None  # noqa: UP045 (OmegaConf reads Optional on every Python version)
+    text: str = "text"
+    question: Optional[str] = None  # noqa: UP045
+    kind: Optional[str] = None  # noqa: UP045
+    group: Optional[str] = None  # noqa: UP045
+
+
+@dataclass
+class DataConfig:
+    """A data set of pictures with texts.
+
+    Args:
+        kind: "scenes" (built in), "stamps" (the Debian package tuxpaint-stamps-default), "files" (JSONL, CSV or
+            Parquet), "imagefolder" (a folder with metadata.csv, .jsonl or .parquet), "hub" (an id on the Hugging Face
+            hub, or a folder in its layout).
+        path: File, glob, folder or hub id. Stamps: the unpacked package; None looks where it is installed.
+        eval_path: A file or folder of its own for scores ("files", "imagefolder").
+        eval_fraction: Part that is put aside for scores when there is no split for them.
+        seed: Of what is drawn or put aside.
+        limit: Use only so many records.
+        size, eval_size, image_size, max_objects: Scenes: pictures for training and for each other split, their side
+            in pixels, and how many objects they show at most.
+        columns: Columns of a table.
+        image_root: Folder that relative image paths start from; None for the folder that the table lies in.
+        hub_config, revision, train_split, eval_split: Hub: the configuration, revision and names of its splits; None
+            for the default, and for "validation" or "test", whichever there is.
+        max_bad_fraction: The run stops when more than this part of the pictures cannot be read.
+        max_bad: The same as a number of pictures; wins over the fraction.
+        max_pixels: Pictures with more pixels count as unreadable.
+    """
+
+    kind: str = "scenes"
+    path: Optional[str] = None  # noqa: UP045
+    eval_path: Optional[str] = None  # noqa: UP045
+    eval_fraction: float = 0.1
+    seed: int = 0
+    limit: Optional[int] = None  # noqa: UP045
+    size: int = 100_000
+    eval_size: int = 500
+    image_size: int = 32
+    max_objects: int = 2
+    columns: ColumnConfig = field(default_factory=ColumnConfig)
+    image_root: Optional[str] = None  # noqa: UP045
+    hub_config: Optional[str] = None  # noqa: UP045
+    revision: Optional[str] = None  # noqa: UP045
+    train_split: str = "train"
+    eval_split: Optional[str] = None  # noqa: UP045
+    max_bad_fraction: float = 0.05
+    max_bad: Optional[int] = None  # noqa: UP045
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"data.kind {self.kind!r} is unknown: use one of {', '.join(KINDS)}")
+        if not 0 <= self.eval_fraction < 1:
+            raise ConfigError(f"data.eval_fraction must be at least 0 and below 1, not {self.eval_fraction}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"data.max_bad_fraction must lie between 0 and 1, not {self.max_bad_fraction}")
+        if self.eval_path is not None and self.kind not in ("files", "imagefolder"):
+            raise ConfigError(f"data.eval_path is for kinds files and imagefolder, not {self.kind}")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"data.limit must be 1 or more, not {self.limit}")

@@ -1,0 +1,205 @@
+"""Tables with a picture and texts in every row: the user's JSONL, CSV and Parquet files, image folders, hub ids."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmattn.data.draws import draw_generator
+from mmattn.data.images import MAX_PIXELS, open_image
+from mmattn.data.records import ImageTextRecord, TextItem
+from mmattn.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from mmattn.data.spec import ColumnConfig
+
+_FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+
+
+class TableSource:
+    """Records from a table; a picture is opened when its record is asked for.
+
+    Rows that show the same picture become one record with all their texts. Rows without text are left out.
+
+    Args:
+        table: A datasets.Dataset.
+        columns: Which column holds what.
+        name: Names the data set in messages.
+        image_root: Folder of relative image paths.
+        max_pixels: Larger pictures are refused.
+        default_image: The image column when `columns.image` is None.
+
+    Raises:
+        DataError: a column that is not there, or no row with text.
+    """
+
+    def __init__(
+        self,
+        table: Dataset,
+        columns: ColumnConfig,
+        *,
+        name: str,
+        image_root: Path | None = None,
+        max_pixels: int = MAX_PIXELS,
+        default_image: str = "image",
+    ) -> None:
+        from datasets import Image as ImageFeature
+
+        self._name, self.image_root, self.max_pixels, self.columns = name, image_root, max_pixels, columns
+        self.image_column = columns.image or default_image
+        if not table.num_rows:
+            raise DataError(f"{name} is empty: no rows")
+        used = {"image": self.image_column, "text": columns.text, "question": columns.question}
+        used |= {"kind": columns.kind, "group": columns.group}
+        for role, column in used.items():
+            if column is not None and column not in table.column_names:
+                raise DataError(_missing_column(name, role, column, table.column_names))
+        if isinstance(table.features[self.image_column], ImageFeature):
+            table = table.cast_column(self.image_column, ImageFeature(decode=False))
+        self.table = table.select_columns(sorted({column for column in used.values() if column is not None}))
+        self.rows = self._grouped()
+        if not self.rows:
+            raise DataError(f"{name} is empty: column {columns.text!r} holds no text in any of {table.num_rows} rows")
+
+    @property
+    def name(self) -> str:
+        """Names the data set in messages."""
+        return self._name
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> ImageTextRecord:
+        """Record `index`.
+
+        Raises:
+            DataError: its picture cannot be read.
+        """
+        rows = [self.table[row] for row in self.rows[index]]
+        label, source = self._picture(rows[0][self.image_column], self.rows[index][0])
+        image = np.asarray(open_image(source, name=label, max_pixels=self.max_pixels))
+        texts = tuple(item for row in rows for item in self._items(row))
+        return ImageTextRecord(label, image, texts, {"rows": self.rows[index]})
+
+    def texts(self, indices: Sequence[int]) -> list[tuple[TextItem, ...]]:
+        """The texts of records, without opening pictures."""
+        chosen = [self.rows[index] for index in indices]
+        table = self.table.remove_columns([self.image_column])
+        return [tuple(item for row in rows for item in self._items(table[row])) for rows in chosen]
+
+    def split_off(self, fraction: float, seed: int, *, wants_rest: bool) -> TableSource:
+        """A part of the records, drawn by seed, or what that leaves; at least one record on each side.
+
+        Raises:
+            DataError: one record cannot be split.
+        """
+        if len(self.rows) < 2:
+            raise DataError(
+                f"{self.name}: one record cannot be split into training and evaluation; give data.eval_path"
+            )
+        count = min(max(1, round(fraction * len(self.rows))), len(self.rows) - 1)
+        order = draw_generator(seed, 0, len(self.rows), "split").permutation(len(self.rows))
+        chosen = order[count:] if wants_rest else order[:count]
+        return self.keep(sorted(chosen.tolist()))
+
+    def keep(self, indices: Sequence[int]) -> TableSource:
+        """Only these records."""
+        part = object.__new__(TableSource)
+        part.__dict__.update(self.__dict__)
+        part.rows = [self.rows[index] for index in indices]
+        return part
+
+    def _grouped(self) -> list[list[int]]:
+        """Row numbers of each record, in the order of the table."""
+        table, group = self.table, self.columns.group
+        by_path = getattr(table.features[self.image_column], "dtype", None) in ("string", "large_string")
+        column = group or (self.image_column if by_path else None)
+        keys = table[column][:] if column is not None else range(table.num_rows)
+        groups: dict[Any, list[int]] = {}
+        for row, (key, text) in enumerate(zip(keys, table[self.columns.text][:], strict=True)):
+            if _texts(text):
+                groups.setdefault(key, []).append(row)
+        return list(groups.values())
+
+    def _items(self, row: dict[str, Any]) -> list[TextItem]:
+        question = row[self.columns.question] if self.columns.question else None
+        question = None if question is None or not str(question).strip() else str(question).strip()
+        kind = row[self.columns.kind] if self.columns.kind else None
+        kind = str(kind) if kind is not None else "caption" if question is None else "answer"
+        return [TextItem(text, question, kind) for text in _texts(row[self.columns.text])]
+
+    def _picture(self, value: Any, row: int) -> tuple[str, Path | bytes]:
+        """What to call the picture, and where it is."""
+        if isinstance(value, dict):
+            data, path = value.get("bytes"), value.get("path")
+            if data is not None:
+                return f"{self.name} row {row + 1}" + (f" ({path})" if path else ""), data
+            value = path
+        if isinstance(value, bytes):
+            return f"{self.name} row {row + 1}", value
+        if not isinstance(value, str) or not value:
+            kind = "nothing" if value is None or value == "" else f"a {type(value).__name__}"
+            raise DataError(f"{self.name} row {row + 1}: column {self.image_column!r} holds {kind}, not a picture")
+        if "://" in value:
+            raise DataError(f"{self.name} row {row + 1}: {value} is an address; download the pictures first")
+        path = Path(value) if self.image_root is None else self.image_root / value
+        return str(path), path
+
+
+def _texts(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [text for item in values if item is not None and (text := str(item).strip())]
+
+
+def _missing_column(name: str, role: str, column: str, present: Sequence[str]) -> str:
+    near = difflib.get_close_matches(column, present, n=1, cutoff=0.0)
+    hint = f"; nearest: {near[0]!r}" if near else ""
+    columns = ", ".join(repr(other) for other in present)
+    return f"{name} has no column {column!r}, it has {columns}{hint}; set data.columns.{role}"
+
+
+def read_table(path: str) -> tuple[Dataset, Path]:
+    """A JSONL, CSV, TSV or Parquet file, or a glob of them, and the folder it lies in.
+
+    Raises:
+        DataError: no such file, another kind of file, nothing in it, or not readable as what its name says.
+    """
+    from datasets import load_dataset
+
+    files = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+    if not files or not Path(files[0]).is_file():
+        kind = "is a folder, not a file" if Path(path).is_dir() else "no such file"
+        raise DataError(f"{path}: {kind}; set data.path to a JSONL, CSV or Parquet file")
+    suffix = Path(files[0]).suffix.lower()
+    if suffix not in _FORMATS:
+        raise DataError(f"{path}: unknown kind of table {suffix!r}: use {', '.join(_FORMATS)}")
+    if not any(Path(file).stat().st_size for file in files):
+        raise DataError(f"{path} is empty: no rows")
+    options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    try:
+        table = load_dataset(_FORMATS[suffix], data_files=files, split="train", **options)
+    except Exception as error:  # datasets lets through what pandas, pyarrow and its own builders raise
+        raise DataError(f"{path}: cannot be read as {_FORMATS[suffix]} ({root_cause(error)})") from error
+    return table, Path(files[0]).parent
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of the error that started a chain."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
