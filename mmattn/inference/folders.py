@@ -1,0 +1,84 @@
+"""What lies beside the weights in a model folder: tokenizer, image processor, generation settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from mmattn.errors import CheckpointError
+
+GENERATION_FILE = "generation_config.json"
+
+
+def open_tokenizer(folder: Path, *, is_stock: bool) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer: of the class that its files name for BLIP, a plain fast one for our own networks.
+
+    Raises:
+        CheckpointError: no tokenizer there, or a damaged one.
+    """
+    opener = AutoTokenizer if is_stock else PreTrainedTokenizerFast
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer.model", "vocab.json")):
+        raise CheckpointError(f"{folder}: no tokenizer: the folder needs tokenizer.json beside the weights")
+    try:
+        return opener.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a damaged file makes the tokenizer library raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{folder}: the tokenizer cannot be opened: {reason}") from error
+
+
+def open_image_processor(folder: Path) -> BlipImageProcessorPil:
+    """The folder's image processor, always of the Pillow kind: torchvision's resizes differently.
+
+    Raises:
+        CheckpointError: no image processor there, or a damaged one.
+    """
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise CheckpointError(f"{folder}: no image processor: the folder needs preprocessor_config.json")
+    try:
+        return BlipImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: the image processor cannot be opened: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """The content of `generation_config.json`; empty when there is none.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    file = folder / GENERATION_FILE
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: must hold a JSON object")
+    return values
+
+
+def write_generation_config(folder: Path, values: dict[str, Any]) -> None:
+    """Write `generation_config.json`."""
+    (folder / GENERATION_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def default_device() -> torch.device:
+    """The first accelerator (CUDA, then Apple's), else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 (or float16) on a CUDA device that computes in it; float32 elsewhere, where halves are slow."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

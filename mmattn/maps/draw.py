@@ -1,0 +1,120 @@
+"""Heat maps over pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Twenty even steps of matplotlib's perceptually uniform "viridis" (public domain, CC0).
+_VIRIDIS = (
+    "440154 481567 482677 453781 404788 39568c 33638d 2d708e 287d8e 238a8d "
+    "1f968b 20a387 29af7f 3cbb75 55c667 73d055 95d840 b8de29 dce319 fde725"
+)
+_SMALLEST_SIDE = 480  # the picture's longer side is drawn at least this long
+_MARGIN = 12
+_BAR_WIDTH = 160
+_FONT_SIZE = 16
+
+
+def viridis(values: np.ndarray) -> np.ndarray:
+    """Numbers from 0 to 1 to colours, uint8 `[..., 3]`; equal steps look equally large."""
+    table = np.array([[int(entry[i : i + 2], 16) for i in (0, 2, 4)] for entry in _VIRIDIS.split()], dtype=np.float64)
+    places = np.clip(values, 0.0, 1.0) * (len(table) - 1)
+    channels = [np.interp(places, np.arange(len(table)), table[:, channel]) for channel in range(3)]
+    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class Heatmap:
+    """How much attention each part of a picture got.
+
+    Attributes:
+        values: weights `[rows, columns]` of the picture's grid.
+        image: the picture.
+        word: what was looked for.
+        sentence: the text that it belongs to.
+    """
+
+    values: np.ndarray
+    image: Image.Image
+    word: str
+    sentence: str
+
+    def peak(self) -> tuple[float, float]:
+        """Place of the most attended cell's middle: (x, y) in the picture's own pixels, from its top left corner."""
+        row, column = np.unravel_index(int(self.values.argmax()), self.values.shape)
+        rows, columns = self.values.shape
+        return (float(column) + 0.5) * self.image.width / columns, (float(row) + 0.5) * self.image.height / rows
+
+    def draw(self) -> Image.Image:
+        """The picture under the map's colours, with the word, the sentence and a legend; RGB."""
+        scale = max(1.0, _SMALLEST_SIDE / max(self.image.size))
+        size = (round(self.image.width * scale), round(self.image.height * scale))
+        picture = _overlay(self.image, self.values, size)
+        self._mark_peak(picture, scale)
+        title, subtitle = _font(_FONT_SIZE + 4), _font(_FONT_SIZE)
+        width = max(size[0], _BAR_WIDTH + 180) + 2 * _MARGIN
+        lines = _wrap(self.sentence, subtitle, width - 2 * _MARGIN) if self.sentence != self.word else []
+        heading = _wrap(self.word, title, width - 2 * _MARGIN)
+        line_height, title_height = _FONT_SIZE + 6, _FONT_SIZE + 12
+        top = _MARGIN + title_height * len(heading) + line_height * len(lines) + 4
+        canvas = Image.new("RGB", (width, top + size[1] + 3 * _MARGIN + _FONT_SIZE), "white")
+        pen = ImageDraw.Draw(canvas)
+        for number, line in enumerate(heading):
+            pen.text((_MARGIN, _MARGIN + number * title_height), line, fill="black", font=title)
+        for number, line in enumerate(lines):
+            place = (_MARGIN, _MARGIN + title_height * len(heading) + number * line_height)
+            pen.text(place, line, fill="#555555", font=subtitle)
+        canvas.paste(picture, ((width - size[0]) // 2, top))
+        _draw_legend(canvas, top + size[1] + _MARGIN)
+        return canvas
+
+    def save(self, path: str | Path) -> None:
+        """Write the drawing; the ending says the format."""
+        self.draw().save(path)
+
+    def _mark_peak(self, picture: Image.Image, scale: float) -> None:
+        x, y = (coordinate * scale for coordinate in self.peak())
+        pen = ImageDraw.Draw(picture)
+        # Two rings, so that one of them stands out from any background.
+        for radius, colour in ((9, "black"), (7, "white")):
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=2)
+
+
+def _overlay(image: Image.Image, values: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    lowest, highest = float(values.min()), float(values.max())
+    spread = (values - lowest) / (highest - lowest) if highest > lowest else np.zeros_like(values)
+    heat = Image.fromarray(spread.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+    strength = np.clip(np.asarray(heat), 0.0, 1.0)
+    # The picture in grey, so that its colours are not taken for the map's; it shows through most where little is.
+    grey = np.asarray(image.convert("L").resize(size, Image.Resampling.BICUBIC), dtype=np.float32)[..., None]
+    opacity = (0.45 + 0.3 * strength)[..., None]
+    mixed = (1 - opacity) * grey + opacity * viridis(strength)
+    return Image.fromarray(np.rint(mixed).astype(np.uint8))
+
+
+def _draw_legend(canvas: Image.Image, top: int) -> None:
+    pen, font = ImageDraw.Draw(canvas), _font(_FONT_SIZE)
+    ramp = viridis(np.broadcast_to(np.linspace(0, 1, _BAR_WIDTH), (_FONT_SIZE, _BAR_WIDTH)))
+    pen.text((_MARGIN, top - 2), "less", fill="black", font=font)
+    left = _MARGIN + int(pen.textlength("less", font=font)) + 8
+    canvas.paste(Image.fromarray(ramp), (left, top))
+    pen.text((left + _BAR_WIDTH + 8, top - 2), "more attention", fill="black", font=font)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines or [""]
