@@ -13,7 +13,7 @@ _VIRIDIS = (
     "440154 481567 482677 453781 404788 39568c 33638d 2d708e 287d8e 238a8d "
     "1f968b 20a387 29af7f 3cbb75 55c667 73d055 95d840 b8de29 dce319 fde725"
 )
-_SMALLEST_SIDE = 480  # the picture's longer side is drawn at least this long
+_SIDES = (320, 640)  # least and greatest length of the longer side of a picture as drawn
 _MARGIN = 12
 _BAR_WIDTH = 160
 _FONT_SIZE = 16
@@ -50,13 +50,14 @@ class Heatmap:
         return (float(column) + 0.5) * self.image.width / columns, (float(row) + 0.5) * self.image.height / rows
 
     def draw(self) -> Image.Image:
-        """The picture under the map's colours, with the word, the sentence and a legend; RGB."""
-        scale = max(1.0, _SMALLEST_SIDE / max(self.image.size))
-        size = (round(self.image.width * scale), round(self.image.height * scale))
-        picture = _overlay(self.image, self.values, size)
-        self._mark_peak(picture, scale)
+        """The picture, and beside it the picture under the map's colours; with word, sentence and legend; RGB."""
+        longer = max(self.image.size)
+        scale = min(max(longer, _SIDES[0]), _SIDES[1]) / longer
+        size = (max(1, round(self.image.width * scale)), max(1, round(self.image.height * scale)))
+        overlay = _overlay(self.image, self.values, size)
+        self._mark_peak(overlay, scale)
         title, subtitle = _font(_FONT_SIZE + 4), _font(_FONT_SIZE)
-        width = max(size[0], _BAR_WIDTH + 180) + 2 * _MARGIN
+        width = max(2 * size[0] + _MARGIN, _BAR_WIDTH + 180) + 2 * _MARGIN
         lines = _wrap(self.sentence, subtitle, width - 2 * _MARGIN) if self.sentence != self.word else []
         heading = _wrap(self.word, title, width - 2 * _MARGIN)
         line_height, title_height = _FONT_SIZE + 6, _FONT_SIZE + 12
@@ -68,7 +69,8 @@ class Heatmap:
         for number, line in enumerate(lines):
             place = (_MARGIN, _MARGIN + title_height * len(heading) + number * line_height)
             pen.text(place, line, fill="#555555", font=subtitle)
-        canvas.paste(picture, ((width - size[0]) // 2, top))
+        canvas.paste(self.image.resize(size, Image.Resampling.BICUBIC), (_MARGIN, top))
+        canvas.paste(overlay, (width - _MARGIN - size[0], top))
         _draw_legend(canvas, top + size[1] + _MARGIN)
         return canvas
 
@@ -89,7 +91,7 @@ def _overlay(image: Image.Image, values: np.ndarray, size: tuple[int, int]) -> I
     spread = (values - lowest) / (highest - lowest) if highest > lowest else np.zeros_like(values)
     heat = Image.fromarray(spread.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
     strength = np.clip(np.asarray(heat), 0.0, 1.0)
-    # The picture in grey, so that its colours are not taken for the map's; it shows through most where little is.
+    # The picture in grey, so that its colours are not taken for the map's.
     grey = np.asarray(image.convert("L").resize(size, Image.Resampling.BICUBIC), dtype=np.float32)[..., None]
     opacity = (0.45 + 0.3 * strength)[..., None]
     mixed = (1 - opacity) * grey + opacity * viridis(strength)
