@@ -119,7 +119,7 @@ class CheckpointStore:
 
     def _failure(self, final: Path, error: Exception) -> str:
         text = str(error)
-        is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "StorageFull" in text
+        is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
         reason = "the disk is full" if is_full else " ".join(text.split())
         kept = self.steps()
         previous = f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no earlier checkpoint"

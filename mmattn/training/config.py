@@ -11,6 +11,7 @@ SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 DEVICES = ("auto", "cpu")
 TRACKERS = ("tensorboard", "wandb", "trackio")
+TRACKER_FOLDER = "trackers"
 
 # A run may be continued in its own folder only when these are unchanged: its promise is to equal an unbroken run.
 MATHS_KEYS = (

@@ -5,16 +5,17 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
 from mmattn._optional import require
 from mmattn.errors import MmattnError, RunError, UsageError
-from mmattn.training.config import TrainingConfig
+from mmattn.training.config import TRACKER_FOLDER, TrainingConfig
 
 T = TypeVar("T")
 _COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # the main process evaluates and saves while the others wait
@@ -37,7 +38,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         cpu=config.device == "cpu",
         mixed_precision=precision,
         log_with=list(config.trackers) or None,
-        project_dir=config.output_dir,
+        project_config=ProjectConfiguration(
+            config.output_dir, logging_dir=str(Path(config.output_dir) / TRACKER_FOLDER)
+        ),
     )
     _check_processes(accelerator)
     return accelerator

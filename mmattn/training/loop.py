@@ -102,6 +102,7 @@ class _Run:
         self.sampler = StepSampler(
             len(task), config.batch_size, config.seed, accelerator.num_processes, config.micro_batch_size
         )
+        self.had_own_forward = "forward" in vars(task.model)
         optimizer = make_optimizer(task.model, config, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
         self.inner = accelerator.unwrap_model(self.model)
@@ -110,7 +111,6 @@ class _Run:
             self.average = ParameterAverage(
                 {**trainable_parameters(self.inner), **stored_buffers(self.inner)}, config.ema_decay
             )
-        self.metrics: dict[str, float] = {}
         self.losses: list[float] = []
         self.saved_step: int | None = None
 
@@ -138,9 +138,9 @@ class _Run:
             self.store.clean()
             self.log = MetricsLog(self.store.output_dir, keep_to_step=self.state.step)
         self._start_trackers()
+        self.buffers = BufferGuard(stored_buffers(self.inner))
         for remark in [*remarks, *self._announcement()]:
             self.progress.say(remark)
-        self.buffers = BufferGuard(self.inner)
 
     def _load(self, start: Start) -> list[str]:
         assert start.checkpoint is not None
@@ -191,7 +191,7 @@ class _Run:
         best = None
         if self.state.best_step is not None:
             best = {"step": self.state.best_step, "value": self.state.best_value, "metric": self.task.best}
-        return TrainingResult(self.state.step, self.metrics, best, self.store.output_dir, self.losses)
+        return TrainingResult(self.state.step, self.state.metrics, best, self.store.output_dir, self.losses)
 
     def _batches(self) -> Iterator[Sequence[Batch]]:
         batches = step_batches(
@@ -221,7 +221,7 @@ class _Run:
             self.accelerator,
             micro_batches,
             max_grad_norm=self.config.max_grad_norm,
-            stop_signal=self.stop.received,
+            stop_signal=lambda: self.stop.received,
         )
         self.state.step += 1
         self.state.examples += self.sampler.batch_size
@@ -301,21 +301,21 @@ class _Run:
     def _evaluate(self) -> bool:
         """Evaluate with the average if there is one; whether the result is the best so far."""
         started = time.perf_counter()
-        self.metrics = on_main(self.accelerator, self._score)
+        metrics = self.state.metrics = on_main(self.accelerator, self._score)
         self.model.train()
-        value = self.metrics.get(self.task.best) if self.task.best is not None else None
+        value = metrics.get(self.task.best) if self.task.best is not None else None
         if self.task.best is not None and value is None:
-            raise RunError(f"evaluation gave no {self.task.best!r}, by which the best is chosen: {list(self.metrics)}")
+            raise RunError(f"evaluation gave no {self.task.best!r}, by which the best is chosen: {list(metrics)}")
         sign = 1 if self.task.is_higher_better else -1
         old = self.state.best_value
         is_better = value is not None and math.isfinite(value) and (old is None or sign * value > sign * old)
         if is_better:
             self.state.best_step, self.state.best_value = self.state.step, value
-        line = {"kind": "eval", "step": self.state.step, "metrics": self.metrics, "is_best": is_better}
+        line = {"kind": "eval", "step": self.state.step, "metrics": metrics, "is_best": is_better}
         self._write({**line, "time": {"eval_s": round(time.perf_counter() - started, 3)}})
         if self.config.trackers:
-            self.accelerator.log({f"eval/{key}": value for key, value in self.metrics.items()}, step=self.state.step)
-        figures = " | ".join(f"{key} {value:.4f}" for key, value in self.metrics.items())
+            self.accelerator.log({f"eval/{key}": value for key, value in metrics.items()}, step=self.state.step)
+        figures = " | ".join(f"{key} {value:.4f}" for key, value in metrics.items())
         self.progress.say(f"evaluation at step {self.state.step} | {figures}{' | best so far' if is_better else ''}")
         return is_better
 
@@ -358,8 +358,9 @@ class _Run:
         self._publish_best()
 
     def _publish_best(self) -> None:
-        if self.state.best_step is not None:
-            self.store.publish(self.store.path(self.state.best_step) / "model", "best")
+        best = self.store.path(self.state.best_step or 0) / "model"
+        if self.state.best_step is not None and best.exists():
+            self.store.publish(best, "best")
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.log is not None:
@@ -372,5 +373,7 @@ class _Run:
             self.log.close()
         if self.config.trackers:
             self.accelerator.end_training()
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if not self.had_own_forward:  # Accelerate puts its autocasting one over the class's
+            vars(self.inner).pop("forward", None)
+            vars(self.inner).pop("_original_forward", None)
         self.accelerator.free_memory()

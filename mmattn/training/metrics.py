@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from mmattn.errors import RunError
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -30,9 +32,18 @@ class MetricsLog:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line; non-finite numbers become strings, for JSON has none."""
-        self._file.write(json.dumps(_finite(line)) + "\n")
-        self._file.flush()
+        """Append a line; non-finite numbers become strings, for JSON has none.
+
+        Raises:
+            RunError: when it cannot be written, on a full disk for instance.
+        """
+        try:
+            self._file.write(json.dumps(_finite(line)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.path}: {error.strerror}; make room, then go on with --resume"
+            ) from error
 
     def sync(self) -> None:
         """Bring everything written to the disk."""

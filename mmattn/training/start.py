@@ -8,7 +8,14 @@ from typing import Any
 
 from mmattn.errors import UsageError
 from mmattn.training.checkpoint import MANIFEST, CheckpointStore, verify_checkpoint
-from mmattn.training.config import MATHS_KEYS, ROUNDING_KEYS, TrainingConfig, config_dict, config_differences
+from mmattn.training.config import (
+    MATHS_KEYS,
+    ROUNDING_KEYS,
+    TRACKER_FOLDER,
+    TrainingConfig,
+    config_dict,
+    config_differences,
+)
 from mmattn.training.metrics import METRICS_FILE
 
 LOCK_FILE = ".lock"
@@ -72,7 +79,7 @@ def _require_free(store: CheckpointStore) -> list[str]:
     if not names:
         return []
     kept = [path.name for path in store.folder.glob("*") if not path.name.startswith(".tmp-")]
-    if METRICS_FILE in names and not kept and names <= {METRICS_FILE, store.folder.name}:
+    if METRICS_FILE in names and not kept and names <= {METRICS_FILE, TRACKER_FOLDER, store.folder.name}:
         store.clean()
         return [f"{folder} holds a run that ended before its first checkpoint: it is started again"]
     if kept:

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class LoopState:
     skipped_in_a_row: int = 0
     best_step: int | None = None
     best_value: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
     average_updates: int = 0
     scaler: dict[str, Any] | None = None
 

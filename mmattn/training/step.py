@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import cast
@@ -59,11 +59,12 @@ def run_step(
     micro_batches: Sequence[Batch],
     *,
     max_grad_norm: float | None,
-    stop_signal: int = 0,
+    stop_signal: Callable[[], int] = lambda: 0,
 ) -> StepResult:
     """Take one step on the mean loss over all scored tokens of all micro-batches and processes.
 
-    The step is taken only when the loss and the norm of the gradient are finite.
+    The step is taken only when the loss and the norm of the gradient are finite. `stop_signal` is asked at its end, so
+    that every process learns in the same step that one of them was told to stop.
     """
     counts = [task.count(batch) for batch in micro_batches]
     count = round(sum_over_processes(accelerator, [float(sum(counts))])[0])
@@ -73,7 +74,7 @@ def run_step(
     losses = _accumulate(task, model, accelerator, micro_batches, counts, scale)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norm = torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf))
-    figures = _gather(accelerator, losses, norm.item(), stop_signal)
+    figures = _gather(accelerator, losses, norm.item(), stop_signal())
     loss = sum(figures.totals) / max(count, 1)
     grad_norm, is_scaled = figures.grad_norm, accelerator.scaler is not None
     reason = _skip_reason(loss, grad_norm, count)
@@ -175,23 +176,19 @@ def _skip_reason(loss: float, grad_norm: float, count: int) -> str | None:
 class BufferGuard:
     """Keeps the buffers of the last good step, for a skipped step has already put its figures into batch norm's."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.buffers = dict(model.named_buffers())
-        self._kept: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = {}
-        self.keep()
+    def __init__(self, buffers: Mapping[str, Tensor]) -> None:
+        self.buffers = list(buffers.values())
+        self._kept = [buffer.clone() for buffer in self.buffers]
 
-    @torch.no_grad()
     def keep(self) -> None:
-        """Remember the buffers that have changed."""
-        for name, buffer in self.buffers.items():
-            if self._versions.get(name) != buffer._version:
-                self._kept[name], self._versions[name] = buffer.clone(), buffer._version
+        """Remember the buffers after a good step."""
+        self._copy(self.buffers, self._kept)
 
-    @torch.no_grad()
     def put_back(self) -> None:
         """Undo what happened to the buffers since `keep`."""
-        for name, buffer in self.buffers.items():
-            if self._versions[name] != buffer._version:
-                buffer.copy_(self._kept[name])
-                self._versions[name] = buffer._version
+        self._copy(self._kept, self.buffers)
+
+    @staticmethod
+    def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+from safetensors import SafetensorError
+
+from mmattn.errors import CheckpointError, RunError
+from mmattn.training import latest_checkpoint, verify_checkpoint
+from mmattn.training.checkpoint import CheckpointStore
+
+
+def write(folder):
+    (folder / "weights").write_bytes(b"abc" * 100)
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = CheckpointStore(tmp_path)
+    for step in (10, 20, 30):
+        store.save(step, write)
+    return store
+
+
+def test_names_and_order(store):
+    assert store.steps() == [10, 20, 30]
+    assert latest_checkpoint(store.output_dir) == store.path(30)
+    assert store.path(30).name == "step-00000030"
+    assert latest_checkpoint(store.output_dir / "elsewhere") is None
+
+
+def damage_cut(folder):
+    (folder / "weights").write_bytes(b"abc")
+
+
+def damage_bit(folder):
+    (folder / "weights").write_bytes(b"abd" + b"abc" * 99)
+
+
+def damage_missing(folder):
+    (folder / "model" / "config.json").unlink()
+
+
+def damage_manifest(folder):
+    (folder / "manifest.json").write_text('{"files": {')
+
+
+def damage_no_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damage_cut, "weights has 3 bytes instead of 300"),
+        (damage_bit, r"weights has changed since it was written \(SHA-256 differs\)"),
+        (damage_missing, "model/config.json is missing"),
+        (damage_manifest, "its manifest.json is damaged"),
+        (damage_no_manifest, "it has no manifest.json"),
+    ],
+)
+def test_damage_is_found_and_passed_over(store, damage, reason):
+    damage(store.path(30))
+    with pytest.raises(CheckpointError, match=f"step-00000030 is not a complete checkpoint: {reason}"):
+        verify_checkpoint(store.path(30))
+    latest, problems = store.latest()
+    assert latest == store.path(20)
+    assert len(problems) == 1
+    store.save(30, write)  # the damaged one steps aside, and is not lost
+    assert latest_checkpoint(store.output_dir) == store.path(30)
+    assert (store.folder / "step-00000030.damaged").exists()
+
+
+def test_prune_keeps_the_newest_and_the_best(store):
+    store.save(40, write)
+    damage_cut(store.path(40))  # not a checkpoint any more, so it does not count as one of those kept
+    store.prune(1, {10})
+    assert store.steps() == [10, 30]
+    assert store.path(40).exists()
+    assert not list(store.folder.glob(".tmp-*"))
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_disk_of_safetensors(folder):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("failing", [full_disk, full_disk_of_safetensors])
+def test_a_full_disk_keeps_what_is_there(store, failing):
+    with pytest.raises(
+        RunError,
+        match=r"^cannot save .*step-00000040: the disk is full; the checkpoint of step 30 is kept; make room, then go",
+    ):
+        store.save(40, failing)
+    assert store.steps() == [10, 20, 30]
+    assert not list(store.folder.glob(".tmp-*"))
+
+
+def test_a_disk_that_is_full_at_the_sync(store, monkeypatch):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(RunError, match="the disk is full"):
+        store.save(40, write)
+    with pytest.raises(RunError, match=r"cannot save .*final: the disk is full"):
+        store.publish(store.path(30) / "model", "final")
+    monkeypatch.undo()
+    assert latest_checkpoint(store.output_dir) == store.path(30)
+    assert not list(store.output_dir.rglob(".tmp-*"))
+
+
+def test_publish_replaces(store):
+    store.publish(store.path(20), "final")
+    final = store.publish(store.path(30) / "model", "final")
+    assert [path.name for path in final.iterdir()] == ["config.json"]
+
+
+def test_clean_removes_leftovers_only(store):
+    for folder in (store.folder / ".tmp-step-00000040", store.output_dir / ".tmp-best"):
+        folder.mkdir()
+        (folder / "weights").write_text("half")
+    assert store.clean() == 2
+    assert store.steps() == [10, 20, 30]

@@ -1,0 +1,114 @@
+"""A run in pieces, however they end, equals an unbroken one bit for bit."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmattn.training import TrainingStoppedError, latest_checkpoint, train
+from tests.training.pieces import KilledTask, assert_whole, kill_at_call, run_in_child, run_piece, timeless_lines
+from tests.training.toy import ToyTask, toy_config
+
+OPTIONS = {"max_steps": 40, "save_every": 7, "eval_every": 10, "ema_decay": 0.9, "micro_batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    run_piece(folder, resume=False, **OPTIONS)
+    return folder
+
+
+def assert_equal_runs(folder, unbroken):
+    assert timeless_lines(folder) == timeless_lines(unbroken)
+    for name in ("final", "best"):
+        ours, theirs = (load_file(run / name / "model.safetensors") for run in (folder, unbroken))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_killed_twice_equals_unbroken(tmp_path, unbroken, num_workers):
+    for at_call in (33, 29):
+        task = KilledTask(at_call)
+        piece = functools.partial(
+            run_piece, tmp_path, resume=at_call != 33, task=task, num_workers=num_workers, **OPTIONS
+        )
+        assert run_in_child(piece) == -signal.SIGKILL
+        assert_whole(tmp_path)
+    result = run_piece(tmp_path, resume=True, num_workers=num_workers, **OPTIONS)
+    assert result.step == 40
+    assert len(result.losses) == 40 - 21
+    assert_equal_runs(tmp_path, unbroken)
+
+
+def test_killed_at_random_steps(tmp_path, unbroken):
+    draws = random.Random(3)
+    for piece in range(6):
+        task = KilledTask(draws.randrange(1, 40))
+        code = run_in_child(functools.partial(run_piece, tmp_path, resume=piece > 0, task=task, **OPTIONS))
+        assert code in (-signal.SIGKILL, 0)
+        assert_whole(tmp_path)
+    run_piece(tmp_path, resume=True, **OPTIONS)
+    assert_equal_runs(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_inside_saves(tmp_path, unbroken, after):
+    """Piece n dies at its n-th fsync or rename: every one of a save's is met, of a publication's too."""
+
+    def piece(number):
+        kill_at_call(["fsync", "rename"], number, after=after)
+        run_piece(tmp_path, resume=number > 1, **OPTIONS)
+
+    for number in itertools.count(1):
+        code = run_in_child(functools.partial(piece, number))
+        assert_whole(tmp_path)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert number > 14  # a save alone has as many
+    assert_equal_runs(tmp_path, unbroken)
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_sigterm_saves_the_step_and_exits_143(tmp_path, unbroken):
+    piece = functools.partial(run_piece, tmp_path, resume=False, task=KilledTask(17, signal.SIGTERM), **OPTIONS)
+    assert run_in_child(piece) == 143
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.name == "step-00000009"  # two micro-batches a step
+    run_piece(tmp_path, resume=True, **OPTIONS)
+    assert_equal_runs(tmp_path, unbroken)
+
+
+def test_sigint_says_how_to_continue(tmp_path):
+    with pytest.raises(
+        TrainingStoppedError, match=r"stopped by SIGINT after step 3, saved in .*step-00000003; continue with --resume"
+    ) as caught:
+        train(KilledTask(3, signal.SIGINT), toy_config(tmp_path))
+    assert caught.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_max_steps_may_grow(tmp_path, capsys):
+    options = {"schedule": "constant", "save_every": 0}
+    train(ToyTask(), toy_config(tmp_path / "long", max_steps=20, **options))
+    train(ToyTask(), toy_config(tmp_path / "grown", max_steps=8, **options))
+    train(ToyTask(), toy_config(tmp_path / "grown", max_steps=20, **options), resume=True)
+    assert timeless_lines(tmp_path / "grown") == timeless_lines(tmp_path / "long")
+    assert "changed: max_steps: 8 -> 20" in capsys.readouterr().err
+
+
+def test_the_global_generators_do_not_matter(tmp_path, unbroken):
+    torch.manual_seed(12345)
+    task = ToyTask()
+    torch.rand(100)
+    run_piece(tmp_path, resume=False, task=task, **OPTIONS)
+    assert_equal_runs(tmp_path, unbroken)

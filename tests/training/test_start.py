@@ -1,0 +1,178 @@
+"""Where a run may start, and what is said when it may not."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from mmattn.errors import CheckpointError, ConfigError, OptionalPackageError, UsageError
+from mmattn.training import TrainingConfig, train
+from mmattn.training.lock import OutputLock
+from tests.training.pieces import run_in_child
+from tests.training.toy import ToyTask, toy_config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    train(
+        ToyTask(), toy_config(folder, max_steps=6, save_every=3), resolved_config={"recipe": "toy"}, command="mmattn x"
+    )
+    return folder
+
+
+def refuse(message, config, task=None, kind=UsageError, **options):
+    with pytest.raises(kind, match=message) as caught:
+        train(task or ToyTask(), config, **options)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_with_a_run_is_left_alone(finished):
+    before = sorted(finished.rglob("*"))
+    refuse(
+        r"output_dir .* already holds a run \(step-00000006\): continue it with --resume, or choose another",
+        toy_config(finished),
+    )
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_other_files_are_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    refuse("is not empty: choose another output_dir, or move its files away", toy_config(tmp_path))
+    refuse("output_dir .*thesis.tex is a file", toy_config(tmp_path / "thesis.tex"))
+
+
+def test_resume_needs_a_checkpoint(tmp_path, finished):
+    refuse(
+        "nothing to resume: .* holds no complete checkpoint; start without --resume", toy_config(tmp_path), resume=True
+    )
+    refuse("is no complete checkpoint and no folder of a run", toy_config(tmp_path), resume=tmp_path / "absent")
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
+    train(ToyTask(), toy_config(tmp_path, max_steps=6, save_every=3))
+    (tmp_path / "checkpoints/step-00000006/state.json").write_text("{}")
+    result = train(ToyTask(), toy_config(tmp_path, max_steps=6, save_every=3), resume=True)
+    assert len(result.losses) == 3
+    assert "step-00000006: state.json has 2 bytes instead of" in capsys.readouterr().err
+    for folder in tmp_path.glob("checkpoints/step-*"):
+        (folder / "manifest.json").unlink(missing_ok=True)
+    refuse(r"no complete checkpoint \(damaged: .*it has no manifest.json", toy_config(tmp_path), resume=True)
+
+
+def test_a_run_without_a_checkpoint_is_started_again(tmp_path, capsys):
+    (tmp_path / "checkpoints/.tmp-step-00000003").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind"')
+    train(ToyTask(), toy_config(tmp_path, max_steps=2))
+    assert "ended before its first checkpoint: it is started again" in capsys.readouterr().err
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_changed_mathematics_is_refused_in_place_and_said_elsewhere(finished, tmp_path, capsys):
+    refuse(
+        r"cannot resume .* with other settings \(learning_rate: 0.05 -> 0.1; seed: 0 -> 4\): restore them, or",
+        toy_config(finished, learning_rate=0.1, seed=4),
+        resume=True,
+    )
+    refuse(r"\(num_examples: 23 -> 29\)", toy_config(finished), ToyTask(num_examples=29), resume=True)
+    result = train(ToyTask(), toy_config(tmp_path, learning_rate=0.1, max_steps=8), resume=finished)
+    assert (result.step, len(result.losses)) == (8, 2)
+    said = capsys.readouterr().err
+    assert "differs from the checkpoint: learning_rate: 0.05 -> 0.1" in said
+    assert "a new run from" in said
+
+
+def test_changed_frozen_weights_are_refused(finished):
+    task = ToyTask()
+    task.model.frozen_proj.weight.data[0, 0] += 1
+    refuse("with other settings .*frozen_checksum", toy_config(finished), task, resume=True)
+
+
+def test_another_choice_of_what_to_train_is_refused(finished, tmp_path):
+    task = ToyTask()
+    task.model.frozen_proj.requires_grad_(True)
+    refuse(
+        r"another choice of what to train: missing \['frozen_proj.bias', 'frozen_proj.weight'\]",
+        toy_config(tmp_path),
+        task,
+        CheckpointError,
+        resume=finished,
+    )
+
+
+def test_an_older_checkpoint_of_the_same_run_is_refused(finished):
+    refuse(
+        "is older than step-00000006 of the same run: to start again from it, choose another output_dir",
+        toy_config(finished),
+        resume=finished / "checkpoints/step-00000003",
+    )
+    refuse("is at step 6, beyond max_steps 4", toy_config(finished, max_steps=4), resume=True)
+
+
+def test_a_finished_run_resumed_does_nothing(finished):
+    before = load_file(finished / "final/model.safetensors")
+    result = train(ToyTask(), toy_config(finished, max_steps=6), resume=True)
+    assert (result.step, result.losses) == (6, [])
+    assert before.keys() == load_file(finished / "final/model.safetensors").keys()
+
+
+def test_what_stands_beside_a_checkpoint(finished):
+    folder = finished / "checkpoints/step-00000006"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.yaml",
+        "manifest.json",
+        "model",
+        "optimizer.safetensors",
+        "run.json",
+        "state.json",
+        "trained.safetensors",
+    ]
+    run = json.loads((folder / "run.json").read_text())
+    assert run["command"] == "mmattn x"
+    assert {"python", "torch", "accelerate"} <= run["versions"].keys()
+    assert run["training"]["max_steps"] == 6
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == {"recipe": "toy"}
+    assert "frozen_proj.weight" not in load_file(folder / "trained.safetensors")
+    assert "batch_norm.running_mean" in load_file(folder / "trained.safetensors")
+
+
+def test_one_run_at_a_time(tmp_path):
+    with OutputLock(tmp_path, enabled=True) as lock:
+        lock.check()
+
+        def intrude():
+            refuse("another run is writing into .*: choose another output_dir", toy_config(tmp_path))
+
+        assert run_in_child(intrude) == 0
+    train(ToyTask(), toy_config(tmp_path, max_steps=1))
+
+
+def test_settings_that_cannot_be_used_are_all_named():
+    config = TrainingConfig(
+        "", max_steps=0, schedule="linear", betas=(0.9, 1.0), trackers=["mlflow"], learning_rate=float("nan")
+    )
+    with pytest.raises(ConfigError) as caught:
+        config.validate()
+    for part in (
+        "output_dir is empty",
+        "max_steps must be at least 1, not 0",
+        "schedule must be one of cosine, constant, not 'linear'",
+        "betas must be two numbers in [0, 1), not (0.9, 1.0)",
+        "trackers must be one of tensorboard, wandb, trackio, not 'mlflow'",
+        "learning_rate must be positive, not nan",
+    ):
+        assert re.search(re.escape(part), str(caught.value))
+
+
+def test_precision_and_trackers_that_are_not_here(tmp_path):
+    refuse("fp16 needs a CUDA device, this run is on cpu", toy_config(tmp_path, mixed_precision="fp16"))
+    refuse(
+        r"training.trackers=trackio needs the package trackio, which is not installed: pip install trackio",
+        toy_config(tmp_path, trackers=["trackio"]),
+        kind=OptionalPackageError,
+    )

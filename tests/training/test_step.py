@@ -1,0 +1,87 @@
+"""The mathematics of a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from mmattn.errors import UsageError
+from mmattn.training import Loss, read_metrics, train
+from mmattn.training.step import BufferGuard, run_step, seed_draws
+from tests.training.toy import ToyTask, toy_config
+
+FLOAT64 = {"dropout_p": 0.0, "dtype": torch.float64, "has_batch_norm": False}
+
+
+def gradients(micro_batch_sizes):
+    task = ToyTask(**FLOAT64)
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.SGD([p for p in task.model.parameters() if p.requires_grad], lr=0.0)
+    model, optimizer = accelerator.prepare(task.model, optimizer)
+    draws = [(0, example) for example in range(sum(micro_batch_sizes))]
+    batches = []
+    for size in micro_batch_sizes:
+        batches.append(task.collate(draws[:size]))
+        draws = draws[size:]
+    result = run_step(task, model, optimizer, accelerator, batches, max_grad_norm=None)
+    return result, {name: p.grad for name, p in task.model.named_parameters() if p.requires_grad}
+
+
+def test_unequal_micro_batches_equal_one_batch():
+    whole, expected = gradients([11])
+    for sizes in ([1, 7, 3], [5, 6], [1] * 11):
+        result, found = gradients(sizes)
+        assert result.count == whole.count
+        assert result.loss == pytest.approx(whole.loss, abs=1e-12)
+        assert result.grad_norm == pytest.approx(whole.grad_norm, abs=1e-9)
+        assert result.parts["half"] == pytest.approx(whole.loss / 2)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_micro_batches_equal_one_batch_over_a_run(tmp_path):
+    losses = [
+        train(ToyTask(**FLOAT64), toy_config(tmp_path / str(size), batch_size=7, micro_batch_size=size)).losses
+        for size in (None, 1, 3)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-9)
+
+
+def test_the_norm_is_logged_before_clipping(tmp_path):
+    train(ToyTask(), toy_config(tmp_path / "clipped", max_grad_norm=0.01, max_steps=1))
+    train(ToyTask(), toy_config(tmp_path / "free", max_grad_norm=None, max_steps=1))
+    norms = [read_metrics(tmp_path / name / "metrics.jsonl")[0]["grad_norm"] for name in ("clipped", "free")]
+    assert norms[0] == norms[1] > 0.01
+
+
+def test_a_count_that_disagrees_is_refused(tmp_path):
+    class Wrong(ToyTask):
+        def loss(self, model, batch):
+            loss = super().loss(model, batch)
+            return Loss(loss.total, loss.count + 1)
+
+    with pytest.raises(UsageError, match=r"Wrong\.loss scored \d+ tokens where count\(batch\) said \d+"):
+        train(Wrong(), toy_config(tmp_path))
+
+
+def test_dropout_is_a_function_of_seed_step_and_process():
+    def draw(*place, **options):
+        seed_draws(*place, **options)
+        return torch.rand(3).tolist()
+
+    places = [draw(0, 1, 0), draw(0, 2, 0), draw(1, 1, 0), draw(0, 1, 1), draw(0, 1, 0, is_evaluation=True)]
+    assert len({tuple(place) for place in places}) == len(places)
+    assert draw(0, 1, 0) == places[0]
+
+
+def test_buffers_of_a_skipped_step_come_back():
+    norm = torch.nn.BatchNorm1d(3)
+    guard = BufferGuard(dict(norm.named_buffers()))
+    norm(torch.randn(5, 3))
+    guard.keep()
+    good = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    norm(torch.full((5, 3), float("nan")))
+    guard.put_back()
+    assert all(torch.equal(buffer, good[name]) for name, buffer in norm.named_buffers())
