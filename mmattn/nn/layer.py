@@ -150,17 +150,21 @@ class TransformerLayer(nn.Module):
         if (context is None) != (self.cross_attn is None):
             which = "no context was given, but it has" if context is None else "a context was given, but it has no"
             raise UsageError(f"TransformerLayer: {which} cross-attention")
-        if self.self_attn is not None and self.self_attn_norm is not None:
-            inputs = self.self_attn_norm(x) if self.norm_first else x
-            out = self.self_attn(inputs, attn_mask=attn_mask, key_mask=key_mask, cache=cache, positions=positions)
-            x = self._add(x, out, self.self_attn_norm)
+        # Locals: each look-up of a submodule goes through `nn.Module.__getattr__`, which decoding feels.
+        self_attn, self_attn_norm = self.self_attn, self.self_attn_norm
+        if self_attn is not None and self_attn_norm is not None:
+            inputs = self_attn_norm(x) if self.norm_first else x
+            out = self_attn(inputs, attn_mask=attn_mask, key_mask=key_mask, cache=cache, positions=positions)
+            x = self._add(x, out, self_attn_norm)
         elif not all(argument is None for argument in (attn_mask, key_mask, cache, positions)):
             raise UsageError("TransformerLayer: attn_mask, key_mask, cache and positions need a self-attention")
-        if self.cross_attn is not None and self.cross_attn_norm is not None:
-            inputs = self.cross_attn_norm(x) if self.norm_first else x
-            x = self._add(x, self.cross_attn(inputs, context, key_mask=context_mask), self.cross_attn_norm)
-        out = self.ffn(self.ffn_norm(x) if self.norm_first else x)
-        return self._add(x, out, self.ffn_norm)
+        cross_attn, cross_attn_norm = self.cross_attn, self.cross_attn_norm
+        if cross_attn is not None and cross_attn_norm is not None:
+            inputs = cross_attn_norm(x) if self.norm_first else x
+            x = self._add(x, cross_attn(inputs, context, key_mask=context_mask), cross_attn_norm)
+        ffn_norm = self.ffn_norm
+        out = self.ffn(ffn_norm(x) if self.norm_first else x)
+        return self._add(x, out, ffn_norm)
 
     def _add(self, x: Tensor, out: Tensor, norm: nn.Module) -> Tensor:
         if self.training and self.dropout_p > 0:
