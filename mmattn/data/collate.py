@@ -32,6 +32,9 @@ class ImageTextCollator:
         prompt: Stands before every caption, not scored ("a picture of").
         kind_weights: How likely a kind of text is drawn, relative to 1 for kinds that are not named; 0 leaves a kind
             out. None draws all texts alike.
+        token_dropout: Part of the text's own tokens that the decoder reads as unknown while it has to predict the next
+            one (word dropout, arXiv 1511.06349 section 3.1): it then has to look at the picture instead of going by
+            what usually follows. Labels stay.
         view: Random crops and the like for training.
         bos_id, sep_id, eos_id, pad_id: Where the model's differ from the tokenizer's (BLIP's bos is not in its
             tokenizer's settings, and its eos is the sep token).
@@ -50,6 +53,7 @@ class ImageTextCollator:
         *,
         prompt: str = "",
         kind_weights: Mapping[str, float] | None = None,
+        token_dropout: float = 0.0,
         view: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
         bos_id: int | None = None,
         sep_id: int | None = None,
@@ -65,6 +69,10 @@ class ImageTextCollator:
         self.sep_id = _token_id("sep", sep_id, tokenizer.sep_token_id)
         self.eos_id = _token_id("eos", eos_id, tokenizer.eos_token_id)
         self.pad_id = _token_id("pad", pad_id, tokenizer.pad_token_id)
+        if not 0 <= token_dropout < 1:
+            raise UsageError(f"token_dropout must be at least 0 and below 1, not {token_dropout}")
+        self.token_dropout = token_dropout
+        self.unknown_id = _token_id("unk", None, tokenizer.unk_token_id) if token_dropout else None
         self._prompt_ids = self._encode(prompt) if prompt else []
         self._known: dict[str, list[int]] = {}
 
@@ -85,7 +93,18 @@ class ImageTextCollator:
             images.append(image)
             items = self.draw_texts(record, draw_generator(self.seed, epoch, example, "texts"))
             rows += [self.lay_out(item) for item in items]
-        return {"pixel_values": self.transform(images), **self.pad(rows)}
+        batch = self.pad(rows)
+        if self.unknown_id is not None:
+            self._drop_tokens(batch, draws)
+        return {"pixel_values": self.transform(images), **batch}
+
+    def _drop_tokens(self, batch: dict[str, torch.Tensor], draws: Sequence[tuple[int, int]]) -> None:
+        """Replace part of the scored tokens in `input_ids`, in place."""
+        shape = (self.texts_per_image, self.max_length)  # drawn at full length: a batch's padding changes nothing
+        drawn = [draw_generator(self.seed, epoch, example, "tokens").random(shape) for epoch, example in draws]
+        ids, labels = batch["input_ids"], batch["labels"]
+        is_dropped = torch.from_numpy(np.concatenate(drawn)[:, : ids.shape[1]] < self.token_dropout)
+        ids[is_dropped & (labels != IGNORED)] = self.unknown_id
 
     def draw_texts(self, record: ImageTextRecord, generator: np.random.Generator) -> list[TextItem]:
         """`texts_per_image` of the record's texts."""

@@ -1,0 +1,185 @@
+"""A vision-language model ready to be trained: opened or new, with its tokenizer and image processor, and its LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from mmattn.data.collate import ImageTextCollator
+from mmattn.data.images import PixelTransform
+from mmattn.data.tokenizer import train_tokenizer
+from mmattn.errors import CheckpointError, ConfigError
+from mmattn.inference.vlm import VisionLanguageModel
+from mmattn.models.vlm import CaptioningNetwork, VLMConfig, build_network, cross_attention_parameters
+from mmattn.models.vlm.blip import is_blip, weight_table
+from mmattn.training.selection import LoRAConfig, adapter_state, add_lora, merged_copy, train_only
+
+TRAIN_WHAT = ("all", "lora", "cross_attention")
+
+
+@dataclass
+class ModelConfig:
+    """The model: a checkpoint to start from, or the form of a new one.
+
+    Args:
+        from_pretrained: Hub id or folder; everything below it is then ignored, but for `revision`.
+        revision: Branch, tag or commit on the hub.
+        tokenizer: Of a new model, trained on its texts: "word" for small vocabularies, "bpe" for natural text.
+        max_vocab_size: Upper bound of that tokenizer.
+        lowercase: Whether that tokenizer folds case.
+        network: Form of a new network; the vocabulary and the special tokens come from the tokenizer.
+    """
+
+    from_pretrained: Optional[str] = None  # noqa: UP045 (OmegaConf reads Optional on every Python version)
+    revision: Optional[str] = None  # noqa: UP045
+    tokenizer: str = "word"
+    max_vocab_size: int = 8000
+    lowercase: bool = False
+    network: VLMConfig = field(default_factory=VLMConfig)
+
+
+def make_vlm(config: ModelConfig, texts: Iterable[str]) -> VisionLanguageModel:
+    """Open the checkpoint that is to be trained, or make a new model.
+
+    Args:
+        config: The model.
+        texts: Of the training split; a new model's tokenizer is made from them.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be opened.
+        ConfigError: a form that does not fit together, or a checkpoint that does not caption.
+    """
+    if config.from_pretrained is not None:
+        vlm = VisionLanguageModel.from_pretrained(
+            config.from_pretrained, revision=config.revision, dtype="float32", device="cpu"
+        )
+        if not isinstance(vlm.network, CaptioningNetwork):
+            raise ConfigError(
+                f"model.from_pretrained={config.from_pretrained}: this recipe trains captioning checkpoints, and that "
+                f"is one for {vlm.network.config.task}"
+            )
+        return vlm
+    tokenizer = train_tokenizer(texts, config.tokenizer, vocab_size=config.max_vocab_size, lowercase=config.lowercase)
+    network = build_network(_with_vocabulary(config.network, tokenizer))
+    if not isinstance(network, CaptioningNetwork):
+        raise ConfigError(f"model.network.task={config.network.task}: this recipe makes captioning models")
+    side = network.config.image.image_size
+    processor = BlipImageProcessorPil(
+        size={"height": side, "width": side}, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]
+    )
+    return VisionLanguageModel(network, tokenizer, processor)
+
+
+def _with_vocabulary(config: VLMConfig, tokenizer: PreTrainedTokenizerBase) -> VLMConfig:
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "sep", "pad")}
+    text = dataclasses.replace(config.text, vocab_size=len(tokenizer), **special)
+    return dataclasses.replace(config, text=text)
+
+
+def make_collator(
+    vlm: VisionLanguageModel,
+    *,
+    texts_per_image: int,
+    max_length: int,
+    seed: int,
+    prompt: str = "",
+    token_dropout: float = 0.0,
+) -> ImageTextCollator:
+    """Batches in the layout that the model was made for; see `ImageTextCollator`."""
+    config = vlm.network.config
+    return ImageTextCollator(
+        PixelTransform.from_processor(vlm.processor),
+        vlm.tokenizer,
+        texts_per_image,
+        max_length,
+        seed,
+        prompt=prompt,
+        token_dropout=token_dropout,
+        bos_id=config.bos_token_id,
+        sep_id=config.sep_token_id,
+        eos_id=config.stop_token_id,
+        pad_id=config.pad_token_id,
+    )
+
+
+def trained_model(folder: Path) -> Path:
+    """The model in a training run's folder: `best/`, else `final/`; a model's own folder is returned as it is.
+
+    Raises:
+        CheckpointError: none of them is there.
+    """
+    for candidate in (folder, folder / "best", folder / "final"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise CheckpointError(f"{folder}: no model here: neither config.json nor best/ nor final/; did training finish?")
+
+
+def choose_trained(network: nn.Module, what: str, lora: LoRAConfig) -> None:
+    """Freeze what is not to be trained.
+
+    Args:
+        network: the network, changed in place.
+        what: one of `TRAIN_WHAT`.
+        lora: used for "lora".
+
+    Raises:
+        ConfigError: nothing is left to train.
+    """
+    if what == "lora":
+        add_lora(network, lora)
+        known = _stock_module_names(network)
+        adapted = {name.partition(".lora_")[0] for name in adapter_state(network)}
+        joined = sorted(adapted - set(known))
+        if joined:
+            raise ConfigError(
+                f"lora.targets: {joined[0]} is joined with others in the stock checkpoint, so that an adapter on it "
+                "could not be opened there: name modules of the text decoder only"
+            )
+    elif what == "cross_attention":
+        train_only(network, cross_attention_parameters(network))
+
+
+def save_trained(vlm: VisionLanguageModel, folder: Path) -> None:
+    """Save a trained model; one with LoRA merged, with the adapter beside it in `adapter/` (PEFT's format)."""
+    network = vlm.network
+    lora = getattr(network, "lora_config", None)
+    if lora is None:
+        vlm.save_pretrained(folder)
+        return
+    merged = VisionLanguageModel(merged_copy(network), vlm.tokenizer, vlm.processor, vlm.generation_config)
+    merged.save_pretrained(folder)
+    _save_adapter(network, folder / "adapter")
+
+
+def _save_adapter(network: nn.Module, folder: Path) -> None:
+    """Write a PEFT adapter folder, for the stock class (BLIP) or for our network."""
+    config = network.lora_config
+    renamed = _stock_module_names(network)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in adapter_state(network).items():
+        module, dot, rest = name.partition(".lora_")
+        tensors[f"base_model.model.{renamed[module]}{dot}{rest}"] = tensor.contiguous()
+    targets = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors})
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    values = {**config.to_dict(), "target_modules": targets, "peft_type": "LORA", "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(values, indent=2, default=sorted) + "\n", encoding="utf-8")
+
+
+def _stock_module_names(network: nn.Module) -> dict[str, str]:
+    """Our module names to those of the checkpoint's own format, for modules that are one and the same in both."""
+    if not is_blip(network.config):
+        return {name: name for name, _ in network.named_modules()}
+    pairs = [(row.ours[0], row.stock) for row in weight_table(network.config).weights if len(row.ours) == 1]
+    return {
+        ours.removesuffix(".weight"): stock.removesuffix(".weight") for ours, stock in pairs if ours.endswith(".weight")
+    }

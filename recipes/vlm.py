@@ -1,0 +1,160 @@
+"""Vision-language model: captions and answers from pictures, from scratch or from a BLIP checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mmattn.config import load_config
+from mmattn.data.readers import open_image_text
+from mmattn.data.spec import DataConfig
+from mmattn.data.tokenizer import item_texts
+from mmattn.errors import ConfigError
+from mmattn.inference import showcase
+from mmattn.inference.vlm import VisionLanguageModel
+from mmattn.inference.vlm_scores import EvalConfig, PictureBlindBaseline, sample_items, score_splits
+from mmattn.inference.vlm_setup import (
+    TRAIN_WHAT,
+    ModelConfig,
+    choose_trained,
+    make_collator,
+    make_vlm,
+    save_trained,
+    trained_model,
+)
+from mmattn.training import Batch, Draw, Loss, Task, TrainingConfig, TrainingResult
+from mmattn.training import train as run_loop
+from mmattn.training.memory import estimate_memory
+from mmattn.training.selection import LoRAConfig, selection
+
+_TARGETS = [r"decoder\..*(q_proj|k_proj|v_proj|out_proj)"]  # what every checkpoint format can name
+
+
+@dataclass
+class Config:
+    """The whole configuration of the recipe."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train_what: str = "all"  # or "lora", "cross_attention"
+    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(targets=list(_TARGETS)))
+    texts_per_image: int = 1  # texts learned per picture and step; they share its features
+    max_length: int = 32
+    prompt: str = ""  # stands before every caption and is not scored
+    token_dropout: float = 0.0  # part of the text that the decoder does not see, so that it has to look
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(output_dir="runs/vlm"))
+
+    def __post_init__(self) -> None:
+        if self.train_what not in TRAIN_WHAT:
+            raise ConfigError(f"train_what is {self.train_what!r}: choose one of {', '.join(TRAIN_WHAT)}")
+
+
+class VLMTask(Task):
+    """Captions and answers as next-token prediction; n texts share a picture's keys and values."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.source = open_image_text(config.data, "train")
+        items = sample_items(self.source)
+        self.vlm = make_vlm(config.model, item_texts(items))
+        self.model = self.vlm.network
+        choose_trained(self.model, config.train_what, config.lora)
+        self.baseline = PictureBlindBaseline(items)
+        self.best = config.evaluation.best
+        self._collate = make_collator(
+            self.vlm,
+            texts_per_image=config.texts_per_image,
+            max_length=config.max_length,
+            seed=config.training.seed,
+            prompt=config.prompt,
+            token_dropout=config.token_dropout,
+        )
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("model", "vlm")}
+
+    def collate(self, draws: Sequence[Draw]) -> Batch:
+        batch = self._collate(self.source, draws)
+        del batch["attention_mask"]  # padding stands on the right, and the decoder is causal
+        return batch
+
+    def count(self, batch: Batch) -> int:
+        return int((batch["labels"][:, 1:] >= 0).sum())
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        output = model(**batch)
+        return Loss(output.loss_sum, int(output.num_tokens))
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        scores = score_splits(self.vlm, self.config.data, self.config.evaluation, self.baseline)
+        return {name: value for name, value in scores.items() if not name.endswith("/blind")}
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        save_trained(self.vlm, folder)
+
+    def describe(self) -> str:
+        return f"{self.source.name}: {len(self)} pictures; training {self.config.train_what}: {selection(self.model)}"
+
+
+def train(config: Config, *, resume: bool | str = False) -> TrainingResult:
+    """Train as the config says; the result opens with `VisionLanguageModel.from_pretrained(output_dir / "final")`."""
+    values = {"recipe": "vlm", **dataclasses.asdict(config)}
+    return run_loop(VLMTask(config), config.training, resume=resume, command=" ".join(sys.argv), resolved_config=values)
+
+
+def check(config: Config) -> list[str]:
+    """What training with this config would do: data, parameters, memory. Reads data, trains nothing."""
+    config.training.validate()
+    task = VLMTask(config)
+    lines = [task.describe()]
+    for split in config.evaluation.splits:
+        source = open_image_text(config.data, split)
+        lines.append(f"{source.name}: {len(source)} pictures for scores")
+    example = task.source[0]
+    lines += [f"first picture {example.id}: {example.image.shape[1]} x {example.image.shape[0]} px"]
+    lines += [f"  {item.kind}: {item.question or ''} -> {item.text!r}" for item in example.texts[:4]]
+    settings = config.training
+    size = min(2, len(task))
+    batch = task.collate([(0, index) for index in range(size)])
+    task.model.train()
+    estimate = estimate_memory(
+        task.model,
+        lambda: task.loss(task.model, batch).total,
+        scale=(settings.micro_batch_size or settings.batch_size) / size,
+        has_average=settings.ema_decay is not None,
+    )
+    return [*lines, f"memory of training, float32, one process: {estimate}"]
+
+
+def evaluate(folder: str | Path, config: Config) -> dict[str, float]:
+    """Scores of a trained folder (its `best/` or else `final/`, or a model folder itself) on the config's data."""
+    vlm = VisionLanguageModel.from_pretrained(trained_model(Path(folder)))
+    baseline = PictureBlindBaseline(sample_items(open_image_text(config.data, "train")))
+    return score_splits(vlm, config.data, config.evaluation, baseline)
+
+
+def demo(output_dir: Path) -> None:
+    """Train on scenes for some minutes, then print scores, captions and answers, and draw where the model looked."""
+    config = load_config(Config, "vlm/demo", [f"training.output_dir={output_dir}"])
+    train(config)
+    print("\nScores on pictures that it never saw")
+    scores = evaluate(output_dir, config)
+    showcase.print_scores(scores)
+    vlm = VisionLanguageModel.from_pretrained(trained_model(output_dir))
+    showcase.show(vlm, open_image_text(config.data, "test"), output_dir / "show")
+
+
+if __name__ == "__main__":
+    from mmattn.cli.recipe_main import run_recipe
+
+    sys.exit(run_recipe(sys.modules[__name__]))
