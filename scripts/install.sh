@@ -54,8 +54,9 @@ print(digest.hexdigest())' "$root" "$root" "$extras" "${options[@]}")"
     if [ "$(cat "$stamp" 2>/dev/null)" = "$key" ]; then
         return
     fi
-    echo "installing mmattn[$extras] into $venv"
-    "$venv/bin/python" -m pip install --quiet "${options[@]}" --editable "$root[$extras]" ||
+    echo "installing mmattn[$extras] into $venv (about 2 GB with PyTorch; some minutes the first time)"
+    [ -t 1 ] || options+=(--quiet)
+    "$venv/bin/python" -m pip install "${options[@]}" --editable "$root[$extras]" ||
         fail "pip could not install mmattn[$extras]; its message is above"
     echo "$key" >"$stamp"
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,19 +19,41 @@ def ask(
     map_file: Annotated[
         Path | None, typer.Option("--map", metavar="PNG", help="Draw where the model looked for its answer.")
     ] = None,
+    word: Annotated[
+        str | None, typer.Option("--word", help="With --map: where it looked for this word of question or answer.")
+    ] = None,
     num_beams: BeamsOption = None,
     json_lines: JsonOption = False,
 ) -> None:
     """Answer questions about an image."""
-    if map_file is not None and len(questions) != 1:
-        raise UsageError(f"--map {map_file}: draws one answer, but {len(questions)} questions were given; ask one")
+    _check_map(map_file, word, questions)
+
+    import contextlib
     import json
 
-    from mmattn.inference.vlm import VisionLanguageModel
+    from mmattn.cli.models import open_vlm
+    from mmattn.maps.record import record_attention
 
-    vlm = VisionLanguageModel.from_pretrained(model)
-    settings = {} if num_beams is None else {"num_beams": num_beams}
-    pictures = vlm.encode([image])
-    answers = vlm.ask(pictures, questions, **settings)
+    vlm = open_vlm(model)
+    settings: dict[str, Any] = {} if num_beams is None else {"num_beams": num_beams}
+    with contextlib.nullcontext() if map_file is None else record_attention(vlm) as maps:
+        answers = vlm.ask(image, questions, **settings)
     for question, answer in zip(questions, answers, strict=True):
         print(json.dumps({"question": question, "answer": answer}) if json_lines else f"{question} {answer}")
+    if map_file is not None and maps is not None:
+        maps.heatmap(word).save(map_file)
+        print(f"wrote {map_file}", file=sys.stderr)
+
+
+def _check_map(map_file: Path | None, word: str | None, questions: list[str]) -> None:
+    """Everything about `--map` that can be known before a model is opened."""
+    if map_file is None:
+        if word is not None:
+            raise UsageError(f"--word {word}: needs --map PNG to draw on")
+        return
+    if len(questions) != 1:
+        raise UsageError(f"--map {map_file}: draws one answer, but {len(questions)} questions were given; ask one")
+    if map_file.suffix.lower() != ".png":
+        raise UsageError(f"--map {map_file}: must end in .png")
+    if not map_file.parent.is_dir():
+        raise UsageError(f"--map {map_file}: the folder {map_file.parent} does not exist; make it first")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,9 +19,9 @@ def caption(
     """Describe images."""
     import json
 
-    from mmattn.inference.vlm import VisionLanguageModel
+    from mmattn.cli.models import open_vlm
 
-    settings = {} if num_beams is None else {"num_beams": num_beams}
-    captions = VisionLanguageModel.from_pretrained(model).caption(images, prompt=prompt, **settings)
+    settings: dict[str, Any] = {} if num_beams is None else {"num_beams": num_beams}
+    captions = open_vlm(model).caption(images, prompt=prompt, **settings)
     for image, text in zip(images, captions, strict=True):
         print(json.dumps({"image": str(image), "caption": text}) if json_lines else f"{image}: {text}")

@@ -111,16 +111,19 @@ def copy_config(name: str, target: Path) -> Path:
 
 
 def trained_config(folder: Path) -> Path:
-    """The resolved config that training left in its output folder; `folder` may also lie inside that.
+    """The resolved config that training left beside its checkpoints, the newest one's.
+
+    Args:
+        folder: the `output_dir` of a run, or a folder inside it (`best/`, a checkpoint).
 
     Raises:
-        ConfigError: neither the folder nor the three above it holds one.
+        ConfigError: neither the folder nor the three above it belongs to a run.
     """
     for candidate in [folder.resolve(), *folder.resolve().parents][:4]:
-        path = candidate / "config.yaml"
-        if path.is_file():
-            return path
-    raise ConfigError(f"{folder}: no config.yaml here or above: not made by `mmattn train`; give --data CONFIG")
+        found = [*sorted(candidate.glob("checkpoints/step-*/config.yaml")), *candidate.glob("config.yaml")]
+        if found:
+            return found[-1]
+    raise ConfigError(f"{folder}: no checkpoints with a config.yaml here or above; name its data with --data CONFIG")
 
 
 def load_recipe(name: str) -> ModuleType:

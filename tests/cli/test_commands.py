@@ -65,10 +65,11 @@ def test_only_the_first_process_reports(toy_tree: Path, capsys, monkeypatch):
 
 def test_eval_uses_the_config_beside_the_model(toy_tree: Path, capsys):
     Path("run/best").mkdir(parents=True)
-    Path("run/config.yaml").write_text(CONFIG.replace("11", "13"))
-    assert main(["eval", "run/best"]) == 0
+    Path("run/checkpoints/step-00000013").mkdir(parents=True)
+    Path("run/checkpoints/step-00000013/config.yaml").write_text(CONFIG.replace("11", "13"))
+    assert main(["eval", "run"]) == 0
     assert capsys.readouterr().out == "accuracy  0.7500\nsteps     13.0000\n"
-    assert main(["eval", "run/best", "--json", "--data", "toy/debug", "training.max_steps=3"]) == 0
+    assert main(["eval", "run", "--json", "--data", "toy/debug", "training.max_steps=3"]) == 0
     assert capsys.readouterr().out == '{"accuracy": 0.75, "steps": 3.0}\n'
 
 
@@ -77,7 +78,7 @@ def test_eval_names_what_is_wrong(toy_tree: Path, capsys):
     assert capsys.readouterr().err == "mmattn: nowhere: no such folder; give the output_dir of a training run\n"
     Path("empty").mkdir()
     assert main(["eval", "empty"]) == 2
-    assert "empty: no config.yaml here or above" in capsys.readouterr().err
+    assert "empty: no checkpoints with a config.yaml here or above" in capsys.readouterr().err
 
 
 def test_the_recipe_runs_as_a_script(toy_tree: Path, capsys, monkeypatch):

@@ -61,6 +61,9 @@ def test_debug_after_two_dashes_is_an_argument():
         (["check", "toy/debug", "training"], "mmattn: override 'training': must be key.path=value"),
         (["train", "toy/debug", "--training.max_steps=3"], "set without dashes: training.max_steps=VALUE"),
         (["ask", "a.png", "one?", "two?", "--model", "x", "--map", "m.png"], "but 2 questions were given; ask one"),
+        (["ask", "a.png", "one?", "--model", "x", "--map", "m.svg"], "mmattn: --map m.svg: must end in .png"),
+        (["ask", "a.png", "one?", "--model", "x", "--map", "no/m.png"], "the folder no does not exist; make it first"),
+        (["ask", "a.png", "one?", "--model", "x", "--word", "cat"], "mmattn: --word cat: needs --map PNG to draw on"),
     ],
 )
 def test_wrong_usage(toy_tree: Path, capsys, arguments: list[str], message: str):

@@ -20,7 +20,7 @@ SURFACE = {
     "train": ["config", "overrides", "--resume"],
     "eval": ["folder", "overrides", "--data", "--json"],
     "caption": ["images", "--model -m", "--prompt", "--num-beams", "--json"],
-    "ask": ["image", "questions", "--model -m", "--map", "--num-beams", "--json"],
+    "ask": ["image", "questions", "--model -m", "--map", "--word", "--num-beams", "--json"],
     "doctor": [],
     "demo": ["--output-dir -o"],
 }

@@ -99,9 +99,13 @@ def test_copy_names_what_is_wrong(toy_tree: Path):
 
 
 def test_the_config_of_a_trained_folder(tmp_path: Path):
-    inner = tmp_path / "run" / "checkpoints" / "step-00000003"
-    inner.mkdir(parents=True)
-    with pytest.raises(ConfigError, match="no config.yaml here or above"):
-        trained_config(inner)
-    (tmp_path / "run" / "config.yaml").touch()
-    assert trained_config(inner) == trained_config(tmp_path / "run") == tmp_path / "run" / "config.yaml"
+    run = tmp_path / "run"
+    steps = [run / "checkpoints" / f"step-{step:08d}" for step in (3, 11)]
+    for folder in (*steps, run / "best"):
+        folder.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="run: no checkpoints with a config.yaml here or above; name its data with"):
+        trained_config(run)
+    for step in steps:
+        (step / "config.yaml").touch()
+    assert trained_config(run) == trained_config(run / "best") == steps[1] / "config.yaml"
+    assert trained_config(steps[0]) == steps[0] / "config.yaml"
