@@ -206,7 +206,7 @@ class KVCache:
         """Move what is held to the front, of larger storage where that is needed and allowed."""
         length = self.length
         needed = length + added
-        capacity = self.capacity
+        old = capacity = self.capacity
         while capacity < needed:
             capacity *= 2
         # A first prompt longer than the window's storage gets the room that it needs.
@@ -214,7 +214,7 @@ class KVCache:
         for name in ("_key", "_value"):
             stored: Tensor = getattr(self, name)
             held = stored[:, :, self._first : self._end]
-            if capacity == self.capacity:
+            if capacity == old:
                 held = held.clone()
                 grown = stored
             else:
