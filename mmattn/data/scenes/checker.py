@@ -125,7 +125,7 @@ def _read_object(pixels: np.ndarray, chroma: np.ndarray, part: np.ndarray) -> Sc
     side = part.shape[0]
     rows, columns = np.flatnonzero(part.any(axis=1)), np.flatnonzero(part.any(axis=0))
     radius = max(rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1) / (2 * side)
-    if radius < _SMALLEST:
+    if radius < _SMALLEST or part.all():
         return None
     inner = chroma >= np.quantile(chroma[part], 0.6)
     rgb = np.median(pixels[part & inner], axis=0)
@@ -143,7 +143,9 @@ def _cover(pixels: np.ndarray, part: np.ndarray, rgb: np.ndarray) -> tuple[np.nd
     window = pixels[top : rows[-1] + 3, left : columns[-1] + 3]
     inside = part[top : rows[-1] + 3, left : columns[-1] + 3]
     rim = ~_grown(inside)
-    ground = np.median(window[rim], axis=0) if rim.any() else np.median(pixels[~part], axis=0)
+    if not rim.any():
+        rim = ~inside
+    ground = np.median(window[rim], axis=0)
     way = rgb - ground
     cover = np.clip((window - ground) @ way / max(float(way @ way), 1.0), 0, 1)
     # Another object nearby is no part of this one.
@@ -161,11 +163,11 @@ def _grown(mask: np.ndarray) -> np.ndarray:
 def _best_fit(
     cover: np.ndarray, top: int, left: int, side: int, rows: np.ndarray, columns: np.ndarray
 ) -> tuple[str, float, float, float]:
-    """The shape, centre and radius whose drawing comes closest to the cover (least squares over a small grid)."""
+    """The shape, centre and radius whose drawing comes closest to the cover (least squares, to half a pixel)."""
     middle_y, middle_x = (rows[0] + rows[-1] + 1) / (2 * side), (columns[0] + columns[-1] + 1) / (2 * side)
     extent = max(rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1) / (2 * side)
-    offsets = np.linspace(-1.0, 1.0, 5) / side
-    scales = extent + np.linspace(-1.0, 1.0, 5) / side
+    offsets = np.array((-0.5, 0.0, 0.5)) / side
+    scales = extent + np.array((-0.75, -0.25, 0.25, 0.75, 1.25)) / side  # pointed tips are too pale to be counted
     best = (np.inf, SHAPES[0], middle_x, middle_y, extent)
     grid = np.stack(np.meshgrid(offsets, offsets, scales, indexing="ij"), axis=-1).reshape(-1, 3)
     x, y, radius = middle_x + grid[:, :1, None], middle_y + grid[:, 1:2, None], grid[:, 2:, None]
