@@ -7,6 +7,7 @@ import logging
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import BlipConfig, BlipTextConfig, BlipVisionConfig
 
 from mmattn.errors import CheckpointError
@@ -45,7 +46,7 @@ def config_from_stock(values: dict[str, Any]) -> VLMConfig:
         raise CheckpointError(f"config.json: {names[0]} is not supported, only {', '.join(STOCK_CLASSES.values())}")
     try:
         stock = BlipConfig.from_dict(copy.deepcopy(values))
-    except (TypeError, ValueError) as error:
+    except (StrictDataclassError, TypeError, ValueError) as error:
         raise CheckpointError(f"config.json: not a BLIP config ({' '.join(str(error).split())})") from error
     vision, text = cast(BlipVisionConfig, stock.vision_config), cast(BlipTextConfig, stock.text_config)
     config = VLMConfig(

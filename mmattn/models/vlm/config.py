@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,4 +190,24 @@ def _fill(schema: type[Any], values: dict[str, Any], prefix: str) -> Any:
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ConfigError(f"no such field: {prefix}{f', {prefix}'.join(unknown)}; known: {', '.join(known)}")
+    hints = typing.get_type_hints(schema)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise ConfigError(
+                f"{prefix}{name} is {value!r}, it must be {getattr(hints[name], '__name__', hints[name])}"
+            )
     return schema(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    arguments = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if origin is types.UnionType:
+        return any(_fits(value, choice) for choice in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(entry, arguments[0]) for entry in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
