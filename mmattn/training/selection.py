@@ -72,7 +72,7 @@ def add_lora(module: nn.Module, config: LoRAConfig) -> nn.Module:
             r=config.rank,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout_p,
-            target_modules=config.targets[0] if len(config.targets) == 1 else list(config.targets),
+            target_modules=config.targets[0] if _is_pattern(config.targets) else list(config.targets),
         )
         peft.inject_adapter_in_model(lora, module)
     except ValueError as error:
@@ -84,6 +84,11 @@ def add_lora(module: nn.Module, config: LoRAConfig) -> nn.Module:
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     return module
+
+
+def _is_pattern(targets: list[str]) -> bool:
+    """Whether peft shall take the only target for a regular expression: it is no plain module name."""
+    return len(targets) == 1 and not targets[0].replace(".", "_").isidentifier()
 
 
 def _is_linear(module: nn.Module) -> bool:
