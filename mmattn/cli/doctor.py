@@ -21,5 +21,5 @@ def doctor() -> None:
     for line in str(mmattn.backends()).splitlines():
         print(f"  {line}")
     print("Known problems:")
-    for line in environment.known_problems(environment.facts()) or ["none with these versions and devices"]:
+    for line in environment.known_problems() or ["none with these versions"]:
         print(f"  {line}")

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from mmattn import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "diffusers", "accelerate", "datasets", "safetensors")
 _PACKAGES += ("numpy", "pillow", "peft", "sentencepiece", "sacrebleu", "sacremoses", "matplotlib", "tensorboard")
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What decides whether a known fault can be met: versions as tuples, compute capabilities of the CUDA devices."""
-
-    torch: tuple[int, int]
-    cudnn: tuple[int, int] | None
-    capabilities: tuple[tuple[int, int], ...]
 
 
 def versions() -> Iterator[tuple[str, str]]:
@@ -51,40 +41,23 @@ def devices() -> list[str]:
     return lines
 
 
-def facts() -> Facts:
-    """The facts about this machine."""
+def known_problems() -> list[str]:
+    """What is wrong with this combination of versions; the backends table tells what concerns a single backend."""
     import torch
-    from packaging.version import Version
 
-    release = Version(torch.__version__).release
-    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
-    count = torch.cuda.device_count()
-    return Facts(
-        torch=(release[0], release[1]),
-        cudnn=(cudnn // 10000, cudnn // 100 % 100) if cudnn else None,
-        capabilities=tuple(torch.cuda.get_device_capability(index) for index in range(count)),
-    )
+    if not torch.cuda.is_available():
+        return []
+    return cudnn_problems(torch.backends.cudnn.version())
 
 
-def known_problems(found: Facts) -> Sequence[str]:
-    """Combinations of versions and devices that are known to give wrong or slow results, with what to do."""
-    problems = []
-    if found.torch >= (2, 11) and (9, 0) in found.capabilities:
-        problems.append(
-            "cuDNN attention on sm_90: the backward with an attn_mask can give NaN (pytorch issue 196678); "
-            "torch.backends.cuda.enable_cudnn_sdp(False) avoids it"
-        )
-    if any(capability[0] == 10 for capability in found.capabilities):
-        problems.append(
-            "cuDNN attention on sm_100: wrong results with fewer than 8 key/value heads (pytorch issue 193893); "
-            "torch.backends.cuda.enable_cudnn_sdp(False) avoids it"
-        )
-    if found.torch >= (2, 11) and found.cudnn is not None and found.cudnn <= (9, 15):
-        problems.append(
-            f"cuDNN {found.cudnn[0]}.{found.cudnn[1]} is older than the one that comes with torch: a system CUDA on "
-            "LD_LIBRARY_PATH probably hides it, and attention is slower; take it off the path"
-        )
-    return problems
+def cudnn_problems(version: int | None) -> list[str]:
+    """Problems of a cuDNN version as torch gives it (91900 is 9.19.0)."""
+    if version is None or version >= 91500:
+        return []
+    return [
+        f"cuDNN {version // 10000}.{version // 100 % 100} is loaded, older than the one that comes with torch: a system "
+        "CUDA on LD_LIBRARY_PATH probably hides it, and attention is slower; take it off that path"
+    ]
 
 
 def _needed() -> dict:

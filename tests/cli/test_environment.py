@@ -1,35 +1,40 @@
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 
 import pytest
 
-from mmattn.cli.environment import Facts, devices, facts, known_problems, versions
+from mmattn.cli.environment import cudnn_problems, devices, versions
 from mmattn.cli.main import main
 
 
-@pytest.mark.parametrize(
-    ("found", "expected"),
-    [
-        (Facts(torch=(2, 13), cudnn=None, capabilities=()), []),
-        (Facts(torch=(2, 13), cudnn=(9, 19), capabilities=((8, 0),)), []),
-        (Facts(torch=(2, 13), cudnn=(9, 19), capabilities=((9, 0),)), ["196678"]),
-        (Facts(torch=(2, 13), cudnn=(9, 19), capabilities=((10, 0),)), ["193893"]),
-        (Facts(torch=(2, 13), cudnn=(9, 8), capabilities=((9, 0),)), ["196678", "cuDNN 9.8 is older"]),
-    ],
-)
-def test_known_problems(found: Facts, expected: list[str]):
-    problems = known_problems(found)
-    assert len(problems) == len(expected)
-    for problem, part in zip(problems, expected, strict=True):
-        assert part in problem
+@pytest.mark.parametrize(("version", "shown"), [(None, ""), (91900, ""), (91500, ""), (90800, "cuDNN 9.8 is loaded")])
+def test_an_old_cudnn_is_named(version: int | None, shown: str):
+    problems = cudnn_problems(version)
+    assert len(problems) == bool(shown)
+    assert all(shown in problem for problem in problems)
 
 
 def test_this_machine():
     table = dict(versions())
     assert table["python"] == platform.python_version()
-    assert table["torch"].startswith(".".join(map(str, facts().torch)))
+    assert table["torch"] == importlib.metadata.version("torch")
     assert devices()[0].startswith("cpu: ")
+
+
+def test_a_package_that_is_too_old_or_missing(monkeypatch: pytest.MonkeyPatch):
+    def version(name: str) -> str:
+        if name == "diffusers":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["diffusers>=0.42", "torch>=2.11"])
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    table = dict(versions())
+    assert table["diffusers"] == "NOT INSTALLED, and needed"
+    assert table["torch"] == "1.0  TOO OLD, needs >=2.11"
+    assert table["peft"] == "1.0"
 
 
 def test_doctor(capsys):

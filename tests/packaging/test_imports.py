@@ -51,7 +51,7 @@ def test_attention_loads_torch_alone(code: str):
 
 def test_inference_loads_no_optional_package():
     loaded = _loaded("import mmattn; mmattn.VisionLanguageModel; mmattn.record_attention")
-    assert loaded.isdisjoint(["diffusers", "peft", "sacrebleu", "sentencepiece", "matplotlib", "wandb"])
+    assert loaded.isdisjoint(["diffusers", "peft", "sacrebleu", "matplotlib", "wandb"])
 
 
 def test_every_public_name_exists():

@@ -1,0 +1,84 @@
+"""`caption` and `ask`, with a model that records how it is called."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+
+import mmattn.cli.models
+import mmattn.maps.record
+from mmattn.cli.main import main
+
+
+class FakeModel:
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def caption(self, images, prompt=None, **settings):
+        self.calls.append((images, prompt, settings))
+        return [f"caption of {image.stem}" for image in images]
+
+    def ask(self, image, questions, **settings):
+        self.calls.append((image, questions, settings))
+        return ["yes"] * len(questions)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeModel:
+    fake = FakeModel()
+    opened = {"folder": fake}
+    monkeypatch.setattr(mmattn.cli.models, "open_vlm", opened.__getitem__)
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+def test_caption(model: FakeModel, capsys):
+    assert main(["caption", "a.png", "b.png", "-m", "folder", "--prompt", "a photo of", "--num-beams", "3"]) == 0
+    assert capsys.readouterr().out == "a.png: caption of a\nb.png: caption of b\n"
+    assert model.calls == [([Path("a.png"), Path("b.png")], "a photo of", {"num_beams": 3})]
+
+
+def test_caption_leaves_the_defaults_to_the_checkpoint(model: FakeModel, capsys):
+    assert main(["caption", "a.png", "--model", "folder", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"image": "a.png", "caption": "caption of a"}
+    assert model.calls == [([Path("a.png")], None, {})]
+
+
+def test_ask(model: FakeModel, capsys):
+    assert main(["ask", "a.png", "is it red?", "is it big?", "-m", "folder"]) == 0
+    assert capsys.readouterr().out == "is it red? yes\nis it big? yes\n"
+    assert model.calls == [(Path("a.png"), ["is it red?", "is it big?"], {})]
+
+
+@pytest.mark.parametrize(("options", "word"), [([], None), (["--word", "red"], "red")])
+def test_ask_draws_a_map(model: FakeModel, capsys, monkeypatch: pytest.MonkeyPatch, options: list[str], word: str):
+    class Maps:
+        def heatmap(self, chosen):
+            assert chosen == word
+            return self
+
+        def save(self, path):
+            Path(path).write_text("drawn")
+
+    @contextlib.contextmanager
+    def record_attention(target):
+        assert target is model
+        yield Maps()
+
+    monkeypatch.setattr(mmattn.maps.record, "record_attention", record_attention)
+    assert main(["ask", "a.png", "is it red?", "-m", "folder", "--json", "--map", "m.png", *options]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"question": "is it red?", "answer": "yes"}
+    assert printed.err == "wrote m.png\n"
+    assert Path("m.png").read_text() == "drawn"
+
+
+def test_a_folder_without_a_model(tmp_path: Path, capsys):
+    assert main(["caption", "a.png", "-m", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"mmattn: {tmp_path}: no model here")
+    assert printed.err.count("\n") == 1
