@@ -55,7 +55,7 @@ def cudnn_problems(version: int | None) -> list[str]:
     if version is None or version >= 91500:
         return []
     return [
-        f"cuDNN {version // 10000}.{version // 100 % 100} is loaded, older than the one that comes with torch: a system "
+        f"cuDNN {version // 10000}.{version // 100 % 100} is loaded, older than the one that torch brings: a system "
         "CUDA on LD_LIBRARY_PATH probably hides it, and attention is slower; take it off that path"
     ]
 
