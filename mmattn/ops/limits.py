@@ -46,7 +46,9 @@ class Limits:
         if dtypes is None:
             reasons.append(f"device {traits.device} (serves {', '.join(self.dtypes)})")
         elif traits.dtype not in dtypes:
-            reasons.append(f"dtype {_name(traits.dtype)} on {traits.device} (serves {', '.join(map(_name, dtypes))})")
+            reasons.append(
+                f"dtype {dtype_name(traits.dtype)} on {traits.device} (serves {', '.join(map(dtype_name, dtypes))})"
+            )
         if traits.head_dim < self.min_head_dim or (self.max_head_dim and traits.head_dim > self.max_head_dim):
             reasons.append(f"head_dim {traits.head_dim} (serves {self.min_head_dim} to {self.max_head_dim or 'any'})")
         wanted = {"causal": traits.is_causal, "key": traits.has_key_mask, traits.mask: traits.mask != "none"}
@@ -124,5 +126,6 @@ def torch_device_missing(device: str) -> str | None:
     return f"torch {torch.__version__} sees no {device} device here"
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as people write it, without "torch."."""
     return str(dtype).removeprefix("torch.")

@@ -107,6 +107,12 @@ def used_keys(allowed: Tensor, num_kv_heads: int) -> Tensor:
     return used.unsqueeze(-1)
 
 
+def zero_unused(key: Tensor, value: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, G, Lk, D] with zeros where no query may look, see `used_keys`."""
+    unused = ~used_keys(allowed, key.shape[1])
+    return key.masked_fill(unused, 0.0), value.masked_fill(unused, 0.0)
+
+
 def empty_rows(allowed: Tensor) -> Tensor:
     """Rows that may attend to nothing: boolean [b, h, q, 1]. Their output, weights and gradients are zero."""
     return ~allowed.any(dim=-1, keepdim=True)

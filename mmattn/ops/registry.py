@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import NamedTuple
 
+from torch import Tensor
+
 from mmattn.errors import BackendError, UsageError
-from mmattn.ops.backends import eager, sdpa
+from mmattn.ops.backends import eager, flex, sdpa
 from mmattn.ops.limits import Backend
-from mmattn.ops.request import Traits
+from mmattn.ops.request import Traits, prepare, traits_of
+from mmattn.ops.table import BackendTable, Explanation, describe
 
 # Adding a backend is one file in `backends/` and one row here. "auto" takes the first row that can serve.
-TABLE: tuple[Backend, ...] = (sdpa.BACKEND, eager.BACKEND)
+TABLE: tuple[Backend, ...] = (sdpa.BACKEND, flex.BACKEND, eager.BACKEND)
 _BY_NAME = {backend.name: backend for backend in TABLE}
 ROLES = ("self", "cross")
 
@@ -55,11 +58,8 @@ def use_backend(name: str, role: str | None = None) -> Iterator[None]:
         selection = before._replace(self_role=name)
     else:
         selection = before._replace(cross_role=name)
-    token = _SELECTION.set(selection)
-    try:
+    with _selecting(selection):
         yield
-    finally:
-        _SELECTION.reset(token)
 
 
 def selected(role: str | None) -> str:
@@ -96,6 +96,75 @@ def choose(name: str, traits: Traits) -> Backend:
     return chosen
 
 
+def backends() -> BackendTable:
+    """The backends in the order in which "auto" tries them: usable here or why not, what each supports, versions,
+    known-bad combinations. Print it, or look a row up by name."""
+    return BackendTable(describe(backend) for backend in TABLE)
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+    return_weights: bool = False,
+    role: str | None = None,
+) -> Explanation:
+    """Which backend `mmattn.attention` would take for these arguments, and every reason against the others.
+
+    Nothing is computed, and nothing raised for a backend that must refuse.
+
+    Raises:
+        UsageError: for arguments that do not fit together, or an unknown backend or role.
+    """
+    check_name(backend)
+    check_role(role)
+    source = "argument"
+    if backend == "auto":
+        backend = selected(role)
+        source = "auto" if backend == "auto" else "use_backend"
+    request = prepare(query, key, value, attn_mask, key_mask, is_causal, scale, dropout_p, return_weights)
+    traits = traits_of(request)
+    reasons = {row.name: _against(row, traits, backend) for row in TABLE}
+    chosen = next((name for name, against in reasons.items() if not against), None)
+    return Explanation(backend, source, chosen, reasons, traits)
+
+
+def _against(backend: Backend, traits: Traits, asked: str) -> list[str]:
+    reasons = backend.refusals(traits)
+    if asked == "auto" and traits.device not in backend.auto_devices:
+        reasons.append(f"auto does not choose it on {traits.device}: {backend.auto_note}")
+    if asked not in ("auto", backend.name):
+        reasons.append(f"{asked} was asked for")
+    return reasons
+
+
+def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """`context_fn` for `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`: recomputation in the backward,
+    which may run in another thread and after the `use_backend` block, gets the backends that the forward had.
+
+        with use_backend("eager"):
+            y = checkpoint(layer, x, use_reentrant=False, context_fn=checkpoint_contexts)
+        y.sum().backward()  # the layer's attention runs on eager again
+    """
+    return contextlib.nullcontext(), _selecting(_SELECTION.get())
+
+
+@contextlib.contextmanager
+def _selecting(selection: Selection) -> Iterator[None]:
+    token = _SELECTION.set(selection)
+    try:
+        yield
+    finally:
+        _SELECTION.reset(token)
+
+
 def _named(name: str, traits: Traits) -> Backend:
     backend = _BY_NAME[name]
     reasons = backend.refusals(traits)
@@ -107,9 +176,7 @@ def _named(name: str, traits: Traits) -> Backend:
 def _first_usable(traits: Traits) -> Backend:
     refused = []
     for backend in TABLE:
-        reasons = backend.refusals(traits)
-        if traits.device not in backend.auto_devices:
-            reasons.append(f"auto does not choose it on {traits.device}")
+        reasons = _against(backend, traits, "auto")
         if not reasons:
             return backend
         refused.append(f"{backend.name}: {'; '.join(reasons)}")

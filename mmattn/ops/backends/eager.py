@@ -39,8 +39,7 @@ def _attend(request: Request) -> tuple[Tensor, Tensor]:
     if allowed is not None:
         if allowed.dim() == 2:
             allowed = allowed[None, None]
-        unused = ~masks.used_keys(allowed, kv_heads)
-        key, value = key.masked_fill(unused, 0.0), value.masked_fill(unused, 0.0)
+        key, value = masks.zero_unused(key, value, allowed)
 
     # Query heads h = g * group + r share key/value head g: the group is an axis that keys and values broadcast over.
     grouped = (query * request.scale).reshape(batch, kv_heads, group, num_queries, head_dim)

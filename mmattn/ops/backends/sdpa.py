@@ -37,9 +37,15 @@ def run(request: Request) -> tuple[Tensor, None]:
     offset = key.shape[2] - query.shape[2] if request.is_causal else None
     if request.key_mask is None:
         return _attend(request, query, key, request.value, request.attn_mask, None, offset), None
-    if query.device.type != "cpu" or torch.compiler.is_compiling() or not request.key_mask.numel():
+    if not _may_look(query) or not request.key_mask.numel():
         return _attend(request, query, key, request.value, request.attn_mask, request.key_mask, offset), None
     return _attend_padded(request, request.key_mask, offset), None
+
+
+def _may_look(tensor: Tensor) -> bool:
+    """May values decide what is computed? On a CPU looking is free; elsewhere it would wait for the device, and a
+    traced graph cannot."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _attend_padded(request: Request, key_mask: Tensor, offset: int | None) -> Tensor:
@@ -136,12 +142,12 @@ def _attend_masked(
     there such rows attend to everything and their output is then set to zero, which makes their gradients zero too.
     """
     mask = _joined(attn_mask, extra, query.dtype)
-    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _may_look(query):
         if not _is_finite(key, value):
-            key, value = _zero_unused(key, value, _allowed(mask))
+            key, value = masks.zero_unused(key, value, _allowed(mask))
         return _kernel(request, query, key, value, mask, False)
     allowed = _allowed(mask)
-    key, value = _zero_unused(key, value, allowed)
+    key, value = masks.zero_unused(key, value, allowed)
     empty = masks.empty_rows(allowed)
     mask = mask | empty if mask.dtype is torch.bool else mask.masked_fill(empty, 0.0)
     return _kernel(request, query, key, value, mask, False).masked_fill(empty, 0.0)
@@ -165,12 +171,6 @@ def _is_finite(key: Tensor, value: Tensor) -> bool:
     """True only if every element is finite: a sum passes on any NaN or infinity, and reads ten times as fast as a
     masked copy is made. (A sum that overflows costs that copy, nothing else.)"""
     return math.isfinite((key.detach().sum() + value.detach().sum()).item())
-
-
-def _zero_unused(key: Tensor, value: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with zeros where no query may look."""
-    unused = ~masks.used_keys(allowed, key.shape[1])
-    return key.masked_fill(unused, 0.0), value.masked_fill(unused, 0.0)
 
 
 def _kernel(

@@ -1,0 +1,115 @@
+"""The tolerance rule: a fast path may differ from the float64 reference by at most twice what the eager path in the
+same dtype differs, three times for gradients. No tolerance is chosen by taste; non-finite values fail by themselves.
+
+Where the eager path happens to be exact there is still one rounding of the largest value (eps * max |reference|), which
+no path can avoid. In float64 the eager path would be compared with itself: there its error is taken to be float32's,
+scaled by the ratio of the two types' eps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmattn.ops.attention import attention
+
+FORWARD_FACTOR = 2.0
+BACKWARD_FACTOR = 3.0
+
+
+def check_within(got: Tensor, eager: Tensor, reference: Tensor, *, factor: float, what: str) -> None:
+    """Fail unless `got` is as near to `reference` (float64) as the rule asks, given `eager` in got's dtype (float32 if
+    that is float64).
+
+    The message has the worst position with its values, the error and the bound, and the share of elements beyond it.
+    """
+    assert got.shape == reference.shape, f"{what}: shape {list(got.shape)}, reference {list(reference.shape)}"
+    if got.numel() == 0:
+        return
+    bad = ~got.isfinite()
+    assert not bad.any(), f"{what}: not finite at {bad.nonzero()[0].tolist()}, {int(bad.sum())} of {bad.numel()}"
+    reference = reference.double()
+    error = (got.double() - reference).abs()
+    eps = torch.finfo(got.dtype).eps
+    eager_error = (eager.double() - reference).abs().max().item() * eps / torch.finfo(eager.dtype).eps
+    bound = factor * eager_error + eps * reference.abs().max().item()
+    worst = error.max().item()
+    if worst > bound:
+        position = torch.unravel_index(error.argmax(), error.shape)
+        index = tuple(int(axis) for axis in position)
+        share = (error > bound).double().mean().item()
+        raise AssertionError(
+            f"{what}: worst at {list(index)}: got {got[index].item():.9g}, reference {reference[index].item():.9g}, "
+            f"error {worst:.3g} > {bound:.3g} = {factor:g} x eager's {eager_error:.3g} + one rounding; "
+            f"{share:.1%} of the elements are beyond it"
+        )
+
+
+def run_with_gradients(
+    function: Callable[..., Tensor], tensors: Mapping[str, Tensor], cotangent: Tensor | None, **arguments: Any
+) -> dict[str, Tensor]:
+    """Call `function(**tensors, **arguments)`: {"output": ..., "grad of NAME": ...}, gradients given a cotangent."""
+    leaves = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    if cotangent is None:
+        with torch.no_grad():
+            return {"output": function(**leaves, **arguments)}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    output = function(**leaves, **arguments)
+    output.backward(cotangent.to(output.dtype))
+    gradients = {f"grad of {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {"output": output.detach(), **gradients}
+
+
+def check_attention(
+    function: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    backward: bool = True,
+    bias_gradient: bool = False,
+    what: str = "attention",
+    **arguments: Any,
+) -> dict[str, Tensor]:
+    """Hold `function` (signature of `mmattn.attention`) to the rule on the given inputs, in their dtype.
+
+    Args:
+        function: the fast path.
+        query: [B, H, Lq, D], in the dtype to be tested.
+        key: [B, G, Lk, D].
+        value: [B, G, Lk, D].
+        backward: compare gradients too.
+        bias_gradient: `attn_mask` is a float bias whose gradient is compared too.
+        what: begins a failure's message.
+        **arguments: masks, scale and so on.
+
+    Returns:
+        What `function` gave: "output", "grad of query" and so on.
+    """
+    tensors = {"query": query, "key": key, "value": value}
+    if bias_gradient:
+        tensors["attn_mask"] = arguments.pop("attn_mask")
+    cotangent = None
+    if backward:
+        generator = torch.Generator().manual_seed(query.numel())
+        cotangent = torch.randn(query.shape, generator=generator, dtype=torch.float64).to(query)
+    got = run_with_gradients(function, tensors, cotangent, **arguments)
+    reference = run_with_gradients(eager, {n: t.double() for n, t in tensors.items()}, cotangent, **arguments)
+    low_dtype = torch.float32 if query.dtype is torch.float64 else query.dtype
+    low = run_with_gradients(eager, {n: t.to(low_dtype) for n, t in tensors.items()}, cotangent, **arguments)
+    for name, expected in reference.items():
+        factor = FORWARD_FACTOR if name == "output" else BACKWARD_FACTOR
+        check_within(got[name], low[name], expected, factor=factor, what=f"{what}: {name}")
+    return got
+
+
+def eager(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
+    """The specification, in the dtype of its inputs; a float mask follows that dtype."""
+    mask = arguments.get("attn_mask")
+    if mask is not None and mask.is_floating_point():
+        arguments["attn_mask"] = mask.to(query.dtype)
+    return attention(query, key, value, backend="eager", **arguments)
