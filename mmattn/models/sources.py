@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -51,31 +51,38 @@ def find_folder(
     name = str(id_or_folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise CheckpointError(f"no such folder: {name}")
-    options = {"revision": revision, "token": token, "local_files_only": local_files_only}
+    place = f"{name} at revision {revision}" if revision else name
+    options = {"token": token, "local_files_only": local_files_only}
     try:
-        found = Path(snapshot_download(name, allow_patterns=list(_SMALL_FILES), **options))
-        if not any((found / candidate).exists() for candidate in _weight_names(variant)):
-            _download_weights(name, variant, options)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        place = f"{name} at revision {revision}" if revision else name
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=list(_SMALL_FILES), **options))
+        # The snapshot's name is its commit: a branch that moves meanwhile cannot mix two states.
+        _download_weights(name, found.name, variant, options)
+    except (HFValidationError, OSError) as error:
         where = "in the local hub cache" if local_files_only else "on the hub (or the hub cannot be reached)"
+        reason = getattr(error, "strerror", None) or type(error).__name__
         raise CheckpointError(
             f"{place}: neither a folder nor found {where}: check the spelling, the revision and, for a private or"
-            f" gated model, the token ({type(error).__name__})"
+            f" gated model, the token ({reason})"
         ) from error
     return found
 
 
-def _download_weights(repo_id: str, variant: str | None, options: dict[str, Any]) -> None:
+def _download_weights(repo_id: str, commit: str, variant: str | None, options: dict[str, Any]) -> None:
+    unreachable: LocalEntryNotFoundError | None = None
     for name in _weight_names(variant):
         try:
-            path = Path(hf_hub_download(repo_id, name, **options))
-        except EntryNotFoundError:  # with local_files_only also: not in the cache
+            path = Path(hf_hub_download(repo_id, name, revision=commit, **options))
+        except LocalEntryNotFoundError as error:  # not in the cache, and the hub not asked or not reached
+            unreachable = error
+            continue
+        except EntryNotFoundError:
             continue
         if path.suffix == ".json":
             for shard in sorted(set(_read_json(path)["weight_map"].values())):
-                hf_hub_download(repo_id, shard, **options)
+                hf_hub_download(repo_id, shard, revision=commit, **options)
         return
+    if unreachable is not None:
+        raise unreachable
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -6,16 +6,18 @@ import json
 import logging
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmattn.errors import CheckpointError, ConfigError
 from mmattn.models.vlm import VLMConfig, open_network, save_network
-from mmattn.nn import CrossAttention, convert_kv_heads
+from mmattn.nn import CrossAttention, convert_kv_heads, fuse
 from tests.models.tiny import pixels, tiny_config, tiny_network, tokens
 from tests.parity.blip_stock import save_stock, stock_model
 
@@ -255,6 +257,70 @@ def test_a_hub_id_is_opened_from_the_cache(tmp_path, monkeypatch):
     network = open_network("someone/something", local_files_only=True)
     assert torch.equal(network.decoder.body.embedding.words.weight, stock.get_input_embeddings().weight)
     assert open_network("someone/something", revision=commit, local_files_only=True).config == network.config
+
+
+def _as_shards(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"model-{index % 2}.safetensors" for index, name in enumerate(tensors)}
+    for shard in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_one_form_of_the_weights_is_downloaded(folder, tmp_path, monkeypatch, sharded):
+    (folder / "pytorch_model.bin").write_bytes(b"never asked for")
+    if sharded:
+        _as_shards(folder)
+    snapshot, asked = tmp_path / "c0ffee", []
+
+    def download(repo_id, name, *, revision, token, local_files_only):
+        assert (repo_id, revision, token, local_files_only) == ("someone/something", "c0ffee", "secret", False)
+        if not (folder / name).exists():
+            raise EntryNotFoundError(name)
+        asked.append(name)
+        return str(shutil.copy(folder / name, snapshot / name))
+
+    def small_files(repo_id, *, revision, allow_patterns, token, local_files_only):
+        assert revision == "main"
+        snapshot.mkdir()
+        for path in folder.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                shutil.copy(path, snapshot / path.name)
+        return str(snapshot)
+
+    monkeypatch.setattr("mmattn.models.sources.hf_hub_download", download)
+    monkeypatch.setattr("mmattn.models.sources.snapshot_download", small_files)
+    open_network("someone/something", revision="main", token="secret")
+    shards = ["model.safetensors.index.json", "model-0.safetensors", "model-1.safetensors"]
+    assert asked == (shards if sharded else ["model.safetensors"])
+
+
+def test_a_hub_that_cannot_be_reached_is_said(tmp_path, monkeypatch):
+    def unreachable(*_args, **_kwargs):
+        raise LocalEntryNotFoundError("cannot connect")
+
+    monkeypatch.setattr("mmattn.models.sources.hf_hub_download", unreachable)
+    monkeypatch.setattr("mmattn.models.sources.snapshot_download", lambda *_args, **_kwargs: str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"on the hub \(or the hub cannot be reached\)"):
+        open_network("someone/something")
+
+
+@torch.no_grad()
+def test_a_fused_network_decodes_and_saves_as_before(tmp_path):
+    network, bos = tiny_network(tiny_config()), tokens(2, 3)
+    save_network(network, tmp_path / "before")
+
+    def first_logits():
+        return network.start(network.project_context(network.encode_images(pixels(2))), max_length=5).logits(bos)
+
+    expected = first_logits()
+    fuse(network)
+    torch.testing.assert_close(first_logits(), expected)
+    save_network(network, tmp_path / "after")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
 def test_dtypes_are_said_by_name(folder):

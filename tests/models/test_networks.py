@@ -88,6 +88,17 @@ def test_select_contexts_keeps_pictures_with_all_their_rows():
     torch.testing.assert_close(state.logits(kept[:, 4:]), expected)
 
 
+@torch.no_grad()
+def test_decoding_under_autocast_keeps_its_caches_in_the_low_precision():
+    network = tiny_network(tiny_config())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        context = network.project_context(network.encode_images(pixels(1)))
+        state = network.start(context, max_length=5)
+        logits = state.logits(tokens(1, 3))
+    assert logits.dtype is torch.bfloat16
+    assert torch.isfinite(logits).all()
+
+
 def test_decoding_errors_say_the_sizes():
     network = tiny_network(tiny_config())
     context = network.project_context(network.encode_images(pixels(2)))
