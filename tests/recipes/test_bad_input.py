@@ -43,7 +43,8 @@ def _train(folder: Path, *overrides: str) -> list[str]:
 
 
 def test_a_wrong_key_names_the_nearest(captions, capsys):
-    _fails(capsys, _train(captions, "training.learning_rat=1"), 2, r"learning_rat'.*Did you mean 'training.learning_rate'")
+    nearest = r"learning_rat'.*Did you mean 'training.learning_rate'"
+    _fails(capsys, _train(captions, "training.learning_rat=1"), 2, nearest)
     (captions / "my.yaml").write_text("recipe: vlm\ntraning: {max_steps: 3}\n")
     _fails(capsys, ["train", str(captions / "my.yaml")], 2, r"my.yaml.*traning.*Did you mean 'training'")
     assert not (captions / "run").exists()
