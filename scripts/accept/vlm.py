@@ -1,0 +1,243 @@
+"""The checks behind scripts/accept/vlm.sh; every one runs the command that a user would run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = ROOT / ".venv" / "bin"
+RUNS = ROOT / "runs" / "accept"
+STAMPS_PACKAGE = "tuxpaint-stamps-default"
+
+all_ok = True
+
+
+def report(what: str, figure: str, goal: str, is_ok: bool) -> None:
+    """Print one line."""
+    global all_ok
+    all_ok = all_ok and is_ok
+    print(f"{what:<66} {figure:>16}   {goal:<22} {'ok' if is_ok else 'short'}", flush=True)
+
+
+def run(arguments: list[str | Path], log: Path, cwd: Path = ROOT, **env: str) -> tuple[int, float, str]:
+    """Run a command into a log file: its exit code, seconds and output."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with log.open("wb") as file:
+        done = subprocess.run(
+            [str(part) for part in arguments],
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | env,
+            check=False,
+        )
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return done.returncode, time.perf_counter() - started, text
+
+
+def fresh_folder(name: str) -> Path:
+    """An output folder that does not exist yet."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=RUNS)) / "run"
+
+
+def clone(folder: Path) -> Path:
+    """The committed state in a folder of its own."""
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    return folder
+
+
+def quickstart() -> None:
+    """1: the README's first command, from a fresh clone."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = clone(Path(folder) / "mmattn")
+        install = "source scripts/install.sh && install_mmattn recipes,plot"
+        code, seconds, _ = run(["bash", "-c", install], RUNS / "install.log", copy)
+        report("1 install from a fresh clone", f"{seconds:.0f} s", "exit code 0", code == 0)
+        code, seconds, text = run(["bash", "scripts/quickstart.sh"], RUNS / "quickstart.log", copy)
+        report(
+            "1 quickstart after the install", f"{seconds:.0f} s", "at most 300 s, code 0", code == 0 and seconds <= 300
+        )
+        report("1 scores beside the picture-blind baseline", "printed", "in the output", "without the picture" in text)
+        maps = sorted((copy / "runs/demo/show").glob("*_*.png"))
+        report("1 heat map files", str(len(maps)), "at least 1", bool(maps))
+        hit = re.search(r"looked for .*: (True|False)\)", text)
+        found = hit.group(1) if hit else "none"
+        report("1 peak of the first map lies on the object named", found, "True", found == "True")
+        is_said = (copy / "runs/demo/show/captions.txt").is_file()
+        report("1 captions and answers written", str(is_said), "True", is_said)
+
+
+SCENES_GOALS = [
+    ("test/caption_1", 0.98),
+    ("heldout/caption_1", 0.85),
+    ("test/caption_2", 0.90),
+    ("heldout/caption_2", 0.70),
+    ("test/answers", 0.97),
+    ("heldout/answers", 0.88),
+    ("test/relation_check", 0.90),
+    ("heldout/relation_check", 0.90),
+]
+
+
+def scenes() -> None:
+    """2: training on scenes, scored on unseen pictures and on pairs of colour and shape that training never shows."""
+    folder = fresh_folder("scenes")
+    code, seconds, _ = run(
+        [BIN / "mmattn", "train", "vlm/scenes", f"training.output_dir={folder}"], RUNS / "scenes.log"
+    )
+    report(
+        "2 mmattn train vlm/scenes", f"{seconds / 60:.1f} min", "at most 20 min, code 0", code == 0 and seconds <= 1200
+    )
+    scores = evaluate(folder, "evaluation.splits=[test,heldout]", "evaluation.limit=null")
+    for name, goal in SCENES_GOALS:
+        report_score(f"2 {name}", scores, name, goal)
+    for name in sorted(set(scores) - {name for name, _ in SCENES_GOALS}):
+        if not name.endswith("/blind"):
+            report_score(f"2 {name}", scores, name, None)
+
+
+def evaluate(folder: Path, *overrides: str) -> dict[str, float]:
+    """What `mmattn eval` says."""
+    code, _, text = run([BIN / "mmattn", "eval", folder, "--json", *overrides], RUNS / "eval.log")
+    lines = [line for line in text.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if code == 0 and lines else {}
+
+
+def report_score(what: str, scores: dict[str, float], name: str, goal: float | None) -> None:
+    """A share of right answers beside the picture-blind baseline's; the goal None means to beat that."""
+    blind = scores.get(f"{name}/blind", 0.0)
+    wanted = blind if goal is None else goal
+    value = scores.get(name, float("nan"))
+    is_ok = value > wanted if goal is None else value >= wanted
+    text = f"above blind {wanted:.1%}" if goal is None else f"{wanted:.0%} (blind {blind:.1%})"
+    report(what, f"{value:.1%}", text, is_ok)
+
+
+def stamps() -> None:
+    """3: real pictures; families that training never shows."""
+    folder = fresh_folder("stamps")
+    with tempfile.TemporaryDirectory() as unpacked:
+        code, _, _ = run(["apt-get", "download", STAMPS_PACKAGE], RUNS / "stamps-download.log", Path(unpacked))
+        debs = list(Path(unpacked).glob("*.deb"))
+        if code or not debs:
+            report(f"3 package {STAMPS_PACKAGE}", "not to be had", "downloaded", False)
+            return
+        subprocess.run(["dpkg-deb", "-x", str(debs[0]), unpacked], check=True)
+        path = f"data.path={unpacked}"
+        command = [BIN / "mmattn", "train", "vlm/stamps", f"training.output_dir={folder}", path]
+        code, seconds, _ = run(command, RUNS / "stamps.log")
+        report("3 mmattn train vlm/stamps", f"{seconds / 60:.1f} min", "exit code 0", code == 0)
+        scores = evaluate(folder, path)
+        for name in ("test/category", "test/recall_at_1", "test/recall_at_5"):
+            report_score(f"3 {name}", scores, name, None)
+        report(
+            "3 test/caption, exact (blind beside it)",
+            f"{scores.get('test/caption', 0):.1%}",
+            f"reported ({scores.get('test/caption/blind', 0):.1%})",
+            "test/caption" in scores,
+        )
+
+
+def tests(number: int, what: str, *paths: str) -> None:
+    """Tests by path, as one line: how many passed."""
+    code, seconds, text = run(
+        [BIN / "python", "-m", "pytest", "-q", *paths], RUNS / f"tests-{number}.log", HF_HUB_OFFLINE="1"
+    )
+    passed = re.search(r"(\d+) passed", text)
+    report(f"{number} {what}", f"{passed.group(1) if passed else 0} in {seconds:.0f} s", "all pass", code == 0)
+
+
+def blip() -> None:
+    """4: parity with stock BLIP, and what is trained and what is not."""
+    tests(4, "BLIP: parity with transformers and round trip", "tests/parity")
+    tests(4, "gate 0 leaves the text model's logits as they are", "tests/models", "tests/nn", "-k", "gate")
+    tests(4, "cross-attention only, LoRA merged, says what it trains", "tests/recipes/test_vlm.py")
+
+
+def speed() -> None:
+    """5: beside stock BLIP at its real size."""
+    file = RUNS / "vlm_inference.json"
+    code, _, _ = run([BIN / "python", "scripts/bench/vlm_inference.py", "--json", file], RUNS / "bench.log")
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    for row in rows:
+        report(f"5 {row['name']}", f"{row['value']:.2f}", f"{row['goal']:g}", row["ok"])
+    report("5 scripts/bench/vlm_inference.py", f"exit code {code}", "0", code == 0)
+
+
+def kills() -> None:
+    """6: SIGKILL at random steps and inside saves."""
+    work = fresh_folder("kills")
+    train = [
+        BIN / "mmattn",
+        "train",
+        "vlm/debug",
+        "training.max_steps=60",
+        "training.save_every=5",
+        "training.eval_every=20",
+    ]
+    command = [BIN / "python", "scripts/accept/kill_resume.py", "--kills", "10", "--work", work, "--", *train]
+    code, _, text = run(command, RUNS / "kills.log")
+    for line in text.splitlines():
+        if line.endswith((": ok", ": short")):
+            what, _, verdict = line.rpartition(": ")
+            report(f"6 {what}", "", "", verdict == "ok")
+    report("6 ten kills, resumed each time", f"exit code {code}", "0", code == 0)
+
+
+def fresh_tests() -> None:
+    """7: the README's second command, from a fresh clone, and the wheel."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = clone(Path(folder) / "mmattn")
+        code, seconds, text = run(["bash", ".ci/run"], RUNS / "ci.log", copy)
+        passed = re.search(r"(\d+) passed", text)
+        count = passed.group(1) if passed else "0"
+        report(
+            "7 .ci/run from a fresh clone: tests passed", f"{count}, {seconds / 60:.0f} min", "exit code 0", code == 0
+        )
+        is_called = "scripts/test.sh" in (copy / ".ci/run").read_text(encoding="utf-8")
+        report("7 .ci/run calls scripts/test.sh", str(is_called), "True", is_called)
+        report("7 wheel in an empty environment", "trained", "vlm/debug done", "wheel: mmattn" in text)
+
+
+def bad_input() -> None:
+    """8: messages and exit codes."""
+    tests(
+        8, "bad input: one line, right exit code, nothing half-written", "tests/recipes/test_bad_input.py", "tests/cli"
+    )
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "1": quickstart,
+    "2": scenes,
+    "3": stamps,
+    "4": blip,
+    "5": speed,
+    "6": kills,
+    "7": fresh_tests,
+    "8": bad_input,
+}
+
+
+def chosen(arguments: list[str]) -> Iterator[Callable[[], None]]:
+    """The checks named on the command line; all of them when none is."""
+    for name in arguments or CHECKS:
+        if name not in CHECKS:
+            sys.exit(f"no check {name}: choose from {' '.join(CHECKS)}")
+        yield CHECKS[name]
+
+
+if __name__ == "__main__":
+    for check in list(chosen(sys.argv[1:])):
+        check()
+    sys.exit(0 if all_ok else 1)
