@@ -212,7 +212,7 @@ class _Run:
 
     def _step(self, micro_batches: Sequence[Batch]) -> StepResult:
         step = self.state.step
-        seed_draws(self.config.seed, step, self.accelerator.process_index)
+        seed_draws(self.config.seed, step, self.accelerator.process_index, self.accelerator.device)
         set_learning_rate(self.optimizer, learning_rate(self.config, step))
         result = run_step(
             self.task,
@@ -320,7 +320,8 @@ class _Run:
         return is_better
 
     def _score(self) -> dict[str, float]:
-        seed_draws(self.config.seed, self.state.step, self.accelerator.process_index, is_evaluation=True)
+        accelerator = self.accelerator
+        seed_draws(self.config.seed, self.state.step, accelerator.process_index, accelerator.device, is_evaluation=True)
         self.inner.eval()
         with self._averaged(), torch.no_grad():
             return {key: float(value) for key, value in self.task.evaluate(self.inner).items()}

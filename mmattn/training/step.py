@@ -45,10 +45,14 @@ class StepResult:
     stop_signal: int = 0
 
 
-def seed_draws(seed: int, step: int, rank: int, *, is_evaluation: bool = False) -> None:
+def seed_draws(seed: int, step: int, rank: int, device: torch.device, *, is_evaluation: bool = False) -> None:
     """Seed torch for a step, so that dropout is a function of (seed, step, process) and needs no saved state."""
     words = np.random.SeedSequence([seed, step, rank, 2 if is_evaluation else 1]).generate_state(1, np.uint64)
-    torch.manual_seed(int(words[0]))
+    value = int(words[0] >> np.uint64(1))
+    # Not torch.manual_seed: it queues a call, with a stack trace, for every kind of device that is never used.
+    torch.default_generator.manual_seed(value)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(value)
 
 
 def run_step(

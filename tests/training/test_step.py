@@ -68,7 +68,7 @@ def test_a_count_that_disagrees_is_refused(tmp_path):
 
 def test_dropout_is_a_function_of_seed_step_and_process():
     def draw(*place, **options):
-        seed_draws(*place, **options)
+        seed_draws(*place, torch.device("cpu"), **options)
         return torch.rand(3).tolist()
 
     places = [draw(0, 1, 0), draw(0, 2, 0), draw(1, 1, 0), draw(0, 1, 1), draw(0, 1, 0, is_evaluation=True)]
