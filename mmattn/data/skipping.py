@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from mmattn.data.draws import draw_generator
-from mmattn.data.records import ImageTextRecord, ImageTextSource, TextItem, read_texts
+from mmattn.data.records import ImageTextRecord, ImageTextSource, TextItem, TextSource
 from mmattn.errors import DataError, RunError
 
 _LOGGER = logging.getLogger(__name__)
@@ -61,8 +61,10 @@ class SkippingSource:
         raise RunError(f"{self.name}: found no readable record in place of number {index}; {self.summary()}")
 
     def texts(self, indices: Sequence[int]) -> list[tuple[TextItem, ...]]:
-        """The records' own texts, whether or not their pictures can be read."""
-        return read_texts(self.source, indices)
+        """The records' own texts, whether or not their pictures can be read, where the source knows them apart."""
+        if isinstance(self.source, TextSource):
+            return self.source.texts(indices)
+        return [self[index].texts for index in indices]
 
     def check(self, limit: int | None = None) -> dict[int, str]:
         """Tries to read every record (or the first `limit`) and says which cannot be, and why; stops at nothing."""

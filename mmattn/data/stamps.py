@@ -121,9 +121,13 @@ def list_stamps(folder: Path) -> list[Stamp]:
 def split_stamps(stamps: Sequence[Stamp], seed: int) -> dict[str, list[Stamp]]:
     """Stamps by split; a family or caption never lies in two."""
     by_category: dict[str, list[list[Stamp]]] = {}
-    for group in _groups(stamps):
-        by_category.setdefault(group[0].category, []).append(group)
     parts: dict[str, list[Stamp]] = {split: [] for split in SPLITS}
+    for group in _groups(sorted(stamps, key=lambda stamp: stamp.path)):
+        categories = {stamp.category for stamp in group}
+        if len(categories) > 1:  # a caption that ties two categories: nothing to be tested on
+            parts["train"] += group
+        else:
+            by_category.setdefault(categories.pop(), []).append(group)
     for groups in by_category.values():
         total = sum(len(group) for group in groups)
         largest = max(groups, key=len)

@@ -28,6 +28,10 @@ _FORMATS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
+_USUAL = {
+    "image": ("image", "file_name", "img", "path", "jpg", "png"),
+    "text": ("caption", "captions", "answer", "label"),
+}
 
 
 class TableSource:
@@ -166,7 +170,8 @@ def _texts(value: Any) -> list[str]:
 
 
 def _missing_column(name: str, role: str, column: str, present: Sequence[str]) -> str:
-    near = difflib.get_close_matches(column, present, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(column, present, n=1, cutoff=0.6)
+    near = near or [other for other in _USUAL.get(role, ()) if other in present]
     hint = f"; nearest: {near[0]!r}" if near else ""
     columns = ", ".join(repr(other) for other in present)
     return f"{name} has no column {column!r}, it has {columns}{hint}; set data.columns.{role}"
@@ -193,6 +198,8 @@ def read_table(path: str) -> tuple[Dataset, Path]:
     try:
         table = load_dataset(_FORMATS[suffix], data_files=files, split="train", **options)
     except Exception as error:  # datasets lets through what pandas, pyarrow and its own builders raise
+        if "corresponds to no data" in str(error):
+            raise DataError(f"{path} is empty: no rows") from error
         raise DataError(f"{path}: cannot be read as {_FORMATS[suffix]} ({root_cause(error)})") from error
     return table, Path(files[0]).parent
 
