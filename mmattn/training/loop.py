@@ -166,14 +166,17 @@ class _Run:
         parameters = list(self.inner.parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         accelerator, sampler = self.accelerator, self.sampler
-        share = sampler.batch_size // accelerator.num_processes
+        processes = accelerator.num_processes
+        batch = f"batch of {sampler.batch_size}"
+        if processes > 1:
+            batch += f" over {processes} processes"
+        if sampler.micro_batches > 1:
+            batch += f" in {sampler.micro_batches} micro-batches of up to {sampler.micro_batch_size}"
         return [
             self.task.describe(),
             f"training {trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters, steps "
             f"{self.first_step} to {self.config.max_steps}, on {accelerator.device.type}, "
-            f"precision {accelerator.mixed_precision}, {accelerator.num_processes} process(es), batch of "
-            f"{sampler.batch_size} ({sampler.micro_batches} micro-batch(es) of up to "
-            f"{sampler.micro_batch_size or share} in each)",
+            f"precision {accelerator.mixed_precision}, {batch}",
         ]
 
     def run(self) -> TrainingResult:

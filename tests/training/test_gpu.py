@@ -11,6 +11,8 @@ from mmattn.training import read_metrics, train
 from mmattn.training.devices import resolve_precision
 from tests.training.toy import ToyTask, toy_config
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
 
 def test_precision_is_never_bf16_by_itself_on_a_cpu():
     assert resolve_precision("auto", torch.device("cpu")) == "no"
@@ -18,6 +20,7 @@ def test_precision_is_never_bf16_by_itself_on_a_cpu():
 
 
 @pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("precision", ["auto", "no", "bf16", "fp16"])
 def test_it_learns_and_resumes(tmp_path, precision):
     options = {"device": "auto", "mixed_precision": precision, "eval_every": 5, "ema_decay": 0.9, "num_workers": 2}
@@ -33,6 +36,7 @@ def test_it_learns_and_resumes(tmp_path, precision):
 
 
 @pytest.mark.gpu
+@needs_gpu
 def test_an_fp16_overflow_is_no_bad_batch(tmp_path):
     class Large(ToyTask):
         def loss(self, model, batch):
@@ -44,6 +48,7 @@ def test_an_fp16_overflow_is_no_bad_batch(tmp_path):
 
 
 @pytest.mark.gpu
+@needs_gpu
 def test_a_bad_batch_is_skipped_in_bf16(tmp_path):
     task = ToyTask(bad=[3])
     train(task, toy_config(tmp_path, device="auto", mixed_precision="bf16", max_steps=8))

@@ -69,7 +69,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     assert code == 0, err
     both, err, code = finish(start(tmp_path, tmp_path / "two", 2, micro_batch_size=2, **options))
     assert code == 0, err
-    assert "2 process(es)" in err
+    assert "batch of 6 over 2 processes in 2 micro-batches of up to 2" in err
     assert sorted(result["rank"] for result in both) == [0, 1]
     for result in both:
         assert result["losses"] == pytest.approx(one["losses"], rel=1e-9)
