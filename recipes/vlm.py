@@ -45,6 +45,7 @@ class Config:
     train_what: str = "all"  # or "lora", "cross_attention"
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(targets=list(_TARGETS)))
     texts_per_image: int = 1  # texts learned per picture and step; they share its features
+    kind_weights: dict[str, float] = field(default_factory=dict)  # how often a kind of text is learned; 1 if not named
     max_length: int = 32
     prompt: str = ""  # stands before every caption and is not scored
     token_dropout: float = 0.0  # part of the text that the decoder does not see, so that it has to look
@@ -75,6 +76,7 @@ class VLMTask(Task):
             seed=config.training.seed,
             prompt=config.prompt,
             token_dropout=config.token_dropout,
+            kind_weights=config.kind_weights,
         )
 
     def __len__(self) -> int:

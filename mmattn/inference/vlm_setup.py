@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -93,6 +93,7 @@ def make_collator(
     seed: int,
     prompt: str = "",
     token_dropout: float = 0.0,
+    kind_weights: Mapping[str, float] | None = None,
 ) -> ImageTextCollator:
     """Batches in the layout that the model was made for; see `ImageTextCollator`."""
     config = vlm.network.config
@@ -104,6 +105,7 @@ def make_collator(
         seed,
         prompt=prompt,
         token_dropout=token_dropout,
+        kind_weights=kind_weights,
         bos_id=config.bos_token_id,
         sep_id=config.sep_token_id,
         eos_id=config.stop_token_id,

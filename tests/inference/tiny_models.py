@@ -90,7 +90,15 @@ def save_own(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     tokenizer = train_tokenizer([WORDS.replace(" ##s", "")])
     image = ImageEncoderConfig(
-        kind="conv", image_size=16, embed_dim=20, num_layers=1, num_heads=2, ffn_dim=24, conv_channels=[5, 7], grid=8
+        kind="conv",
+        image_size=16,
+        embed_dim=20,
+        num_layers=1,
+        num_heads=2,
+        ffn_dim=24,
+        conv_channels=[5, 7],
+        convs_per_stage=[1, 2],
+        grid=8,
     )
     text = TextConfig(
         vocab_size=len(tokenizer),

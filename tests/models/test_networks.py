@@ -183,7 +183,7 @@ def test_networks_without_cross_attention_parameters_name_none():
 @torch.no_grad()
 @pytest.mark.parametrize("num_layers", [0, 1])
 def test_the_conv_encoder_sees_a_picture_alike_alone_and_in_a_batch(num_layers):
-    network = tiny_network(tiny_config(image={"num_layers": num_layers, "convs_per_stage": 2}))
+    network = tiny_network(tiny_config(image={"num_layers": num_layers, "convs_per_stage": [2, 1, 3]}))
     features = network.encode_images(pixels(3))
     assert features.shape == (3, 9, 22) == (3, network.config.image.num_features, 22)
     torch.testing.assert_close(network.encode_images(pixels(3)[1:2]), features[1:2])
@@ -232,3 +232,21 @@ def test_either_pictures_or_features_are_needed():
     network = tiny_network(tiny_config("matching"))
     with pytest.raises(UsageError, match="either pixel_values or features"):
         network(None, tokens(1, 5))
+
+
+def test_a_frozen_stem_keeps_its_statistics_while_the_rest_trains():
+    network = tiny_network(tiny_config())
+    stem = network.image.embedding.stem
+    network.train()
+    assert stem.training
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    for parameter in cross_attention_parameters(network).values():
+        parameter.requires_grad_(True)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.train()
+    network(pixels(3), tokens(3, 7))
+    assert network.decoder.training
+    assert not stem.training
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

@@ -21,6 +21,7 @@ def tiny_config(task: str = "captioning", *, image: dict[str, Any] | None = None
         "num_heads": 2,
         "ffn_dim": 29,
         "conv_channels": [5, 7, 13],
+        "convs_per_stage": [1, 1, 1],
         "grid": 3,
     }
     text_values = {

@@ -37,7 +37,7 @@ class ImageEncoderConfig:
     position_std: float = 0.02  # spread of the position table at the start
     patch_size: int = 16  # vit only
     conv_channels: list[int] = field(default_factory=lambda: [32, 64, 128])  # conv only: one stage each
-    convs_per_stage: int = 1  # conv only
+    convs_per_stage: list[int] = field(default_factory=lambda: [1, 1, 3])  # conv only: how many in each stage
     grid: int = 8  # conv only
 
     @property
@@ -56,6 +56,11 @@ class ImageEncoderConfig:
                 f"image.image_size {self.image_size} is not divisible by image.patch_size {self.patch_size}"
             )
         stages = len(self.conv_channels)
+        if self.kind == "conv" and (len(self.convs_per_stage) != stages or min(self.convs_per_stage, default=0) < 1):
+            raise ConfigError(
+                f"image.convs_per_stage {list(self.convs_per_stage)} must hold a number of 1 or more for each of the"
+                f" {stages} stages of image.conv_channels"
+            )
         if self.kind == "conv" and (stages == 0 or self.image_size != self.grid * 2 ** (stages - 1)):
             raise ConfigError(
                 f"image.conv_channels has {stages} stages, each after the first halving the side: they do not take"

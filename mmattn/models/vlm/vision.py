@@ -50,18 +50,26 @@ class ConvEmbedding(nn.Module):
             torch.empty(config.grid, config.embed_dim).normal_(std=config.position_std)
         )
 
+    def train(self, mode: bool = True) -> ConvEmbedding:
+        """As `nn.Module.train`, but a frozen stem stays in evaluation mode: its statistics are part of what is frozen."""
+        super().train(mode)
+        self.stem.train(mode and any(parameter.requires_grad for parameter in self.stem.parameters()))
+        return self
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """`[B, 3, H, W]` to `[B, grid * grid, C]`, row after row."""
+        # Channels last is how the convolutions are fastest and how the tokens are read afterwards.
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         cells = self.channel_proj(self.stem(pixel_values).movedim(1, -1))  # [B, grid, grid, C]
         positions = self.row_positions[:, None] + self.column_positions[None]
         return (cells + positions.to(cells.dtype)).flatten(1, 2)
 
 
-def _conv_stages(channels: list[int], convs_per_stage: int) -> list[nn.Module]:
+def _conv_stages(channels: list[int], convs_per_stage: list[int]) -> list[nn.Module]:
     modules: list[nn.Module] = []
     previous = 3
-    for stage, width in enumerate(channels):
-        for index in range(convs_per_stage):
+    for stage, (width, count) in enumerate(zip(channels, convs_per_stage, strict=True)):
+        for index in range(count):
             stride = 2 if stage > 0 and index == 0 else 1
             # The norm that follows takes the mean away, so a bias here would have no effect.
             modules += [
