@@ -152,7 +152,7 @@ def stamps() -> None:
 def tests(number: int, what: str, *paths: str) -> None:
     """Tests by path, as one line: how many passed."""
     code, seconds, text = run(
-        [BIN / "python", "-m", "pytest", "-q", *paths], RUNS / f"tests-{number}.log", HF_HUB_OFFLINE="1"
+        [BIN / "python", "-m", "pytest", *paths], RUNS / f"tests-{number}.log", HF_HUB_OFFLINE="1"
     )
     passed = re.search(r"(\d+) passed", text)
     report(f"{number} {what}", f"{passed.group(1) if passed else 0} in {seconds:.0f} s", "all pass", code == 0)

@@ -51,7 +51,7 @@ class ConvEmbedding(nn.Module):
         )
 
     def train(self, mode: bool = True) -> ConvEmbedding:
-        """As `nn.Module.train`, but a frozen stem stays in evaluation mode: its statistics are part of what is frozen."""
+        """As `nn.Module.train`, but a frozen stem stays in evaluation mode: its statistics are frozen too."""
         super().train(mode)
         self.stem.train(mode and any(parameter.requires_grad for parameter in self.stem.parameters()))
         return self
