@@ -17,6 +17,7 @@ from mmattn.data.images import PixelTransform
 from mmattn.errors import UsageError
 from mmattn.inference import folders
 from mmattn.inference.decode import DecodeSettings
+from mmattn.inference.linear import use_few_rows_products
 from mmattn.inference.pictures import ImageInput, Pictures, join, open_images
 from mmattn.inference.text_side import TextSide
 from mmattn.inference.texts import Pairing, pair_texts
@@ -110,7 +111,11 @@ class VisionLanguageModel:
         network = open_network(folder, variant=variant, dtype=dtype, device=device)
         tokenizer = folders.open_tokenizer(folder, is_stock=is_blip(network.config))
         processor = folders.open_image_processor(folder)
-        return cls(fuse(network), tokenizer, processor, folders.read_generation_config(folder))
+        if device.type == "cpu":
+            use_few_rows_products(network)  # packed projections gain nothing here
+        else:
+            fuse(network)
+        return cls(network, tokenizer, processor, folders.read_generation_config(folder))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, tokenizer, image processor and generation settings; stock classes open a BLIP folder.
