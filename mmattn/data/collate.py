@@ -72,7 +72,7 @@ class ImageTextCollator:
         if not 0 <= token_dropout < 1:
             raise UsageError(f"token_dropout must be at least 0 and below 1, not {token_dropout}")
         self.token_dropout = token_dropout
-        self.unknown_id = _token_id("unk", None, tokenizer.unk_token_id) if token_dropout else None
+        self.unknown_id = _token_id("unk", None, tokenizer.unk_token_id) if token_dropout else self.pad_id
         self._prompt_ids = self._encode(prompt) if prompt else []
         self._known: dict[str, list[int]] = {}
 
@@ -94,7 +94,7 @@ class ImageTextCollator:
             items = self.draw_texts(record, draw_generator(self.seed, epoch, example, "texts"))
             rows += [self.lay_out(item) for item in items]
         batch = self.pad(rows)
-        if self.unknown_id is not None:
+        if self.token_dropout:
             self._drop_tokens(batch, draws)
         return {"pixel_values": self.transform(images), **batch}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional
 
 from mmattn.data.images import MAX_PIXELS
 from mmattn.errors import ConfigError
@@ -26,11 +25,11 @@ class ColumnConfig:
             None goes by the image's path; embedded images stay apart.
     """
 
-    image: Optional[str] = None  # noqa: UP045 (OmegaConf reads Optional on every Python version)
+    image: str | None = None
     text: str = "text"
-    question: Optional[str] = None  # noqa: UP045
-    kind: Optional[str] = None  # noqa: UP045
-    group: Optional[str] = None  # noqa: UP045
+    question: str | None = None
+    kind: str | None = None
+    group: str | None = None
 
 
 @dataclass
@@ -58,23 +57,23 @@ class DataConfig:
     """
 
     kind: str = "scenes"
-    path: Optional[str] = None  # noqa: UP045
-    eval_path: Optional[str] = None  # noqa: UP045
+    path: str | None = None
+    eval_path: str | None = None
     eval_fraction: float = 0.1
     seed: int = 0
-    limit: Optional[int] = None  # noqa: UP045
+    limit: int | None = None
     size: int = 100_000
     eval_size: int = 500
     image_size: int = 32
     max_objects: int = 2
     columns: ColumnConfig = field(default_factory=ColumnConfig)
-    image_root: Optional[str] = None  # noqa: UP045
-    hub_config: Optional[str] = None  # noqa: UP045
-    revision: Optional[str] = None  # noqa: UP045
+    image_root: str | None = None
+    hub_config: str | None = None
+    revision: str | None = None
     train_split: str = "train"
-    eval_split: Optional[str] = None  # noqa: UP045
+    eval_split: str | None = None
     max_bad_fraction: float = 0.05
-    max_bad: Optional[int] = None  # noqa: UP045
+    max_bad: int | None = None
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:

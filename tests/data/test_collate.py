@@ -100,6 +100,19 @@ def test_texts_are_drawn_without_repeats_and_by_weight():
     assert counts["a"] / 3000 == pytest.approx(0.5, abs=0.04)
 
 
+def test_token_dropout_hides_scored_inputs_and_keeps_labels():
+    draws = [(0, example) for example in range(40)]
+    plain, dropped = _collator()(DATA, draws), _collator(token_dropout=0.4)(DATA, draws)
+    assert torch.equal(plain["labels"], dropped["labels"])
+    changed = plain["input_ids"] != dropped["input_ids"]
+    scored = plain["labels"] != -100
+    assert not bool((changed & ~scored).any())
+    assert set(dropped["input_ids"][changed].tolist()) == {TOKENIZER.unk_token_id}
+    assert float(changed.sum() / scored.sum()) == pytest.approx(0.4, abs=0.05)
+    alone = _collator(token_dropout=0.4)(DATA, [(0, 31)])["input_ids"]
+    assert torch.equal(dropped["input_ids"][93:96, : alone.shape[1]], alone)
+
+
 def test_special_tokens_of_another_model_may_be_given():
     ids, _ = _collator(bos_id=11, sep_id=12, eos_id=13).lay_out(TextItem("red", "what color?"))
     assert (ids[0], ids[-1]) == (11, 13)
@@ -112,6 +125,8 @@ def test_wrong_use_is_refused():
         _collator(kind_weights={"caption": 0.0}).draw_texts(record, np.random.default_rng(0))
     with pytest.raises(UsageError, match="need texts_per_image >= 1 and max_length >= 4, not 0 and 32"):
         _collator(0)
+    with pytest.raises(UsageError, match="token_dropout must be at least 0 and below 1, not 1"):
+        _collator(token_dropout=1.0)
     bare = train_tokenizer(["a"], "word")
     bare.sep_token = None
     with pytest.raises(UsageError, match="the tokenizer has no sep token: pass sep_id"):

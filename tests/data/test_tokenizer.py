@@ -54,8 +54,8 @@ def test_rare_words_and_case():
 
 
 def test_scenes_have_a_small_closed_vocabulary():
-    train, heldout = SceneDataset("train", 1500, max_objects=3), SceneDataset("heldout", 300, max_objects=3)
-    tokenizer = train_tokenizer([text for items in train.texts(range(1500)) for text in item_texts(items)], "word")
+    train, heldout = SceneDataset("train", 600, max_objects=3), SceneDataset("heldout", 300, max_objects=3)
+    tokenizer = train_tokenizer([text for items in train.texts(range(600)) for text in item_texts(items)], "word")
     assert len(tokenizer) < 60
     for items in heldout.texts(range(300)):
         for text in item_texts(items):

@@ -105,7 +105,7 @@ def test_a_model_that_sees_no_picture_is_near_the_majority_answer(split):
 def test_training_never_names_a_held_out_pair():
     texts = {
         text
-        for items in SceneDataset("train", 4000, max_objects=3).texts(range(4000))
+        for items in SceneDataset("train", 1500, max_objects=3).texts(range(1500))
         for item in items
         for text in (item.text, item.question or "")
     }
