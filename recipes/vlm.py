@@ -13,6 +13,7 @@ from torch import nn
 
 from mmattn.config import load_config
 from mmattn.data.readers import open_image_text
+from mmattn.data.skipping import SkippingSource
 from mmattn.data.spec import DataConfig
 from mmattn.data.tokenizer import item_texts
 from mmattn.errors import ConfigError
@@ -21,6 +22,7 @@ from mmattn.inference.vlm import VisionLanguageModel
 from mmattn.inference.vlm_scores import EvalConfig, PictureBlindBaseline, sample_items, score_splits
 from mmattn.inference.vlm_setup import (
     TRAIN_WHAT,
+    ExampleConfig,
     ModelConfig,
     choose_trained,
     make_collator,
@@ -33,6 +35,7 @@ from mmattn.training import train as run_loop
 from mmattn.training.memory import estimate_memory
 from mmattn.training.selection import LoRAConfig, selection
 
+_CHECKED = 200  # pictures that `check` tries to open
 _TARGETS = [r"decoder\..*(q_proj|k_proj|v_proj|out_proj)"]  # what every checkpoint format can name
 
 
@@ -44,11 +47,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train_what: str = "all"  # or "lora", "cross_attention"
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(targets=list(_TARGETS)))
-    texts_per_image: int = 1  # texts learned per picture and step; they share its features
-    kind_weights: dict[str, float] = field(default_factory=dict)  # how often a kind of text is learned; 1 if not named
-    max_length: int = 32
-    prompt: str = ""  # stands before every caption and is not scored
-    token_dropout: float = 0.0  # part of the text that the decoder does not see, so that it has to look
+    examples: ExampleConfig = field(default_factory=ExampleConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(output_dir="runs/vlm"))
 
@@ -69,15 +68,7 @@ class VLMTask(Task):
         choose_trained(self.model, config.train_what, config.lora)
         self.baseline = PictureBlindBaseline(items)
         self.best = config.evaluation.best
-        self._collate = make_collator(
-            self.vlm,
-            texts_per_image=config.texts_per_image,
-            max_length=config.max_length,
-            seed=config.training.seed,
-            prompt=config.prompt,
-            token_dropout=config.token_dropout,
-            kind_weights=config.kind_weights,
-        )
+        self._collate = make_collator(self.vlm, config.examples, config.training.seed)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -95,7 +86,7 @@ class VLMTask(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         output = model(**batch)
-        return Loss(output.loss_sum, int(output.num_tokens))
+        return Loss(output.loss_sum, len(output.logits))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         scores = score_splits(self.vlm, self.config.data, self.config.evaluation, self.baseline)
@@ -123,6 +114,9 @@ def check(config: Config) -> list[str]:
         source = open_image_text(config.data, split)
         lines.append(f"{source.name}: {len(source)} pictures for scores")
     example = task.source[0]
+    if isinstance(task.source, SkippingSource):
+        task.source.check(_CHECKED)
+        lines.append(task.source.summary())
     lines += [f"first picture {example.id}: {example.image.shape[1]} x {example.image.shape[0]} px"]
     lines += [f"  {item.kind}: {item.question or ''} -> {item.text!r}" for item in example.texts[:4]]
     settings = config.training

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from mmattn.data.collate import ImageTextCollator
-from mmattn.data.images import PixelTransform
+from mmattn.data.images import PixelTransform, RandomView
 from mmattn.data.tokenizer import train_tokenizer
 from mmattn.errors import CheckpointError, ConfigError
 from mmattn.inference.vlm import VisionLanguageModel
@@ -45,6 +45,29 @@ class ModelConfig:
     max_vocab_size: int = 8000
     lowercase: bool = False
     network: VLMConfig = field(default_factory=VLMConfig)
+
+
+@dataclass
+class ExampleConfig:
+    """How pictures and their texts become training examples.
+
+    Args:
+        texts_per_image: Texts learned per picture and step; they share its features.
+        kind_weights: How likely a kind of text ("caption", "color", ...) is drawn, 1 for kinds that are not named.
+        max_length: Tokens of a row at most.
+        prompt: Stands before every caption and is not scored.
+        token_dropout: Part of the text that the decoder does not see while it learns, so that it has to look.
+        view_min_area: Crop pictures at random, down to this part of their area; 1 for whole pictures.
+        view_flip: Mirror half of the pictures; not where captions speak of left and right.
+    """
+
+    texts_per_image: int = 1
+    kind_weights: dict[str, float] = field(default_factory=dict)
+    max_length: int = 32
+    prompt: str = ""
+    token_dropout: float = 0.0
+    view_min_area: float = 1.0
+    view_flip: bool = False
 
 
 def make_vlm(config: ModelConfig, texts: Iterable[str]) -> VisionLanguageModel:
@@ -85,27 +108,20 @@ def _with_vocabulary(config: VLMConfig, tokenizer: PreTrainedTokenizerBase) -> V
     return dataclasses.replace(config, text=text)
 
 
-def make_collator(
-    vlm: VisionLanguageModel,
-    *,
-    texts_per_image: int,
-    max_length: int,
-    seed: int,
-    prompt: str = "",
-    token_dropout: float = 0.0,
-    kind_weights: Mapping[str, float] | None = None,
-) -> ImageTextCollator:
+def make_collator(vlm: VisionLanguageModel, examples: ExampleConfig, seed: int) -> ImageTextCollator:
     """Batches in the layout that the model was made for; see `ImageTextCollator`."""
     config = vlm.network.config
+    is_changed = examples.view_min_area < 1 or examples.view_flip
     return ImageTextCollator(
         PixelTransform.from_processor(vlm.processor),
         vlm.tokenizer,
-        texts_per_image,
-        max_length,
+        examples.texts_per_image,
+        examples.max_length,
         seed,
-        prompt=prompt,
-        token_dropout=token_dropout,
-        kind_weights=kind_weights,
+        prompt=examples.prompt,
+        kind_weights=examples.kind_weights,
+        token_dropout=examples.token_dropout,
+        view=RandomView(examples.view_min_area, examples.view_flip) if is_changed else None,
         bos_id=config.bos_token_id,
         sep_id=config.sep_token_id,
         eos_id=config.stop_token_id,

@@ -43,7 +43,7 @@ def _blip_config(folder: Path, *overrides: str):
 
 def test_debug_config_trains_and_evaluates(tmp_path):
     overrides = [f"training.output_dir={tmp_path / 'run'}", "training.max_steps=4", "training.eval_every=2"]
-    config = load_config(recipe.Config, "vlm/debug", [*overrides, "data.eval_size=8", "token_dropout=0.3"])
+    config = load_config(recipe.Config, "vlm/debug", [*overrides, "data.eval_size=8", "examples.token_dropout=0.3"])
     result = recipe.train(config)
     assert result.step == 4
     assert len(result.losses) == 4
@@ -105,7 +105,7 @@ def test_lora_on_joined_weights_is_refused_before_training(tmp_path):
 
 
 def test_all_of_blip_trains_and_opens_in_transformers(tmp_path):
-    recipe.train(_blip_config(tmp_path, "train_what=all", "prompt=a picture of"))
+    recipe.train(_blip_config(tmp_path, "train_what=all", "examples.prompt=a picture of"))
     model = BlipForConditionalGeneration.from_pretrained(tmp_path / "run" / "final")
     before = load_file(tmp_path / "blip" / "model.safetensors")
     state = model.state_dict()
