@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from mmattn.ops.observe import OBSERVERS, AttentionCall
@@ -101,7 +102,8 @@ def attention(
     request = prepare(query, key, value, attn_mask, key_mask, is_causal, scale, dropout_p, return_weights)
     chosen = choose(backend, traits_of(request))
     output, weights = chosen.run(request)
-    observers = OBSERVERS.get()
+    # torch.compile cannot trace a context variable, nor what a callback does: compiled calls are not observed.
+    observers = () if torch.compiler.is_compiling() else OBSERVERS.get()
     if observers:
         call = AttentionCall(
             query=request.query,

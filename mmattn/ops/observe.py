@@ -53,7 +53,7 @@ def observing(callback: Observer) -> Iterator[None]:
     """Within the block (and this thread or task only), `callback` is told of every attention call after it is done.
 
     The output stays bit for bit what it is without an observer. Blocks nest: every callback is told, outermost first.
-    What `callback` raises, the caller of `attention` sees.
+    What `callback` raises, the caller of `attention` sees. Calls inside a graph of torch.compile are not observed.
     """
     token = OBSERVERS.set((*OBSERVERS.get(), callback))
     try:

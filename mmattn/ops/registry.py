@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mmattn.errors import BackendError, UsageError
@@ -62,8 +63,12 @@ def use_backend(name: str, role: str | None = None) -> Iterator[None]:
         yield
 
 
+@torch.compiler.assume_constant_result
 def selected(role: str | None) -> str:
-    """The name that `use_backend` has set for a role here, "auto" if none."""
+    """The name that `use_backend` has set for a role here, "auto" if none.
+
+    torch.compile cannot trace a context variable: what it compiles keeps the name that was set when it was compiled.
+    """
     selection = _SELECTION.get()
     if role is None:
         return selection.no_role

@@ -64,7 +64,7 @@ def prepare(
         UsageError: naming the argument, what it is and what it must be.
     """
     device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         query, key, value = _autocast(device_type, query, key, value)
     query_shape, key_shape = query.shape, key.shape
     if len(query_shape) != 4 or len(key_shape) != 4 or key_shape != value.shape:

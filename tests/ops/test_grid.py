@@ -21,7 +21,7 @@ def mask_cases(shape, every):
     for a, attn_kind in enumerate(ATTN_MASKS):
         for k, key_kind in enumerate(KEY_MASKS):
             for is_causal in (False, True):
-                if every or (a + 2 * k + 3 * is_causal + shift) % 5 == 0:
+                if (a + 2 * k + 3 * is_causal + shift) % (2 if every else 7) == 0:
                     yield attn_kind, key_kind, is_causal
 
 
@@ -98,6 +98,7 @@ def test_strongly_negative_scores(backend, dtype):
             value,
             attn_mask=attn_mask,
             scale=3.0,
+            has_rounded_products=backend == "sdpa" and dtype in (torch.bfloat16, torch.float16),
             what=f"{backend} {dtype} {shape}",
         )
 

@@ -1,0 +1,195 @@
+"""Choosing a backend: the table, precedence, refusals with every reason, explanations."""
+
+import threading
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import mmattn
+from mmattn.errors import BackendError, UsageError
+from mmattn.ops.attention import attention
+from mmattn.ops.backends import sdpa
+from mmattn.ops.observe import observing
+from mmattn.ops.registry import TABLE, backends, checkpoint_contexts, explain, use_backend
+
+
+@pytest.fixture
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, 5, 7, generator=generator) for _ in range(3)]
+
+
+def backend_used(*args, **kwargs):
+    calls = []
+    with observing(calls.append):
+        attention(*args, **kwargs)
+    return calls[0].backend
+
+
+def test_table_of_this_machine():
+    table = mmattn.backends()
+    assert [row.name for row in table] == ["sdpa", "flex", "eager"]
+    assert table["sdpa"].is_usable
+    assert table["eager"].usable_on[0] == "cpu"
+    assert table["sdpa"].versions["torch"] == torch.__version__
+    text = str(table)
+    for part in ("sdpa: usable on cpu", "known bad: cuDNN", "flex: ", "auto: never", "eager: ", "backward on cuda"):
+        assert part in text
+    if not torch.cuda.is_available():
+        assert "sees no cuda device here" in table["eager"].reasons["cuda"]
+    with pytest.raises(KeyError, match="there are: sdpa, flex, eager"):
+        table["flash"]
+
+
+def test_auto_takes_sdpa_and_eager_for_weights(inputs):
+    assert backend_used(*inputs) == "sdpa"
+    assert backend_used(*inputs, return_weights=True) == "eager"
+
+
+def test_argument_before_context_before_auto(inputs):
+    with use_backend("eager"):
+        assert backend_used(*inputs) == "eager"
+        assert backend_used(*inputs, backend="sdpa") == "sdpa"
+        with use_backend("auto"):
+            assert backend_used(*inputs) == "sdpa"
+        with use_backend("sdpa", role="cross"):
+            assert backend_used(*inputs, role="cross") == "sdpa"
+            assert backend_used(*inputs, role="self") == "eager"
+            assert backend_used(*inputs) == "eager"
+    assert backend_used(*inputs, role="self") == "sdpa"
+
+
+def test_a_role_leaves_the_others_alone(inputs):
+    with use_backend("eager", role="self"):
+        assert backend_used(*inputs, role="self") == "eager"
+        assert backend_used(*inputs, role="cross") == "sdpa"
+        assert backend_used(*inputs) == "sdpa"
+
+
+def test_context_is_left_after_an_error_and_not_seen_by_other_threads(inputs):
+    with pytest.raises(RuntimeError), use_backend("eager"):
+        raise RuntimeError
+    assert backend_used(*inputs) == "sdpa"
+    seen = []
+    with use_backend("eager"):
+        thread = threading.Thread(target=lambda: seen.append(backend_used(*inputs)))
+        thread.start()
+        thread.join()
+    assert seen == ["sdpa"]
+
+
+def test_named_backend_never_falls_back(inputs):
+    with pytest.raises(BackendError, match="'sdpa' cannot serve this call: returning the weights"):
+        attention(*inputs, backend="sdpa", return_weights=True)
+    with pytest.raises(BackendError, match="returning the weights"), use_backend("sdpa"):
+        attention(*inputs, return_weights=True)
+
+
+def test_refusal_names_every_reason(inputs):
+    query, key, value = (tensor.double().requires_grad_() for tensor in inputs)
+    bias = torch.zeros(5, 5, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(BackendError) as refusal:
+        attention(query, key, value, attn_mask=bias, dropout_p=0.1, backend="flex", return_weights=True)
+    message = str(refusal.value)
+    assert "\n" not in message
+    for reason in (
+        "dtype float64 on cpu (serves float32, bfloat16, float16)",
+        "gradients on cpu (has a backward on cuda)",
+        "gradients of a float mask",
+        "dropout",
+        "returning the weights",
+    ):
+        assert reason in message
+    meta = torch.empty(1, 1, 1, 8, device="meta")
+    with pytest.raises(BackendError, match="no attention backend can serve this call. sdpa: device meta"):
+        attention(meta, meta, meta)
+
+
+def test_explain(inputs):
+    explanation = explain(*inputs)
+    assert (explanation.chosen, explanation.source) == ("sdpa", "auto")
+    assert "flex: auto does not choose it on cpu" in str(explanation)
+    assert "eager: could serve, but comes later in the table" in str(explanation)
+    explanation = explain(*inputs, return_weights=True)
+    assert explanation.chosen == "eager"
+    assert explanation.reasons["sdpa"] == ["returning the weights"]
+    with use_backend("sdpa", role="cross"):
+        explanation = explain(*inputs, return_weights=True, role="cross")
+    assert (explanation.chosen, explanation.asked, explanation.source) == (None, "sdpa", "use_backend")
+    assert "no backend serves this call" in str(explanation)
+
+
+def test_explanation_agrees_with_what_is_done(inputs):
+    for weights in (False, True):
+        for name in ("auto", *(backend.name for backend in TABLE if backend.name != "flex")):
+            chosen = explain(*inputs, backend=name, return_weights=weights).chosen
+            if chosen is None:
+                with pytest.raises(BackendError):
+                    attention(*inputs, backend=name, return_weights=weights)
+            else:
+                assert backend_used(*inputs, backend=name, return_weights=weights) == chosen
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: attention(x, x, x, backend="flash"), "unknown attention backend 'flash'; use one of: auto, sdpa"),
+        (lambda x: use_backend("flash").__enter__(), "unknown attention backend 'flash'"),
+        (lambda x: use_backend("sdpa", role="both").__enter__(), "unknown attention role 'both'"),
+        (lambda x: attention(x, x, x, role="both"), "unknown attention role 'both'"),
+    ],
+)
+def test_unknown_names(inputs, call, message):
+    with pytest.raises(UsageError, match=message):
+        call(inputs[0])
+
+
+def test_recomputation_sees_the_backend_of_the_forward(inputs):
+    """Gradient checkpointing recomputes in the backward, after the block, maybe in another thread."""
+    query, key, value = (tensor.requires_grad_() for tensor in inputs)
+    used = []
+
+    def layer(query, key, value):
+        used.append(explain(query, key, value).chosen)
+        return attention(query, key, value)
+
+    def run(context_fn):
+        used.clear()
+        with use_backend("eager"):
+            output = checkpoint(layer, query, key, value, use_reentrant=False, context_fn=context_fn)
+        thread = threading.Thread(target=output.sum().backward)
+        thread.start()
+        thread.join()
+        return used
+
+    assert run(checkpoint_contexts) == ["eager", "eager"]
+
+
+def test_every_backend_file_is_a_row():
+    assert {backend.run.__module__.rsplit(".", 1)[-1] for backend in TABLE} == {"sdpa", "flex", "eager"}
+    assert len(backends()) == len(TABLE)
+
+
+@pytest.mark.parametrize(
+    ("queries", "kv_heads", "has_mask", "has_grad", "capability", "is_avoided"),
+    [
+        (7, 8, True, True, 9, True),
+        (1, 8, False, True, 9, True),
+        (7, 8, False, True, 9, False),
+        (7, 8, True, False, 9, False),
+        (7, 2, False, False, 10, True),
+        (7, 8, False, False, 10, False),
+        (7, 2, False, False, 9, False),
+    ],
+)
+def test_known_bad_cudnn_calls_avoid_cudnn(monkeypatch, queries, kv_heads, has_mask, has_grad, capability, is_avoided):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    query = torch.zeros(1, 8, queries, 8, requires_grad=has_grad)
+    key = torch.zeros(1, kv_heads, 5, 8)
+    mask = torch.ones(1, 1, queries, 5, dtype=torch.bool) if has_mask else None
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with sdpa._safe_kernels(query, key, key, mask):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (before and not is_avoided)
+        assert torch.backends.cuda.math_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
