@@ -50,8 +50,9 @@ def train(config, *, resume):
     }
     if config.failure:
         raise failures[config.failure]
-    metrics = {"accuracy": 0.5 if resume else 0.25}
-    return SimpleNamespace(step=config.training.max_steps, metrics=metrics, output_dir=config.output_dir)
+    if resume:
+        print("resumed")
+    return SimpleNamespace(step=config.training.max_steps, output_dir=config.output_dir)
 
 
 def check(config):

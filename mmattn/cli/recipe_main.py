@@ -52,8 +52,7 @@ def train_recipe(module: ModuleType, source: str, overrides: Sequence[str], *, r
     config = load_config(module.Config, source, overrides)
     result = module.train(config, resume=resume)
     if os.environ.get("RANK", "0") == "0":
-        scores = "".join(f", {name} {value:.4g}" for name, value in result.metrics.items())
-        print(f"done: step {result.step}{scores}; written to {result.output_dir}")
+        print(f"done: step {result.step}; written to {result.output_dir}")
 
 
 def evaluate_folder(folder: Path, data: str | None, overrides: Sequence[str]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def test_cp_then_train(toy_tree: Path, capsys):
     assert capsys.readouterr().out == "wrote my.yaml: edit it, then run `mmattn train my.yaml`\n"
     Path("my.yaml").write_text(CONFIG.replace("11", "13"))
     assert main(["train", "my.yaml"]) == 0
-    assert capsys.readouterr().out == "done: step 13, accuracy 0.25; written to runs/toy\n"
+    assert capsys.readouterr().out == "done: step 13; written to runs/toy\n"
 
 
 def test_cp_refuses_to_overwrite(toy_tree: Path, capsys):
@@ -54,7 +54,7 @@ def test_check_prints_what_the_recipe_says(toy_tree: Path, capsys):
 
 def test_train_takes_overrides_and_resume(toy_tree: Path, capsys):
     assert main(["train", "toy/debug", "training.max_steps=17", "--resume", "output_dir=out"]) == 0
-    assert capsys.readouterr().out == "done: step 17, accuracy 0.5; written to out\n"
+    assert capsys.readouterr().out == "resumed\ndone: step 17; written to out\n"
 
 
 def test_only_the_first_process_reports(toy_tree: Path, capsys, monkeypatch):
@@ -87,7 +87,7 @@ def test_the_recipe_runs_as_a_script(toy_tree: Path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(script, run_name="__main__")
     assert stop.value.code == 0
-    assert capsys.readouterr().out == "done: step 3, accuracy 0.5; written to runs/toy\n"
+    assert capsys.readouterr().out == "resumed\ndone: step 3; written to runs/toy\n"
 
 
 def test_the_script_fails_as_the_command_does(toy_tree: Path):

@@ -43,7 +43,7 @@ def test_a_wheel_layout(tmp_path: Path):
         return done.stdout
 
     assert run("ls") == ("Recipes:\n  toy        A recipe for tests.\nConfigs:\n  toy/debug  A config for tests\n")
-    assert run("train", "toy/debug") == "done: step 11, accuracy 0.25; written to runs/toy\n"
+    assert run("train", "toy/debug") == "done: step 11; written to runs/toy\n"
 
 
 def test_a_file_comes_before_a_shipped_name(toy_tree: Path):
