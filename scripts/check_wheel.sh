@@ -9,6 +9,7 @@ trap 'rm -rf "$work"' EXIT
 
 try_wheel() {
     set -e
+    export HF_HUB_OFFLINE=1
     mapfile -t options < <(pip_constraints)
     "$venv/bin/python" -m build --wheel --outdir "$work/dist" "$root"
     "$venv/bin/python" -m venv "$work/venv"
