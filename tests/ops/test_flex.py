@@ -1,0 +1,53 @@
+"""FlexAttention under the same rule. Each kind of call is compiled once, some seconds each: a small grid."""
+
+import functools
+
+import pytest
+import torch
+
+from mmattn.ops.attention import attention
+from mmattn.ops.backends import flex
+from tests.ops.cases import SHAPES, generator_for, make_attn_mask, make_inputs, make_key_mask
+from tests.tolerance import check_attention
+
+REASON = flex.BACKEND.unusable("cpu")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(REASON is not None, reason=f"flex on a CPU: {REASON}"),
+]
+CASES = [
+    (SHAPES[0], "none", "none", False),
+    (SHAPES[3], "none", "nothing", False),
+    (SHAPES[4], "none", "none", True),
+    (SHAPES[3], "empty-rows", "right", True),
+    (SHAPES[0], "bias-heads", "left", False),
+]
+
+
+@pytest.mark.parametrize(("shape", "attn_kind", "key_kind", "is_causal"), CASES)
+def test_masks_on_a_cpu(shape, attn_kind, key_kind, is_causal):
+    generator = generator_for(SHAPES.index(shape), 83)
+    query, key, value = make_inputs(shape, torch.float32, generator)
+    key_mask = make_key_mask(key_kind, shape, generator)
+    if key_mask is not None:
+        key = key.masked_fill(~key_mask[:, None, :, None], float("nan"))
+        value = value.masked_fill(~key_mask[:, None, :, None], float("nan"))
+    check_attention(
+        functools.partial(attention, backend="flex"),
+        query,
+        key,
+        value,
+        attn_mask=make_attn_mask(attn_kind, shape, generator),
+        key_mask=key_mask,
+        is_causal=is_causal,
+        backward=False,
+        what=f"flex {shape} attn {attn_kind} key {key_kind} causal {is_causal}",
+    )
+
+
+@pytest.mark.parametrize("sizes", [(0, 7, 11), (2, 0, 11), (2, 7, 0)], ids=["no batch", "no queries", "no keys"])
+def test_nothing_to_do(sizes):
+    batch, queries, keys = sizes
+    query, key = torch.randn(batch, 6, queries, 5), torch.randn(batch, 3, keys, 5)
+    output = attention(query, key, key, backend="flex")
+    assert torch.equal(output, torch.zeros_like(query))
