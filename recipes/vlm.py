@@ -13,6 +13,7 @@ from torch import nn
 
 from mmattn.config import load_config
 from mmattn.data.readers import open_image_text
+from mmattn.data.scenes import SceneDataset
 from mmattn.data.skipping import SkippingSource
 from mmattn.data.spec import DataConfig
 from mmattn.data.tokenizer import item_texts
@@ -147,7 +148,8 @@ def demo(output_dir: Path) -> None:
     scores = evaluate(output_dir, config)
     showcase.print_scores(scores)
     vlm = VisionLanguageModel.from_pretrained(trained_model(output_dir))
-    showcase.show(vlm, open_image_text(config.data, "test"), output_dir / "show")
+    scenes = SceneDataset("test", config.data.eval_size, config.data.seed, config.data.image_size)
+    showcase.show(vlm, scenes, output_dir / "show")
 
 
 if __name__ == "__main__":

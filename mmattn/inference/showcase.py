@@ -114,7 +114,7 @@ def _speak(vlm: VisionLanguageModel, record: ImageTextRecord) -> list[str]:
     pictures = vlm.encode(record.image)
     asked = [item for item in record.texts if item.question is not None][:5]
     lines = [f"{record.id}", f"  caption: {vlm.caption(pictures)}   (true: {record.texts[0].text})"]
-    answers = vlm.ask(pictures, [item.question for item in asked])
+    answers = vlm.ask(pictures, [item.question or "" for item in asked])
     for item, answer in zip(asked, answers, strict=True):
         lines.append(f"  {item.question} {answer}" + ("" if answer == item.text else f"   (true: {item.text})"))
     return lines

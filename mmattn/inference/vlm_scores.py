@@ -165,7 +165,7 @@ def _score_answers(
     asked = [[item for item in record.texts if item.question is not None] for record in records]
     if not any(asked) or not can_answer(vlm):
         return
-    questions = [[item.question for item in items] for items in asked]
+    questions = [[item.question or "" for item in items] for items in asked]
     answers = vlm.ask(pictures, questions, num_beams=num_beams, batch_size=len(records), progress=False)
     for record, items, given in zip(records, asked, answers, strict=True):
         for item, answer in zip(items, given, strict=True):

@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
@@ -18,10 +18,19 @@ from mmattn.data.collate import ImageTextCollator
 from mmattn.data.images import PixelTransform, RandomView
 from mmattn.data.tokenizer import train_tokenizer
 from mmattn.errors import CheckpointError, ConfigError
+from mmattn.inference import folders
 from mmattn.inference.vlm import VisionLanguageModel
-from mmattn.models.vlm import CaptioningNetwork, VLMConfig, build_network, cross_attention_parameters
+from mmattn.models.sources import find_folder
+from mmattn.models.vlm import (
+    CaptioningNetwork,
+    VisionLanguageNetwork,
+    VLMConfig,
+    build_network,
+    cross_attention_parameters,
+    open_network,
+)
 from mmattn.models.vlm.blip import is_blip, weight_table
-from mmattn.training.selection import LoRAConfig, adapter_state, add_lora, merged_copy, train_only
+from mmattn.training.selection import LoRAConfig, adapter_state, add_lora, lora_config, merged_copy, train_only
 
 TRAIN_WHAT = ("all", "lora", "cross_attention")
 
@@ -82,15 +91,7 @@ def make_vlm(config: ModelConfig, texts: Iterable[str]) -> VisionLanguageModel:
         ConfigError: a form that does not fit together, or a checkpoint that does not caption.
     """
     if config.from_pretrained is not None:
-        vlm = VisionLanguageModel.from_pretrained(
-            config.from_pretrained, revision=config.revision, dtype="float32", device="cpu"
-        )
-        if not isinstance(vlm.network, CaptioningNetwork):
-            raise ConfigError(
-                f"model.from_pretrained={config.from_pretrained}: this recipe trains captioning checkpoints, and that "
-                f"is one for {vlm.network.config.task}"
-            )
-        return vlm
+        return _open_vlm(config.from_pretrained, config.revision)
     tokenizer = train_tokenizer(texts, config.tokenizer, vocab_size=config.max_vocab_size, lowercase=config.lowercase)
     network = build_network(_with_vocabulary(config.network, tokenizer))
     if not isinstance(network, CaptioningNetwork):
@@ -100,6 +101,20 @@ def make_vlm(config: ModelConfig, texts: Iterable[str]) -> VisionLanguageModel:
         size={"height": side, "width": side}, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]
     )
     return VisionLanguageModel(network, tokenizer, processor)
+
+
+def _open_vlm(id_or_folder: str, revision: str | None) -> VisionLanguageModel:
+    """As `VisionLanguageModel.from_pretrained`, in float32 and without what is done there for inference."""
+    folder = find_folder(id_or_folder, revision=revision)
+    network = open_network(folder)
+    if not isinstance(network, CaptioningNetwork):
+        raise ConfigError(
+            f"model.from_pretrained={id_or_folder}: this recipe trains captioning checkpoints, and that is one for "
+            f"{network.config.task}"
+        )
+    tokenizer = folders.open_tokenizer(folder, is_stock=is_blip(network.config))
+    processor = folders.open_image_processor(folder)
+    return VisionLanguageModel(network, tokenizer, processor, folders.read_generation_config(folder))
 
 
 def _with_vocabulary(config: VLMConfig, tokenizer: PreTrainedTokenizerBase) -> VLMConfig:
@@ -141,7 +156,7 @@ def trained_model(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no model here: neither config.json nor best/ nor final/; did training finish?")
 
 
-def choose_trained(network: nn.Module, what: str, lora: LoRAConfig) -> None:
+def choose_trained(network: VisionLanguageNetwork, what: str, lora: LoRAConfig) -> None:
     """Freeze what is not to be trained.
 
     Args:
@@ -169,18 +184,17 @@ def choose_trained(network: nn.Module, what: str, lora: LoRAConfig) -> None:
 def save_trained(vlm: VisionLanguageModel, folder: Path) -> None:
     """Save a trained model; one with LoRA merged, with the adapter beside it in `adapter/` (PEFT's format)."""
     network = vlm.network
-    lora = getattr(network, "lora_config", None)
+    lora = lora_config(network)
     if lora is None:
         vlm.save_pretrained(folder)
         return
     merged = VisionLanguageModel(merged_copy(network), vlm.tokenizer, vlm.processor, vlm.generation_config)
     merged.save_pretrained(folder)
-    _save_adapter(network, folder / "adapter")
+    _save_adapter(network, lora, folder / "adapter")
 
 
-def _save_adapter(network: nn.Module, folder: Path) -> None:
+def _save_adapter(network: VisionLanguageNetwork, lora: Any, folder: Path) -> None:
     """Write a PEFT adapter folder, for the stock class (BLIP) or for our network."""
-    config = network.lora_config
     renamed = _stock_module_names(network)
     tensors: dict[str, Tensor] = {}
     for name, tensor in adapter_state(network).items():
@@ -189,11 +203,11 @@ def _save_adapter(network: nn.Module, folder: Path) -> None:
     targets = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors})
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    values = {**config.to_dict(), "target_modules": targets, "peft_type": "LORA", "inference_mode": True}
+    values = {**lora.to_dict(), "target_modules": targets, "peft_type": "LORA", "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(values, indent=2, default=sorted) + "\n", encoding="utf-8")
 
 
-def _stock_module_names(network: nn.Module) -> dict[str, str]:
+def _stock_module_names(network: VisionLanguageNetwork) -> dict[str, str]:
     """Our module names to those of the checkpoint's own format, for modules that are one and the same in both."""
     if not is_blip(network.config):
         return {name: name for name, _ in network.named_modules()}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from mmattn._optional import require
 from mmattn.errors import ConfigError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass
@@ -103,7 +106,12 @@ def selection(module: nn.Module) -> Selection:
     return Selection(sum(p.numel() for p in trained.values()), total, tuple(modules))
 
 
-def merged_copy(module: nn.Module) -> nn.Module:
+def lora_config(module: nn.Module) -> Any:
+    """peft's config of the adapters that `add_lora` put in, or None."""
+    return getattr(module, "lora_config", None)
+
+
+def merged_copy(module: ModuleT) -> ModuleT:
     """A copy of a module in which its LoRA adapters are added to the weights, and gone as modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

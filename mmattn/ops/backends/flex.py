@@ -37,8 +37,8 @@ def run(request: Request) -> tuple[Tensor, None]:
     batch, heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
     if query.numel() == 0 or num_keys == 0:
-        # Nothing to compile for; still a product of the inputs, so that a backward finds its (empty) way.
-        return query * 0.0 if num_keys == 0 else torch.zeros_like(query), None
+        # Nothing to compile for: zeros, on which a backward still finds the query and gives it zeros.
+        return query.masked_fill(torch.ones((), dtype=torch.bool, device=query.device), 0.0), None
     flex_attention, create_block_mask = _compiled()
     allowed, bias = masks.split_bias(request.attn_mask)
     key_mask = request.key_mask
