@@ -34,8 +34,8 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         parts = ("weights", "gradients", "optimizer", "average", "activations")
-        details = ", ".join(f"{part} {getattr(self, part) / 2**20:.0f}" for part in parts if getattr(self, part))
-        return f"about {self.total / 2**20:.0f} MiB ({details})"
+        details = ", ".join(f"{part} {getattr(self, part) / 2**20:.1f}" for part in parts if getattr(self, part))
+        return f"about {self.total / 2**20:.1f} MiB ({details})"
 
 
 def estimate_memory(
