@@ -11,6 +11,7 @@ from torch import Tensor
 from mmattn.ops.request import Request, Traits
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MASKS = ("causal", "key", "boolean", "float")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Limits:
     Attributes:
         dtypes: device type to the dtypes served there; a device that is absent is not served.
         grad_devices: device types with a backward pass.
-        masks: of "causal", "key", "boolean", "float".
+        masks: device type to the kinds of mask served there, of `MASKS`; all of them where a device is absent.
         has_mask_grad: a float bias may need gradients.
         has_groups: fewer key/value heads than query heads.
         has_dropout: attention dropout.
@@ -31,7 +32,7 @@ class Limits:
 
     dtypes: Mapping[str, tuple[torch.dtype, ...]]
     grad_devices: tuple[str, ...]
-    masks: tuple[str, ...] = ("causal", "key", "boolean", "float")
+    masks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     has_mask_grad: bool = True
     has_groups: bool = True
     has_dropout: bool = True
@@ -52,9 +53,10 @@ class Limits:
         if traits.head_dim < self.min_head_dim or (self.max_head_dim and traits.head_dim > self.max_head_dim):
             reasons.append(f"head_dim {traits.head_dim} (serves {self.min_head_dim} to {self.max_head_dim or 'any'})")
         wanted = {"causal": traits.is_causal, "key": traits.has_key_mask, traits.mask: traits.mask != "none"}
+        masks = self.masks.get(traits.device, MASKS)
         for kind, is_wanted in wanted.items():
-            if is_wanted and kind not in self.masks:
-                reasons.append(f"{kind} mask (serves {', '.join(self.masks) or 'no mask'})")
+            if is_wanted and kind not in masks:
+                reasons.append(f"{kind} mask on {traits.device} (serves {', '.join(masks) or 'no mask'})")
         if traits.has_grad and traits.device not in self.grad_devices:
             reasons.append(f"gradients on {traits.device} (has a backward on {', '.join(self.grad_devices) or 'none'})")
         if traits.has_mask_grad and not self.has_mask_grad:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmattn._optional import package_version
-from mmattn.ops.limits import Backend, KnownBad, dtype_name
+from mmattn.ops.limits import MASKS, Backend, KnownBad, dtype_name
 from mmattn.ops.request import Traits
 
 
@@ -122,4 +122,8 @@ def _supports(backend: Backend) -> str:
     cannot = [f"no {name}" for name, is_there in features.items() if not is_there]
     head_dim = f"head_dim {limits.min_head_dim} to {limits.max_head_dim or 'any'}"
     backward = f"backward on {', '.join(limits.grad_devices)}"
-    return "; ".join((dtypes, head_dim, f"masks: {', '.join(limits.masks)}", backward, ", ".join(can + cannot)))
+    if limits.masks:
+        masks = "; ".join(f"{device} {', '.join(limits.masks.get(device, MASKS))}" for device in limits.dtypes)
+    else:
+        masks = ", ".join(MASKS)
+    return "; ".join((dtypes, head_dim, f"masks: {masks}", backward, ", ".join(can + cannot)))

@@ -96,6 +96,7 @@ def test_refusal_names_every_reason(inputs):
     for reason in (
         "dtype float64 on cpu (serves float32, bfloat16, float16)",
         "gradients on cpu (has a backward on cuda)",
+        "float mask on cpu (serves causal, key)",
         "gradients of a float mask",
         "dropout",
         "returning the weights",

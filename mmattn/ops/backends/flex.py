@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmattn._optional import package_version
 from mmattn.ops import masks
-from mmattn.ops.limits import Backend, Limits, torch_device_missing
+from mmattn.ops.limits import Backend, KnownBad, Limits, torch_device_missing
 from mmattn.ops.request import Request
 
 _HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,23 +40,21 @@ def run(request: Request) -> tuple[Tensor, None]:
         # Nothing to compile for: zeros, on which a backward still finds the query and gives it zeros.
         return query.masked_fill(torch.ones((), dtype=torch.bool, device=query.device), 0.0), None
     flex_attention, create_block_mask = _compiled()
-    allowed, bias = masks.split_bias(request.attn_mask)
-    key_mask = request.key_mask
-    if key_mask is not None and allowed is None and not request.is_causal:
-        key, value = masks.zero_unused(key, value, key_mask[:, None, None, :])
-        mask_mod = _by_key(key_mask)
-    elif key_mask is not None or allowed is not None:
-        causal = None
-        if request.is_causal:
-            causal = masks.causal_mask(num_queries, num_keys, device=query.device)[None, None]
-        allowed = masks.combine(allowed, None if key_mask is None else key_mask[:, None, None, :], causal)
-        assert allowed is not None  # one of the masks is there
+    mask_mod, bias = None, None
+    if request.attn_mask is not None:
+        causal = masks.causal_mask(num_queries, num_keys, device=query.device) if request.is_causal else None
+        key_mask = None if request.key_mask is None else request.key_mask[:, None, None, :]
+        allowed, bias = masks.split_bias(request.attn_mask)
+        allowed = masks.combine(allowed, key_mask, causal)
+        assert allowed is not None  # there is an attn_mask
         key, value = masks.zero_unused(key, value, allowed)
         mask_mod = _by_table(allowed.expand(batch, heads, num_queries, num_keys).contiguous())
-    elif request.is_causal:
-        mask_mod = _by_offset(torch.tensor(num_keys - num_queries, device=query.device))
-    else:
-        mask_mod = None
+    elif request.key_mask is not None or request.is_causal:
+        # The last query of a causal mask sees every key: only the key mask can leave a key unused.
+        if request.key_mask is not None:
+            key, value = masks.zero_unused(key, value, request.key_mask[:, None, None, :])
+        offset = torch.tensor(num_keys - num_queries, device=query.device) if request.is_causal else None
+        mask_mod = _by_position(request.key_mask, offset)
     block_mask = None
     if mask_mod is not None:
         block_mask = create_block_mask(mask_mod, batch, heads, num_queries, num_keys, device=query.device)
@@ -75,16 +73,16 @@ def run(request: Request) -> tuple[Tensor, None]:
     return output, None
 
 
-def _by_key(key_mask: Tensor) -> Callable[..., Tensor]:
-    return lambda b, h, query, key: key_mask[b, key]
+def _by_position(key_mask: Tensor | None, offset: Tensor | None) -> Callable[..., Tensor]:
+    if key_mask is None:
+        return lambda b, h, query, key: key <= query + offset
+    if offset is None:
+        return lambda b, h, query, key: key_mask[b, key]
+    return lambda b, h, query, key: key_mask[b, key] & (key <= query + offset)
 
 
 def _by_table(allowed: Tensor) -> Callable[..., Tensor]:
     return lambda b, h, query, key: allowed[b, h, query, key]
-
-
-def _by_offset(offset: Tensor) -> Callable[..., Tensor]:
-    return lambda b, h, query, key: key <= query + offset
 
 
 def _adding(bias: Tensor) -> Callable[..., Tensor]:
@@ -105,17 +103,26 @@ def _unusable(device: str) -> str | None:
     return None
 
 
+_CPU_TABLES = KnownBad(
+    what="FlexAttention compiled for a CPU with a mask or bias read from a [B, H, Lq, Lk] table (torch 2.13)",
+    effect="the C++ that it generates does not compile",
+    action="boolean and float masks are refused on a CPU",
+    reference="tests/ops/test_flex.py",
+)
+
 BACKEND = Backend(
     name="flex",
     run=run,
     limits=Limits(
         dtypes={"cpu": _HALF_AND_SINGLE, "cuda": _HALF_AND_SINGLE},
         grad_devices=("cuda",),
+        masks={"cpu": ("causal", "key")},
         has_mask_grad=False,
         has_dropout=False,
     ),
     unusable=_unusable,
     auto_devices=(),
     auto_note="compiles for each new kind of call, and slower than sdpa where measured",
+    known_bad=(_CPU_TABLES,),
     packages=("torch", "triton"),
 )
