@@ -75,7 +75,7 @@ def _conv_stages(channels: list[int], convs_per_stage: list[int]) -> list[nn.Mod
             modules += [
                 nn.Conv2d(previous, width, kernel_size=3, stride=stride, padding=1, bias=False),
                 nn.BatchNorm2d(width),
-                nn.ReLU(),
+                nn.GELU(),
             ]
             previous = width
     return modules
