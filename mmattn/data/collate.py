@@ -35,8 +35,6 @@ class ImageTextCollator:
         token_dropout: Part of the text's own tokens that the decoder reads as unknown while it has to predict the next
             one (word dropout, arXiv 1511.06349 section 3.1): it then has to look at the picture instead of going by
             what usually follows. Labels stay.
-        learn_questions: Score the question's own tokens as well, so that the decoder learns to expect what may be asked
-            about this picture.
         view: Random crops and the like for training.
         bos_id, sep_id, eos_id, pad_id: Where the model's differ from the tokenizer's (BLIP's bos is not in its
             tokenizer's settings, and its eos is the sep token).
@@ -56,7 +54,6 @@ class ImageTextCollator:
         prompt: str = "",
         kind_weights: Mapping[str, float] | None = None,
         token_dropout: float = 0.0,
-        learn_questions: bool = False,
         view: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
         bos_id: int | None = None,
         sep_id: int | None = None,
@@ -74,7 +71,7 @@ class ImageTextCollator:
         self.pad_id = _token_id("pad", pad_id, tokenizer.pad_token_id)
         if not 0 <= token_dropout < 1:
             raise UsageError(f"token_dropout must be at least 0 and below 1, not {token_dropout}")
-        self.token_dropout, self.learn_questions = token_dropout, learn_questions
+        self.token_dropout = token_dropout
         self.unknown_id = _token_id("unk", None, tokenizer.unk_token_id) if token_dropout else self.pad_id
         self._prompt_ids = self._encode(prompt) if prompt else []
         self._known: dict[str, list[int]] = {}
@@ -88,21 +85,17 @@ class ImageTextCollator:
             token: the model shifts them.
         """
         records = read_records(source, [example for _, example in draws])
-        images, items = [], []
+        images, rows = [], []
         for record, (epoch, example) in zip(records, draws, strict=True):
             image = record.image
             if self.view is not None:
                 image = self.view(image, draw_generator(self.seed, epoch, example, "view"))
             images.append(image)
-            items += self.draw_texts(record, draw_generator(self.seed, epoch, example, "texts"))
-        rows = [self.lay_out(item) for item in items]
+            items = self.draw_texts(record, draw_generator(self.seed, epoch, example, "texts"))
+            rows += [self.lay_out(item) for item in items]
         batch = self.pad(rows)
         if self.token_dropout:
             self._drop_tokens(batch, draws)
-        if self.learn_questions:
-            for labels, item, (ids, unscored) in zip(batch["labels"], items, rows, strict=True):
-                if item.question is not None:
-                    labels[1:unscored] = torch.tensor(ids[1:unscored])
         return {"pixel_values": self.transform(images), **batch}
 
     def _drop_tokens(self, batch: dict[str, torch.Tensor], draws: Sequence[tuple[int, int]]) -> None:

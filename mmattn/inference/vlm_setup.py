@@ -66,7 +66,6 @@ class ExampleConfig:
         max_length: Tokens of a row at most.
         prompt: Stands before every caption and is not scored.
         token_dropout: Part of the text that the decoder does not see while it learns, so that it has to look.
-        learn_questions: Learn the question's own words too: what may be asked about this picture.
         view_min_area: Crop pictures at random, down to this part of their area; 1 for whole pictures.
         view_flip: Mirror half of the pictures; not where captions speak of left and right.
     """
@@ -76,7 +75,6 @@ class ExampleConfig:
     max_length: int = 32
     prompt: str = ""
     token_dropout: float = 0.0
-    learn_questions: bool = False
     view_min_area: float = 1.0
     view_flip: bool = False
 
@@ -138,7 +136,6 @@ def make_collator(vlm: VisionLanguageModel, examples: ExampleConfig, seed: int) 
         prompt=examples.prompt,
         kind_weights=examples.kind_weights,
         token_dropout=examples.token_dropout,
-        learn_questions=examples.learn_questions,
         view=RandomView(examples.view_min_area, examples.view_flip) if is_changed else None,
         bos_id=config.bos_token_id,
         sep_id=config.sep_token_id,
