@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +112,7 @@ class _Run:
                 {**trainable_parameters(self.inner), **stored_buffers(self.inner)}, config.ema_decay
             )
         self.losses: list[float] = []
+        self.batches: Generator[Sequence[Batch], None, None] | None = None
         self.saved_step: int | None = None
 
     def start(self, resume: bool | str | Path, command: str, resolved_config: dict[str, Any] | None) -> None:
@@ -182,10 +183,10 @@ class _Run:
     def run(self) -> TrainingResult:
         """Do the steps, then publish `final/` and `best/`."""
         self.model.train()
-        batches = self._batches()
+        self.batches = self._batches()
         while self.state.step < self.config.max_steps:
             waiting = time.perf_counter()
-            micro_batches = next(batches)
+            micro_batches = next(self.batches)
             working = time.perf_counter()
             result = self._step(micro_batches)
             self._record(result, data_s=working - waiting, step_s=time.perf_counter() - waiting)
@@ -196,7 +197,7 @@ class _Run:
             best = {"step": self.state.best_step, "value": self.state.best_value, "metric": self.task.best}
         return TrainingResult(self.state.step, self.state.metrics, best, self.store.output_dir, self.losses)
 
-    def _batches(self) -> Iterator[Sequence[Batch]]:
+    def _batches(self) -> Generator[Sequence[Batch], None, None]:
         batches = step_batches(
             self.task,
             self.sampler,
@@ -371,7 +372,11 @@ class _Run:
             self.log.write(line)
 
     def close(self) -> None:
-        """Close the logs and take Accelerate's wrapping off the model."""
+        """End the data workers, close the logs and take Accelerate's wrapping off the model."""
+        # Workers ignore the signals that stop a run. Left to the interpreter's exit, which only terminates and waits
+        # for them, they would keep it for ever: an error that somebody holds keeps them alive until then.
+        if self.batches is not None:
+            self.batches.close()
         self.progress.close()
         if self.log is not None:
             self.log.close()

@@ -14,6 +14,7 @@ FORMS = {
     "every second layer": {"cross_attention_every": 2},
     "gated, every second layer": {"cross_attention_every": 2, "gated": True},
     "grouped heads": {"num_kv_heads": 1},
+    "rotary positions": {"positions": "rotary", "embed_dim": 30},
     "post-norm": {"norm_first": False, "embedding_norm": True, "head_transform": True, "tie_word_embeddings": False},
 }
 

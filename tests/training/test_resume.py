@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import multiprocessing
 import random
 import signal
 
@@ -95,6 +96,13 @@ def test_sigint_says_how_to_continue(tmp_path):
         train(KilledTask(3, signal.SIGINT), toy_config(tmp_path))
     assert caught.value.exit_code == 130
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_data_workers_end_with_the_run_even_if_its_error_is_kept(tmp_path):
+    with pytest.raises(TrainingStoppedError) as kept:
+        train(KilledTask(3, signal.SIGTERM), toy_config(tmp_path, num_workers=1))
+    assert kept.value.exit_code == 143
+    assert not multiprocessing.active_children()
 
 
 def test_max_steps_may_grow(tmp_path, capsys):

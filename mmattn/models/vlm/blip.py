@@ -127,6 +127,7 @@ def is_blip(config: VLMConfig) -> bool:
     return (
         image.kind == "vit"
         and not image.dropout_p
+        and text.positions == "learned"
         and not text.norm_first
         and text.embedding_norm
         and text.head_transform

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmattn.errors import ConfigError
 
+POSITIONS = ("learned", "rotary")
 TASKS = ("captioning", "question_answering", "matching")
 IMAGE_ENCODERS = ("vit", "conv")
 
@@ -83,6 +84,7 @@ class TextConfig:
     num_kv_heads: int | None = None
     ffn_dim: int = 3072
     max_positions: int = 512
+    positions: str = "learned"  # or "rotary": relative, so that "the word before this one" is the same everywhere
     activation: str = "gelu"
     norm_first: bool = True
     norm_eps: float = 1e-5
@@ -109,6 +111,11 @@ class TextConfig:
         """Raise `ConfigError` when the parts do not fit together."""
         if self.embed_dim % self.num_heads:
             raise ConfigError(f"text.embed_dim {self.embed_dim} is not divisible by text.num_heads {self.num_heads}")
+        if self.positions not in POSITIONS:
+            raise ConfigError(f"text.positions is {self.positions!r}: choose one of {', '.join(POSITIONS)}")
+        head_dim = self.embed_dim // self.num_heads
+        if self.positions == "rotary" and head_dim % 2:
+            raise ConfigError(f"text.positions=rotary needs heads of an even width, not {head_dim}")
         if not 1 <= self.cross_attention_every <= self.num_layers:
             raise ConfigError(
                 f"text.cross_attention_every is {self.cross_attention_every}: it must lie between 1 and"

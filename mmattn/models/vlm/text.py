@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mmattn.errors import UsageError
 from mmattn.models.vlm.config import TextConfig
-from mmattn.nn import GatedCrossAttention, LearnedPositions, SelfAttention, TransformerLayer
+from mmattn.nn import GatedCrossAttention, LearnedPositions, RotaryEmbedding, SelfAttention, TransformerLayer
 from mmattn.nn.feed_forward import ActivationName
 from mmattn.ops.cache import ContextKV, KVCache
 
@@ -31,19 +31,22 @@ LayerContexts = tuple[ContextKV | None, ...]
 
 
 class TextEmbedding(nn.Module):
-    """Word plus learned position, then BERT's norm where the architecture has one."""
+    """Word, plus learned position unless the layers rotate, then BERT's norm where the architecture has one."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.words = nn.Embedding(config.vocab_size, config.embed_dim, padding_idx=config.pad_token_id)
-        self.positions = LearnedPositions(config.max_positions, config.embed_dim)
+        is_learned = config.positions == "learned"
+        self.positions = LearnedPositions(config.max_positions, config.embed_dim) if is_learned else None
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout_p)
 
     def forward(self, input_ids: Tensor, start: int) -> Tensor:
         """`[R, L]` token ids, the first at position `start`, to `[R, L, C]`."""
-        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
-        return self.dropout(self.norm(self.words(input_ids) + self.positions(positions)))
+        hidden = self.words(input_ids)
+        if self.positions is not None:
+            hidden = hidden + self.positions(torch.arange(start, start + input_ids.shape[1], device=input_ids.device))
+        return self.dropout(self.norm(hidden))
 
 
 class TextLayers(nn.Module):
@@ -144,6 +147,7 @@ def _layer(config: TextConfig, context_dim: int | None, is_causal: bool) -> Tran
         activation=cast("ActivationName", config.activation),
         dropout_p=config.dropout_p,
         attention_dropout_p=config.attention_dropout_p,
+        rotary=RotaryEmbedding(config.embed_dim // config.num_heads) if config.positions == "rotary" else None,
     )
 
 
