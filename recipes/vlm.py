@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mmattn.config import load_config
@@ -64,9 +65,11 @@ class VLMTask(Task):
         self.config = config
         self.source = open_image_text(config.data, "train")
         items = sample_items(self.source)
-        self.vlm = make_vlm(config.model, item_texts(items))
+        with torch.random.fork_rng(devices=[]):  # new weights and adapters are a function of the seed
+            torch.manual_seed(config.training.seed)
+            self.vlm = make_vlm(config.model, item_texts(items))
+            choose_trained(self.vlm.network, config.train_what, config.lora)
         self.model = self.vlm.network
-        choose_trained(self.model, config.train_what, config.lora)
         self.baseline = PictureBlindBaseline(items)
         self.best = config.evaluation.best
         self._collate = make_collator(self.vlm, config.examples, config.training.seed)

@@ -54,6 +54,17 @@ def test_debug_config_trains_and_evaluates(tmp_path):
     assert isinstance(vlm.caption(pictures(1)[0], max_new_tokens=5), str)
 
 
+def test_new_weights_are_a_function_of_the_seed():
+    def weights(*overrides: str) -> dict[str, torch.Tensor]:
+        return recipe.VLMTask(load_config(recipe.Config, "vlm/debug", overrides)).model.state_dict()
+
+    before = torch.get_rng_state()
+    first, again, other = weights(), weights(), weights("training.seed=1")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
 def test_check_says_what_would_be_trained_and_writes_nothing(tmp_path):
     config = load_config(recipe.Config, "vlm/debug", [f"training.output_dir={tmp_path / 'run'}"])
     lines = recipe.check(config)
