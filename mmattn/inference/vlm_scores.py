@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -19,8 +19,6 @@ from mmattn.inference.vlm import VisionLanguageModel
 from mmattn.models.vlm import CaptioningNetwork, QuestionAnsweringNetwork
 
 _TEXT_SAMPLE = 20_000  # training records whose texts make a tokenizer and the baseline
-
-Label = Callable[[ImageTextRecord, TextItem], str]
 
 
 @dataclass
@@ -101,7 +99,6 @@ def score_texts(
     *,
     limit: int | None = None,
     batch_size: int = 64,
-    label: Label = kind_label,
     num_beams: int = 1,
 ) -> dict[str, KindScore]:
     """Caption and ask about every picture of a source, and compare exactly (case and outer spaces aside).
@@ -112,7 +109,6 @@ def score_texts(
         baseline: made from the training split.
         limit: use only the first so many pictures.
         batch_size: pictures at a time.
-        label: groups the texts in the result.
         num_beams: beams of the decoding.
 
     Returns:
@@ -124,8 +120,8 @@ def score_texts(
     for first in range(0, count, batch_size):
         records = read_records(source, range(first, min(first + batch_size, count)))
         pictures = vlm.encode([record.image for record in records], batch_size=batch_size, progress=False)
-        _score_captions(vlm, pictures, records, baseline, scores, label, num_beams)
-        _score_answers(vlm, pictures, records, baseline, scores, label, num_beams)
+        _score_captions(vlm, pictures, records, baseline, scores, num_beams)
+        _score_answers(vlm, pictures, records, baseline, scores, num_beams)
     return dict(scores)
 
 
@@ -135,7 +131,6 @@ def _score_captions(
     records: Sequence[ImageTextRecord],
     baseline: PictureBlindBaseline,
     scores: dict[str, KindScore],
-    label: Label,
     num_beams: int,
 ) -> None:
     with_caption = [i for i, record in enumerate(records) if any(item.question is None for item in record.texts)]
@@ -147,7 +142,7 @@ def _score_captions(
         kinds: dict[str, list[TextItem]] = defaultdict(list)
         for item in record.texts:
             if item.question is None:
-                kinds[label(record, item)].append(item)
+                kinds[kind_label(record, item)].append(item)
         for kind, items in kinds.items():
             truths = {_normal(item.text) for item in items}
             _count(scores[kind], _normal(caption) in truths, _normal(baseline.guess(items[0])) in truths)
@@ -159,7 +154,6 @@ def _score_answers(
     records: Sequence[ImageTextRecord],
     baseline: PictureBlindBaseline,
     scores: dict[str, KindScore],
-    label: Label,
     num_beams: int,
 ) -> None:
     asked = [[item for item in record.texts if item.question is not None] for record in records]
@@ -170,7 +164,7 @@ def _score_answers(
     for record, items, given in zip(records, asked, answers, strict=True):
         for item, answer in zip(items, given, strict=True):
             truth = _normal(item.text)
-            score = scores[label(record, item)]
+            score = scores[kind_label(record, item)]
             _count(score, _normal(answer) == truth, _normal(baseline.guess(item)) == truth)
 
 

@@ -35,12 +35,10 @@ class Selection:
     Attributes:
         num_trained: parameters that the optimiser changes.
         num_parameters: all of them.
-        modules: names of the modules that hold trained parameters.
     """
 
     num_trained: int
     num_parameters: int
-    modules: tuple[str, ...]
 
     def __str__(self) -> str:
         share = self.num_trained / self.num_parameters
@@ -100,10 +98,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 def selection(module: nn.Module) -> Selection:
     """Count what would be trained now."""
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    modules = sorted({name.rpartition(".")[0] for name in trained})
-    total = sum(p.numel() for p in module.parameters())
-    return Selection(sum(p.numel() for p in trained.values()), total, tuple(modules))
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return Selection(sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes))
 
 
 def lora_config(module: nn.Module) -> Any:

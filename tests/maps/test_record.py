@@ -108,6 +108,9 @@ def test_peak_is_in_the_pictures_own_pixels(tmp_path):
 
 def test_an_even_map_can_be_drawn(tmp_path):
     Heatmap(np.full((2, 2), 0.25), Image.new("RGB", (31, 17)), "all " * 40, "").save(tmp_path / "even.png")
+    with Image.open(tmp_path / "even.png") as drawn:
+        assert drawn.mode == "RGB"
+        assert min(drawn.size) > 100
 
 
 def test_colours_are_even():

@@ -19,7 +19,7 @@ def test_train_only_freezes_everything_else():
     train_only(network, {"2.weight"})
     assert [name for name, p in network.named_parameters() if p.requires_grad] == ["2.weight"]
     chosen = selection(network)
-    assert (chosen.num_trained, chosen.num_parameters, chosen.modules) == (21, 66, ("2",))
+    assert (chosen.num_trained, chosen.num_parameters) == (21, 66)
     assert str(chosen) == "21 of 66 parameters (31.8%)"
 
 
