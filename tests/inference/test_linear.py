@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from mmattn.inference.linear import FewRowsHead, FewRowsLinear, few_rows_linear, use_few_rows_products
+from mmattn.inference.linear import FewRowsHead, FewRowsLinear, _blocks, few_rows_linear, use_few_rows_products
 from mmattn.models.vlm.text import TextConfig, VocabularyHead
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 8, 9, 31])
+@pytest.mark.parametrize("out_features", [97, 2 * 3 * 17])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_no_less_exact_than_the_ordinary_form(rows, has_bias):
+def test_no_less_exact_than_the_ordinary_form(rows, out_features, has_bias):
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, 1, 53, generator=generator)
-    weight = torch.randn(97, 53, generator=generator)
-    bias = torch.randn(97, generator=generator) if has_bias else None
+    weight = torch.randn(out_features, 53, generator=generator)
+    bias = torch.randn(out_features, generator=generator) if has_bias else None
     exact = nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     with torch.no_grad():
         ours = few_rows_linear(x, weight, bias)
@@ -29,9 +30,20 @@ def test_no_less_exact_than_the_ordinary_form(rows, has_bias):
         assert (ours - exact).abs().max() <= 2 * (ordinary - exact).abs().max() + 1e-6
 
 
-def test_a_view_of_a_longer_tensor():
-    x = torch.randn(3, 5, 53)[:, -1]
-    weight = torch.randn(97, 53)
+@pytest.mark.parametrize(
+    ("out_features", "threads", "blocks"),
+    [(97, 2, 1), (96, 1, 1), (96, 2, 2), (30524, 2, 2), (30524, 8, 13), (15, 2, 3)],
+)
+def test_into_how_many_blocks_one_row_splits_a_weight(out_features, threads, blocks):
+    weight = torch.empty(out_features, 3, device="meta")
+    assert _blocks(weight, threads) == blocks
+    assert _blocks(weight.t().contiguous().t(), threads) == 1
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_view_of_a_longer_tensor(batch):
+    x = torch.randn(batch, 5, 53)[:, -1]
+    weight = torch.randn(94, 53)
     with torch.no_grad():
         assert torch.allclose(few_rows_linear(x, weight, None), x @ weight.t(), atol=1e-5)
 
