@@ -15,7 +15,7 @@ from torch import nn
 from mmattn.config import load_config
 from mmattn.data.readers import open_image_text
 from mmattn.data.scenes import SceneDataset
-from mmattn.data.skipping import SkippingSource
+from mmattn.data.skipping import preview
 from mmattn.data.spec import DataConfig
 from mmattn.data.tokenizer import item_texts
 from mmattn.errors import ConfigError
@@ -34,10 +34,9 @@ from mmattn.inference.vlm_setup import (
 )
 from mmattn.training import Batch, Draw, Loss, Task, TrainingConfig, TrainingResult
 from mmattn.training import train as run_loop
-from mmattn.training.memory import estimate_memory
+from mmattn.training.memory import estimate_run
 from mmattn.training.selection import LoRAConfig, selection
 
-_CHECKED = 200  # pictures that `check` tries to open
 _TARGETS = [r"decoder\..*(q_proj|k_proj|v_proj|out_proj)"]  # what every checkpoint format can name
 
 
@@ -117,23 +116,8 @@ def check(config: Config) -> list[str]:
     for split in config.evaluation.splits:
         source = open_image_text(config.data, split)
         lines.append(f"{source.name}: {len(source)} pictures for scores")
-    example = task.source[0]
-    if isinstance(task.source, SkippingSource):
-        task.source.check(_CHECKED)
-        lines.append(task.source.summary())
-    lines += [f"first picture {example.id}: {example.image.shape[1]} x {example.image.shape[0]} px"]
-    lines += [f"  {item.kind}: {item.question or ''} -> {item.text!r}" for item in example.texts[:4]]
-    settings = config.training
-    size = min(2, len(task))
-    batch = task.collate([(0, index) for index in range(size)])
-    task.model.train()
-    estimate = estimate_memory(
-        task.model,
-        lambda: task.loss(task.model, batch).total,
-        scale=(settings.micro_batch_size or settings.batch_size) / size,
-        has_average=settings.ema_decay is not None,
-    )
-    return [*lines, f"memory of training, float32, one process: {estimate}"]
+    memory = estimate_run(task, config.training)
+    return [*lines, *preview(task.source), f"memory of training, float32, one process: {memory}"]
 
 
 def evaluate(folder: str | Path, config: Config) -> dict[str, float]:

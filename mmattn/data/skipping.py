@@ -89,3 +89,14 @@ class SkippingSource:
                 f"{self.name}: too many records cannot be read, {len(self.bad)} so far, {self.max_bad} allowed "
                 f"(data.max_bad, data.max_bad_fraction); the last: {error}"
             ) from error
+
+
+def preview(source: ImageTextSource, opened: int = 200, texts: int = 4) -> list[str]:
+    """Lines on a source: its first picture and its texts, and which of the first `opened` pictures cannot be read."""
+    example = source[0]
+    lines = []
+    if isinstance(source, SkippingSource):
+        source.check(opened)
+        lines.append(source.summary())
+    lines.append(f"first picture {example.id}: {example.image.shape[1]} x {example.image.shape[0]} px")
+    return lines + [f"  {item.kind}: {item.question or ''} -> {item.text!r}" for item in example.texts[:texts]]

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mmattn.training.config import TrainingConfig
+from mmattn.training.task import Task
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -67,3 +70,16 @@ def estimate_memory(
     count = sum(parameter.numel() for parameter in trained)
     gradients = sum(parameter.nbytes for parameter in trained)
     return MemoryEstimate(weights, gradients, 2 * gradients, 4 * count if has_average else 0, activations)
+
+
+def estimate_run(task: Task, config: TrainingConfig, *, examples: int = 2) -> MemoryEstimate:
+    """What a run of this task would hold in one process, from the loss of a few `examples` of it."""
+    size = min(examples, len(task))
+    batch = task.collate([(0, index) for index in range(size)])
+    task.model.train()
+    return estimate_memory(
+        task.model,
+        lambda: task.loss(task.model, batch).total,
+        scale=(config.micro_batch_size or config.batch_size) / size,
+        has_average=config.ema_decay is not None,
+    )
