@@ -17,9 +17,10 @@ _EXPORTS = {
     "use_backend": "mmattn.ops.registry",
     "VisionLanguageModel": "mmattn.inference.vlm",
     "record_attention": "mmattn.maps.record",
+    "swap_attention": "mmattn.swap.api",
     "MmattnError": "mmattn.errors",
 }
-_SUBMODULES = ("nn", "ops", "models", "data", "training", "maps", "inference", "config", "errors")
+_SUBMODULES = ("nn", "ops", "models", "data", "training", "swap", "maps", "inference", "config", "errors")
 
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mmattn.ops.attention import attention as attention
     from mmattn.ops.registry import backends as backends
     from mmattn.ops.registry import use_backend as use_backend
+    from mmattn.swap.api import swap_attention as swap_attention
 
 
 def __getattr__(name: str) -> Any:

@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from mmattn.ops.attention import attention
-
-FORWARD_FACTOR = 2.0
-BACKWARD_FACTOR = 3.0
+from mmattn.ops.tolerance import BACKWARD_FACTOR, FORWARD_FACTOR, deviation
 
 
 def check_within(
@@ -37,19 +35,15 @@ def check_within(
         return
     bad = ~got.isfinite()
     assert not bad.any(), f"{what}: not finite at {bad.nonzero()[0].tolist()}, {int(bad.sum())} of {bad.numel()}"
-    reference = reference.double()
-    error = (got.double() - reference).abs()
-    eps = torch.finfo(got.dtype).eps
-    eager_error = (eager.double() - reference).abs().max().item() * eps / torch.finfo(eager.dtype).eps
-    bound = factor * eager_error + eps * reference.abs().max().item() + unavoidable
-    worst = error.max().item()
-    if worst > bound:
+    found = deviation(got, eager, reference, factor=factor, unavoidable=unavoidable)
+    if not found.is_within:
+        error = (got.double() - reference.double()).abs()
         position = torch.unravel_index(error.argmax(), error.shape)
         index = tuple(int(axis) for axis in position)
-        share = (error > bound).double().mean().item()
+        share = (error > found.bound).double().mean().item()
         raise AssertionError(
             f"{what}: worst at {list(index)}: got {got[index].item():.9g}, reference {reference[index].item():.9g}, "
-            f"error {worst:.3g} > {bound:.3g} = {factor:g} x eager's {eager_error:.3g} + one rounding; "
+            f"error {found.error:.3g} > {found.bound:.3g} = {factor:g} x eager's {found.eager_error:.3g} + one rounding; "
             f"{share:.1%} of the elements are beyond it"
         )
 

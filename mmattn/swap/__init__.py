@@ -1,0 +1,6 @@
+"""Installing our attention in other people's models, provably and reversibly."""
+
+from mmattn.swap.api import swap_attention as swap_attention
+from mmattn.swap.swapped import Swap as Swap
+
+__all__ = ["Swap", "swap_attention"]

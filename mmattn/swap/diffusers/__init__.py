@@ -1,0 +1,1 @@
+"""Swapping attention in diffusers models and pipelines."""

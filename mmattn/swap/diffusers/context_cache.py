@@ -1,0 +1,81 @@
+"""Keys and values of a cross-attention layer, kept while the text and everything that projects it stay the same.
+
+In one generation every denoising step projects the same text again. That is about 1 % of SDXL's arithmetic: worth
+something where weight traffic rules (small batches, low resolution), nothing measurable on an SD 1.5 U-Net on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mmattn.swap.diffusers.fingerprint import of_modules, of_tensor
+
+KeyValue = tuple[Tensor, Tensor]
+_KEPT = 2  # contexts: a pipeline may run the two halves of guidance one after the other
+
+
+class _Entry(NamedTuple):
+    key: Hashable
+    held: tuple[Any, ...]
+    projected: KeyValue
+
+
+class ContextCache:
+    """The projected contexts of one layer; empty in a copy. `hits` and `misses` count its lookups.
+
+    Entries are replaced as a whole, so two threads that share a layer at worst project once more than needed.
+    """
+
+    def __init__(self) -> None:
+        self.entries: tuple[_Entry, ...] = ()
+        self.hits = self.misses = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextCache:
+        return ContextCache()
+
+    def __reduce__(self) -> tuple[type[ContextCache], tuple[()]]:
+        return ContextCache, ()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.entries = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys and values that are kept."""
+        return sum(key.nbytes + value.nbytes for _, _, (key, value) in self.entries)
+
+    def fetch(
+        self,
+        context: Tensor,
+        modules: tuple[nn.Module | None, ...],
+        project: Callable[[], KeyValue],
+        extra: Hashable = None,
+    ) -> KeyValue:
+        """`project()`, or what it gave before for the same context, modules and `extra`.
+
+        Nothing is kept, and what is kept is dropped, while gradients are on or a module trains.
+        """
+        if torch.is_grad_enabled() or any(module.training for module in modules if module is not None):
+            self.clear()
+            return project()
+        source, weights = of_tensor(context), of_modules(*modules)
+        if source is None or weights is None:
+            self.clear()
+            return project()
+        key = (source.key, weights.key, extra, torch.is_autocast_enabled(context.device.type))
+        for entry in self.entries:
+            if entry.key == key:
+                self.hits += 1
+                return entry.projected
+        self.misses += 1
+        projected = project()
+        if not projected[0].is_inference():
+            # The context itself is held, not only its storage: a view of it may come next time.
+            entry = _Entry(key, (context, *source.held, *weights.held), projected)
+            self.entries = (entry, *self.entries)[:_KEPT]
+        return projected

@@ -1,0 +1,74 @@
+"""Whether a tensor, or what a module computes, is still the same: by identity and version, never by address alone.
+
+An address says little: freed memory is given to other tensors, and a tensor can be changed where it lies. So storages
+are told apart by their C++ object, kept from being reused by a weak reference that does not keep the data, and
+changes by the tensor's version counter. What no counter sees is a write through `tensor.data` between two calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+class Fingerprint(NamedTuple):
+    """What something is now.
+
+    Attributes:
+        key: equal for two fingerprints only if nothing has changed in between.
+        held: must be kept as long as the key is, so that no other object gets an identity of it.
+    """
+
+    key: Hashable
+    held: tuple[Any, ...]
+
+
+def of_tensor(tensor: Tensor) -> Fingerprint | None:
+    """Of a tensor's contents; None where torch keeps no version (inference mode)."""
+    if tensor.is_inference():
+        return None
+    storage = StorageWeakRef(tensor.untyped_storage())
+    place = (storage.cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+    return Fingerprint((*place, tensor.dtype, tensor.device, tensor._version), (storage,))
+
+
+def of_modules(*modules: nn.Module | None) -> Fingerprint | None:
+    """Of what some modules compute: their tensors, and the plain values in their attributes (an adapter's scale, which
+    adapters are active or merged). None when a hook or a replaced `forward` may make them compute something else."""
+    keys: list[Hashable] = []
+    held: list[Any] = []
+    for module in modules:
+        for part in module.modules() if module is not None else ():
+            if part._forward_hooks or part._forward_pre_hooks or not _is_followed(vars(part).get("forward")):
+                return None
+            keys.append((id(part), part.training, None if type(part) is nn.Linear else _plain_values(part)))
+            held.append(part)
+            for tensor in (*part._parameters.values(), *part._buffers.values()):
+                if tensor is None:
+                    continue
+                fingerprint = of_tensor(tensor)
+                if fingerprint is None:
+                    return None
+                keys.append((id(tensor), fingerprint.key))
+                held.extend((tensor, *fingerprint.held))
+    return Fingerprint(tuple(keys), tuple(held))
+
+
+def _is_followed(forward: Any) -> bool:
+    """Whether a module's own `forward` attribute (None without one) computes what its class would."""
+    return forward is None or getattr(forward, "is_transparent", False)
+
+
+def _plain_values(module: nn.Module) -> str:
+    return repr([(name, value) for name, value in vars(module).items() if _is_plain(value)])
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, (bool, int, float, str, type(None)))

@@ -1,0 +1,208 @@
+"""Finding the attention layers of a diffusers model, and the steps that replace their attention."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers.hooks._helpers import AttentionProcessorRegistry
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor2_0,
+    MochiAttention,
+    SanaMultiscaleLinearAttention,
+)
+from torch import nn
+
+from mmattn.swap.diffusers.context_path import plan_context_path
+from mmattn.swap.diffusers.contracts import CONTRACTS, features, refusal
+from mmattn.swap.diffusers.dispatcher import KeepProcessDefault, RegisterBackend, UseBackend
+from mmattn.swap.diffusers.gate import Gate
+from mmattn.swap.diffusers.ip_adapter import SwappedIPAdapterAttnProcessor
+from mmattn.swap.diffusers.layer import Settings, Swapped
+from mmattn.swap.diffusers.padding import PaddingReader
+from mmattn.swap.diffusers.probe import run_backend, run_layer
+from mmattn.swap.diffusers.processors import SwappedAttnProcessor
+from mmattn.swap.layers import JOINT, Layer, Plan
+from mmattn.swap.parts import MOTION
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller of `swap_attention` asked for; see there."""
+
+    backend: str = "auto"
+    role: str | None = None
+    parts: frozenset[str] | None = None
+    cache_context: bool = True
+    drop_padding: bool = True
+    gate: Gate | None = None
+
+
+@dataclass(eq=False)
+class InstallProcessor:
+    """Puts our processor into one attention module."""
+
+    attn: Any
+    ours: Swapped
+    old: Any
+
+    def do(self) -> None:
+        """Install."""
+        self.attn.set_processor(self.ours)
+
+    def undo(self, *, force: bool = False) -> str | None:
+        """Put the old processor object back, unless somebody has put in another since. Processors of our class that
+        diffusers has made anew (it does when an IP-Adapter is loaded) count as ours."""
+        current = self.attn.processor
+        if current is self.old:
+            return None
+        if isinstance(current, Swapped) or force:
+            self.attn.set_processor(self.old)
+            return None
+        return f"{type(current).__name__} was installed since"
+
+    def problem(self) -> str | None:
+        """Whether another processor is in its place."""
+        current = self.attn.processor
+        if current is self.ours:
+            return None
+        kind = (
+            "a new one of its class, without its settings" if isinstance(current, Swapped) else type(current).__name__
+        )
+        return (
+            f"its processor was replaced by {kind} (attention slicing, IP-Adapter loading and set_attn_processor do so)"
+        )
+
+
+@dataclass(eq=False)
+class RegisterForSkipping:
+    """Lets diffusers' layer-skipping hooks know our plain processor, which they look up by exact class."""
+
+    users: list[Any] = field(default_factory=lambda: _SKIP_USERS)
+
+    def do(self) -> None:
+        """Register."""
+        metadata = AttentionProcessorRegistry.get(AttnProcessor2_0)
+        AttentionProcessorRegistry.register(SwappedAttnProcessor, metadata)
+        self.users.append(self)
+
+    def undo(self, *, force: bool = False) -> str | None:
+        """Take it out again, after its last user."""
+        self.users.remove(self)
+        if not self.users:
+            AttentionProcessorRegistry._registry.pop(SwappedAttnProcessor, None)
+        return None
+
+    def problem(self) -> str | None:
+        """Whether somebody took it out."""
+        is_there = SwappedAttnProcessor in AttentionProcessorRegistry._registry
+        return None if is_there else "our processor is no longer registered for layer skipping"
+
+
+_SKIP_USERS: list[RegisterForSkipping] = []
+
+
+def plan_model(model: nn.Module, part: str, options: Options) -> Plan:
+    """What swapping one diffusers model would do. Changes nothing."""
+    plan = Plan()
+    backends: dict[str, RegisterBackend] = {}
+    padding = PaddingReader()
+    for name, module in model.named_modules():
+        layer = _layer(module, name, part)
+        if layer is None:
+            continue
+        plan.layers.append(layer)
+        layer.backend = options.backend
+        layer.chosen = _is_chosen(layer, options)
+        if layer.refused is not None or not layer.chosen:
+            continue
+        if isinstance(module, Attention):
+            layer.step = _processor_step(module, layer, options, padding)
+            layer.probe = functools.partial(run_layer, module)
+            plan.caches.append(layer.step.ours.context_cache)
+        else:
+            backend = backends.setdefault(layer.role, RegisterBackend(layer.role, options.backend))
+            layer.step = UseBackend(module.processor, backend)
+            layer.probe = functools.partial(run_backend, module) if hasattr(module, "heads") else None
+    if any(layer.is_swapped for layer in plan.layers):
+        plan.shared.append(KeepProcessDefault())
+        if any(isinstance(layer.step, InstallProcessor) for layer in plan.layers):
+            plan.shared.append(RegisterForSkipping())
+        plan.shared += backends.values()
+        if options.cache_context and plan.caches:
+            plan_context_path(model, plan)
+    return plan
+
+
+def _layer(module: nn.Module, name: str, part: str) -> Layer | None:
+    """The layer that a module is, with the reason for leaving it alone; None for other modules."""
+    if f".{MOTION}." in f".{name}.":
+        part = MOTION
+    if isinstance(module, SanaMultiscaleLinearAttention | MochiAttention):
+        reason = f"{type(module).__name__}: " + (
+            "not a class that mmattn knows" if isinstance(module, MochiAttention) else "linear attention, not a softmax"
+        )
+        return Layer(part, name, module, "self", type(module).__name__, refused=reason)
+    if isinstance(module, Attention):
+        processor = stock_of(module.processor)
+        layer = Layer(part, name, module, _role(module), type(processor).__name__)
+        layer.refused = refusal(module, processor)
+        if layer.refused is None:
+            layer.features = features(module, processor)
+        return layer
+    if isinstance(module, AttentionModuleMixin):
+        processor = getattr(module, "processor", None)
+        layer = Layer(part, name, module, _dispatcher_role(module, name), type(processor).__name__)
+        if not hasattr(processor, "_attention_backend"):
+            layer.refused = f"{type(processor).__name__}: does not ask diffusers' dispatcher"
+        return layer
+    return None
+
+
+def stock_of(processor: Any) -> Any:
+    """The processor that ours stands for: what a copied model, swapped when it was copied, would have had."""
+    if not isinstance(processor, Swapped):
+        return processor
+    return processor.settings.stock if processor.settings.stock is not None else AttnProcessor2_0()
+
+
+def _role(attn: Attention) -> str:
+    if attn.added_kv_proj_dim is not None:
+        return "cross" if attn.only_cross_attention else JOINT
+    return "cross" if attn.is_cross_attention else "self"
+
+
+def _dispatcher_role(module: Any, name: str) -> str:
+    """Classes of the dispatcher world have no common way of saying it: by flag, by joint projections, by name."""
+    if getattr(module, "is_cross_attention", False) or name.rsplit(".", 1)[-1] in ("attn2", "cross_attn"):
+        return "cross"
+    return "self" if getattr(module, "added_kv_proj_dim", None) is None else JOINT
+
+
+def _is_chosen(layer: Layer, options: Options) -> bool:
+    if options.parts is not None and layer.part not in options.parts:
+        return False
+    return options.role is None or layer.role == options.role
+
+
+def _processor_step(attn: Any, layer: Layer, options: Options, padding: PaddingReader) -> InstallProcessor:
+    current, stock = attn.processor, stock_of(attn.processor)
+    ours = CONTRACTS[type(stock)].ours()
+    if isinstance(ours, SwappedIPAdapterAttnProcessor):
+        ours.adopt(stock)
+    is_cross = layer.role == "cross"
+    ours.settings = Settings(
+        backend=options.backend,
+        role=None if layer.role == JOINT else layer.role,
+        cache_context=options.cache_context and layer.role != "self",
+        drop_padding=options.drop_padding and is_cross,
+        where=f"{layer.full_name} ({layer.role}-attention)",
+        padding=padding,
+        gate=options.gate if is_cross else None,
+        stock=stock,
+    )
+    assert stock is current or isinstance(current, Swapped)
+    return InstallProcessor(attn, ours, stock)

@@ -1,0 +1,165 @@
+"""The handle of a swap: what was replaced, whether it still is, whether it computes the same, and the way back."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from mmattn.errors import RunError, UsageError
+from mmattn.swap.layers import Layer, Plan, take
+from mmattn.swap.report import SwapReport
+from mmattn.swap.verify import Verification, run_model, verify_swap
+
+_LOCK = threading.RLock()  # swaps change registries of the whole process
+
+
+class Swap:
+    """What `mmattn.swap_attention` returns; also a context manager that restores at its end.
+
+    Dropping the handle leaves the swap in place; a later `swap_attention` on the same target takes over and restores
+    to stock. A deep copy of a swapped model is swapped too, and belongs to no handle.
+
+    Attributes:
+        gate: the callback to pass to the pipeline as `callback_on_step_end` when `gate=` was given, else None.
+    """
+
+    def __init__(
+        self, target: Any, parts: dict[str, nn.Module], plan: Plan, versions: dict[str, str], gate: Any
+    ) -> None:
+        self.gate = gate
+        self._target = type(target).__name__
+        self._parts = parts
+        self._plan = plan
+        self._versions = versions
+        self._is_restored = True
+
+    def install(self) -> None:
+        """Do it: all or nothing.
+
+        Raises:
+            UsageError: when a layer is in another swap's hands.
+        """
+        with _LOCK:
+            taken = {id(module): swap for swap in _ACTIVE for module in swap.modules()}
+            for layer in self._plan.layers:
+                if layer.is_swapped and id(layer.module) in taken:
+                    raise UsageError(
+                        f"swap_attention: {layer.full_name} is already swapped; call restore() of that swap first "
+                        "(different roles or parts may be swapped one after the other)"
+                    )
+            take(self._plan.steps())
+            self._is_restored = False
+            _ACTIVE.add(self)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Every attention layer found, swapped or not."""
+        return self._plan.layers
+
+    def modules(self) -> list[nn.Module]:
+        """The modules whose attention is ours now."""
+        return [layer.module for layer in self._plan.layers if layer.is_swapped]
+
+    def report(self) -> SwapReport:
+        """Layer by layer: name, role, what was there, the backend, what is kept, or why it was left alone."""
+        return SwapReport(self._target, self._plan.layers, self._plan.notes, self._versions)
+
+    def check(self) -> list[str]:
+        """Whether everything is still in place: a line for each thing that is not, none when all is well. Attention
+        slicing, `set_attn_processor` and IP-Adapter loading replace processors without asking."""
+        if self._is_restored:
+            return ["this swap was restored"]
+        problems = []
+        for step in self._plan.shared:
+            problem = step.problem()
+            problems += [] if problem is None else [problem]
+        for layer in self._plan.layers:
+            if layer.is_swapped and layer.step is not None:
+                problem = layer.step.problem()
+                problems += [] if problem is None else [f"{layer.full_name}: {problem}"]
+        return problems
+
+    def verify(self, **inputs: Any) -> Verification:
+        """Old and new attention on the same random inputs, layer by layer, and the whole model on a probe made from
+        its config (or on `inputs`, keyword arguments of a single model's forward), by the tolerance rule. It runs the
+        model; nothing is changed.
+
+        Raises:
+            RunError: when the swap is no longer in place.
+        """
+        problems = self.check()
+        if problems:
+            raise RunError(f"verify: the swap is not in place: {problems[0]}" + _and_more(problems))
+        probes = dict(self._plan.probes)
+        if inputs:
+            if len(self._parts) != 1:
+                raise UsageError("verify: inputs go to one model's forward; swap that model, or give none")
+            part, model = next(iter(self._parts.items()))
+            probes = {part: functools.partial(run_model, model, inputs)}
+        return verify_swap([layer for layer in self.layers if layer.is_swapped], probes, self.undone)
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """The stock attention, within the block; for comparisons."""
+        steps = self._plan.steps()
+        with _LOCK:
+            for step in reversed(steps):
+                step.undo(force=True)
+            try:
+                yield
+            finally:
+                take(steps)
+
+    def clear_cache(self) -> None:
+        """Forget cached keys and values of texts. Only needed after writing into weights through `tensor.data`, which
+        torch's version counters do not see."""
+        for cache in self._plan.caches:
+            cache.clear()
+
+    def cache_bytes(self) -> int:
+        """Memory of the cached keys and values."""
+        return sum(cache.nbytes for cache in self._plan.caches)
+
+    def restore(self, *, force: bool = False) -> list[str]:
+        """Put back every processor object, attribute, registry entry and process default as it was before.
+
+        A layer whose attention somebody has changed since is left as it is, and named in the list that is returned;
+        `force=True` puts the old one back there as well. A second call does nothing.
+        """
+        with _LOCK:
+            if self._is_restored:
+                return []
+            self._is_restored = True
+            _ACTIVE.discard(self)
+            names = {id(layer.step): layer.full_name for layer in self._plan.layers}
+            left = []
+            for step in reversed(self._plan.steps()):
+                problem = step.undo(force=force)
+                if problem is not None:
+                    left.append(f"{names.get(id(step), 'process')}: {problem}; left as it is")
+            self.clear_cache()
+            if self.gate is not None:
+                self.gate.reset()
+            return left
+
+    def __enter__(self) -> Swap:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        return f"<Swap {self.report().summary()}{', restored' if self._is_restored else ''}>"
+
+
+_ACTIVE: weakref.WeakSet[Swap] = weakref.WeakSet()
+
+
+def _and_more(lines: list[str]) -> str:
+    return f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""

@@ -1,0 +1,141 @@
+"""Proof that a swap computes the same: layer by layer, and the whole model on a probe."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmattn.ops.tolerance import Deviation, deviation
+from mmattn.swap.attend import computing_reference
+from mmattn.swap.layers import Layer
+
+Probe = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One comparison.
+
+    Attributes:
+        name: the layer, or the part of the pipeline.
+        to_stock: largest difference between stock's output and ours.
+        deviation: of ours from the output with attention in float64, and what the tolerance rule allows.
+    """
+
+    name: str
+    to_stock: float
+    deviation: Deviation
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether the rule is kept."""
+        return self.deviation.is_within
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.is_ok else "BEYOND"
+        return (
+            f"{self.name}: to stock {self.to_stock:.2g}, to float64 {self.deviation.error:.2g} "
+            f"(allowed {self.deviation.bound:.2g}) {verdict}"
+        )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `Swap.verify` found; prints as text.
+
+    Attributes:
+        layers: for every layer that can be run by itself.
+        models: for every part that a probe is known for.
+        unprobed: layers and parts that could not be run.
+    """
+
+    layers: list[Verdict]
+    models: list[Verdict]
+    unprobed: list[str]
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether something was compared, and all of it is within the rule."""
+        verdicts = [*self.layers, *self.models]
+        return bool(verdicts) and all(verdict.is_ok for verdict in verdicts)
+
+    def __str__(self) -> str:
+        lines = [f"whole {verdict}" for verdict in self.models]
+        if self.layers:
+            worst = max(self.layers, key=lambda verdict: verdict.to_stock)
+            bad = [verdict for verdict in self.layers if not verdict.is_ok]
+            lines.append(f"{len(self.layers)} layers, {len(self.layers) - len(bad)} within tolerance; worst {worst}")
+            lines += [f"  {verdict}" for verdict in bad]
+        if self.unprobed:
+            lines.append(f"not compared by themselves: {', '.join(self.unprobed)}")
+        return "\n".join([*lines, "same output" if self.is_ok else "NOT the same output"])
+
+
+def verify_swap(
+    layers: list[Layer], probes: dict[str, Probe], undone: Callable[[], contextlib.AbstractContextManager[None]]
+) -> Verification:
+    """Run every probe with the swap in place, with attention by the specification, and with the swap undone."""
+    alone = {layer.full_name: layer.probe for layer in layers if layer.probe is not None}
+    unprobed = sorted({layer.part for layer in layers if layer.probe is None} - set(probes))
+    with torch.no_grad(), _evaluating([layer.module for layer in layers]):
+        ours = {name: _three_ways(probe) for name, probe in alone.items()}
+        models = {name: _three_ways(probe) for name, probe in probes.items()}
+        with undone():
+            stock = {name: probe() for name, probe in alone.items()}
+            stock_models = {name: probe() for name, probe in probes.items()}
+    return Verification(
+        [_verdict(name, stock[name], *ours[name]) for name in ours],
+        [_verdict(name, stock_models[name], *models[name]) for name in models],
+        unprobed,
+    )
+
+
+def run_model(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The first float tensor of a model's output, everything else dropped."""
+    return first_tensor(model(**inputs))
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The first float tensor in an output of nested tuples, lists and dicts."""
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return output
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
+    for value in values:
+        with contextlib.suppress(LookupError):
+            return first_tensor(value)
+    sample = getattr(output, "sample", None)
+    if isinstance(sample, Tensor):
+        return sample
+    raise LookupError(f"no float tensor in a {type(output).__name__}")
+
+
+def _three_ways(probe: Probe) -> tuple[Tensor, Tensor, Tensor]:
+    ours = probe()
+    with computing_reference("eager"):
+        eager = probe()
+    with computing_reference("float64"):
+        reference = probe()
+    return ours, eager, reference
+
+
+def _verdict(name: str, stock: Tensor, ours: Tensor, eager: Tensor, reference: Tensor) -> Verdict:
+    to_stock = (stock.double() - ours.double()).abs().max().item() if ours.numel() else 0.0
+    return Verdict(name, to_stock, deviation(ours, eager, reference))
+
+
+@contextlib.contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Dropout off, and back."""
+    before = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for part, _ in before:
+            part.training = False
+        yield
+    finally:
+        for part, was_training in before:
+            part.training = was_training
