@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Optional
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -18,6 +19,7 @@ from mmattn.inference.pictures import Pictures
 from mmattn.inference.vlm import VisionLanguageModel
 from mmattn.models.vlm import CaptioningNetwork, QuestionAnsweringNetwork
 
+_SAME_SCORE = 1e-5  # nats per token: what rounding can make of equal texts
 _TEXT_SAMPLE = 20_000  # training records whose texts make a tokenizer and the baseline
 
 
@@ -215,7 +217,11 @@ def can_answer(vlm: VisionLanguageModel) -> bool:
 def retrieval(
     vlm: VisionLanguageModel, source: ImageTextSource, *, limit: int | None = None, batch_size: int = 16
 ) -> dict[str, float]:
-    """How high the true caption ranks among all captions of the set, by the model's log-likelihood per token.
+    """How high the true caption ranks among all captions of the set, by how much more likely the picture makes it.
+
+    A caption's score is its log-likelihood per token under the picture, less that under a blank (mid-grey) picture: a
+    caption that is likely anyway says nothing about a picture. Captions with equal scores share their ranks, as if put
+    in a random order, so that a model that cannot tell them apart gains nothing.
 
     Args:
         vlm: a captioning model.
@@ -231,19 +237,31 @@ def retrieval(
         next(item.text for item in items if item.question is None) for items in read_texts(source, range(count))
     ]
     texts = sorted(set(captions))
-    hits = {1: 0, 5: 0}
+    hits = {1: 0.0, 5: 0.0}
+    blank = np.full((32, 32, 3), 128, dtype=np.uint8)
+    unconditional = caption_likelihoods(vlm, vlm.encode([blank], progress=False), texts)
     for first in range(0, count, batch_size):
         records = read_records(source, range(first, min(first + batch_size, count)))
-        scores = caption_likelihoods(vlm, vlm.encode([record.image for record in records], progress=False), texts)
+        pictures = vlm.encode([record.image for record in records], progress=False)
+        scores = caption_likelihoods(vlm, pictures, texts) - unconditional
         for row, truth in zip(scores, captions[first : first + batch_size], strict=True):
-            rank = int((row > row[texts.index(truth)]).sum())
             for k in hits:
-                hits[k] += rank < k
+                hits[k] += hit_chance(row, texts.index(truth), k)
     flat: dict[str, float] = {}
     for k, number in hits.items():
         flat[f"recall_at_{k}"] = number / count
         flat[f"recall_at_{k}/blind"] = min(1.0, k / len(texts))
     return flat
+
+
+def hit_chance(scores: torch.Tensor, truth: int, k: int) -> float:
+    """Chance that entry `truth` is among the k highest of `scores` [T], equal scores in random order."""
+    if not scores[truth].isfinite():
+        return 0.0
+    gap = scores - scores[truth]
+    is_equal = gap.abs() <= _SAME_SCORE
+    higher, equal = int((gap > _SAME_SCORE).sum()), int(is_equal.sum())
+    return min(1.0, max(0, k - higher) / equal)
 
 
 @torch.inference_mode()

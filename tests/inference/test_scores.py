@@ -16,6 +16,7 @@ from mmattn.inference.vlm_scores import (
     KindScore,
     PictureBlindBaseline,
     caption_likelihoods,
+    hit_chance,
     kind_label,
     retrieval,
     score_texts,
@@ -107,6 +108,17 @@ def test_retrieval_finds_what_the_model_says(own):
     ranks = retrieval(own, _Source(own))
     assert 0 <= ranks["recall_at_1"] <= ranks["recall_at_5"] <= 1
     assert ranks["recall_at_5/blind"] == 1.0  # one caption is the first of every record
+
+
+def test_equal_scores_share_their_ranks():
+    # Captions of unknown words only are the same text to a model: it must gain nothing by that.
+    same = torch.zeros(13)
+    assert hit_chance(same, 7, 1) == pytest.approx(1 / 13)
+    assert hit_chance(same, 7, 5) == pytest.approx(5 / 13)
+    scores = torch.tensor([3.0, 2.0, 2.0, 1.0])
+    assert [hit_chance(scores, 0, 1), hit_chance(scores, 1, 1), hit_chance(scores, 3, 3)] == [1.0, 0.0, 0.0]
+    assert hit_chance(scores, 2, 2) == pytest.approx(0.5)
+    assert hit_chance(torch.tensor([float("nan"), 1.0]), 0, 5) == 0.0
 
 
 def test_likelihoods_need_a_captioning_model(tmp_path):

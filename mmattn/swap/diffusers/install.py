@@ -22,6 +22,7 @@ from mmattn.swap.diffusers.dispatcher import KeepProcessDefault, RegisterBackend
 from mmattn.swap.diffusers.gate import Gate
 from mmattn.swap.diffusers.ip_adapter import SwappedIPAdapterAttnProcessor
 from mmattn.swap.diffusers.layer import Settings, Swapped
+from mmattn.swap.diffusers.model_probe import model_probe
 from mmattn.swap.diffusers.padding import PaddingReader
 from mmattn.swap.diffusers.probe import run_backend, run_layer
 from mmattn.swap.diffusers.processors import SwappedAttnProcessor
@@ -128,6 +129,8 @@ def plan_model(model: nn.Module, part: str, options: Options) -> Plan:
             layer.step = UseBackend(module.processor, backend)
             layer.probe = functools.partial(run_backend, module) if hasattr(module, "heads") else None
     if any(layer.is_swapped for layer in plan.layers):
+        probe = model_probe(model)
+        plan.probes |= {} if probe is None else {part: probe}
         plan.shared.append(KeepProcessDefault())
         if any(isinstance(layer.step, InstallProcessor) for layer in plan.layers):
             plan.shared.append(RegisterForSkipping())
