@@ -13,6 +13,7 @@ from mmattn.errors import BackendError, UsageError
 from mmattn.ops.registry import backends, check_name, explain
 from mmattn.swap.layers import Layer, Plan, check_role
 from mmattn.swap.parts import MODEL, is_diffusers, is_transformers, parts_of
+from mmattn.swap.report import SwapReport
 from mmattn.swap.swapped import Swap
 
 TESTED = {"diffusers": "0.42", "transformers": "5.24"}  # what the tests run on
@@ -59,21 +60,63 @@ def swap_attention(
     """
     check_role(role)
     _check_backend(backend)
-    versions, notes = check_versions()
-    models = parts_of(pipe_or_model, parts)
     opened_gate = None if gate is None else _gate(pipe_or_model, gate)
-    plan = Plan(notes=notes)
-    for part, model in models.items():
-        plan.extend(_plan(part, model, backend, role, parts, cache_context, drop_padding, opened_gate))
-    _check_plan(plan, pipe_or_model, role, strict)
+    models, plan, versions = _plan_all(
+        pipe_or_model, backend, role, parts, cache_context, drop_padding, strict, opened_gate
+    )
     for layer in plan.layers:
         if layer.is_swapped:
             _check_layer(layer)
     if opened_gate is not None:
+        if not any(layer.is_swapped and layer.role == "cross" for layer in plan.layers):
+            raise UsageError("gate is about cross-attention, and none is to be swapped here")
         plan.notes.append(f"gate={gate}: approximate; cross-attention outputs of step {gate} are reused after it")
     swap = Swap(pipe_or_model, models, plan, versions, opened_gate)
     swap.install()
     return swap
+
+
+def plan_attention_swap(
+    pipe_or_model: Any,
+    backend: str = "auto",
+    role: str | None = None,
+    parts: Collection[str] | None = None,
+    strict: bool = False,
+) -> SwapReport:
+    """What `swap_attention` would do with the same arguments. Nothing is changed, and no weights are needed: the model
+    may be on meta.
+
+    Raises:
+        UsageError: as `swap_attention` does, but for weights and for layers that are swapped already.
+        BackendError: when the named backend cannot serve a layer.
+    """
+    check_role(role)
+    _check_backend(backend)
+    _, plan, versions = _plan_all(pipe_or_model, backend, role, parts, True, True, strict, None)
+    for layer in plan.layers:
+        if layer.is_swapped:
+            _check_layer(layer, needs_weights=False)
+    return SwapReport(type(pipe_or_model).__name__, plan.layers, plan.notes, versions)
+
+
+def _plan_all(
+    target: Any,
+    backend: str,
+    role: str | None,
+    parts: Collection[str] | None,
+    cache_context: bool,
+    drop_padding: bool,
+    strict: bool,
+    gate: Any,
+) -> tuple[dict[str, nn.Module], Plan, dict[str, str]]:
+    """The models of a target by part, what would be done to them, and versions. Changes nothing."""
+    versions, notes = check_versions()
+    models = parts_of(target, parts)
+    plan = Plan(notes=notes)
+    for part, model in models.items():
+        plan.extend(_plan(part, model, backend, role, parts, cache_context, drop_padding, gate))
+    _check_plan(plan, target, role, strict)
+    return models, plan, versions
 
 
 def _plan(
@@ -156,12 +199,12 @@ def _check_plan(plan: Plan, target: Any, role: str | None, strict: bool) -> None
         raise UsageError(f"swap_attention: {len(refused)} of {len(chosen)} layers must be left alone: {shown}{more}")
 
 
-def _check_layer(layer: Layer) -> None:
-    """Raise when a layer's weights are nowhere, or its backend cannot serve it."""
+def _check_layer(layer: Layer, *, needs_weights: bool = True) -> None:
+    """Raise when a layer's weights are nowhere, or its backend cannot serve it (on the CPU, while they are nowhere)."""
     parameter = next(iter(layer.module.parameters()), None)
     if parameter is None:
         return
-    if parameter.is_meta:
+    if parameter.is_meta and needs_weights:
         if _is_offloaded(layer.module):
             return
         raise UsageError(f"swap_attention: the weights of {layer.full_name} are on meta; load the model first")
@@ -171,7 +214,8 @@ def _check_layer(layer: Layer) -> None:
     if head_dim is None:
         return
     # Only traits count: nothing is computed.
-    probe = torch.empty(1, 1, 2, head_dim, dtype=parameter.dtype, device=parameter.device)
+    device = "cpu" if parameter.is_meta else parameter.device
+    probe = torch.empty(1, 1, 2, head_dim, dtype=parameter.dtype, device=device)
     explanation = explain(probe, probe, probe, backend=layer.backend)
     reasons = explanation.reasons[layer.backend]
     if reasons:
@@ -192,4 +236,4 @@ def _head_dim(module: nn.Module) -> int | None:
     return inner // heads if isinstance(heads, int) and isinstance(inner, int) and heads else None
 
 
-__all__ = ["MODEL", "swap_attention"]
+__all__ = ["MODEL", "plan_attention_swap", "swap_attention"]

@@ -22,6 +22,8 @@ def parts_of(target: Any, chosen: Collection[str] | None) -> dict[str, nn.Module
     Raises:
         UsageError: for something that is neither, or for parts that do not exist.
     """
+    if isinstance(chosen, str):
+        raise UsageError(f'swap_attention: parts is a list of names: parts=["{chosen}"]')
     if isinstance(target, nn.Module):
         target = uncompiled(target)
         if chosen is not None and set(chosen) - {MODEL, MOTION}:
@@ -50,9 +52,11 @@ def parts_of(target: Any, chosen: Collection[str] | None) -> dict[str, nn.Module
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model inside what `torch.compile(model)` returns."""
+    """The model inside what `torch.compile(model)` or peft's `get_peft_model` returns."""
     inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model
+    model = inner if isinstance(inner, nn.Module) else model
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) and not (is_diffusers(model) or is_transformers(model)) else model
 
 
 def is_diffusers(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from mmattn.errors import RunError, UsageError
-from mmattn.swap.layers import Layer, Plan, take
+from mmattn.swap.layers import Layer, Plan, Step, take
 from mmattn.swap.report import SwapReport
 from mmattn.swap.verify import Verification, run_model, verify_swap
 
@@ -38,6 +38,7 @@ class Swap:
         self._plan = plan
         self._versions = versions
         self._is_restored = True
+        self._left: list[Step] = []  # what `restore` has left as it was
 
     def install(self) -> None:
         """Do it: all or nothing.
@@ -102,7 +103,8 @@ class Swap:
                 raise UsageError("verify: inputs go to one model's forward; swap that model, or give none")
             part, model = next(iter(self._parts.items()))
             probes = {part: functools.partial(run_model, model, inputs)}
-        return verify_swap([layer for layer in self.layers if layer.is_swapped], probes, self.undone)
+        with contextlib.nullcontext() if self.gate is None else self.gate.paused():
+            return verify_swap([layer for layer in self.layers if layer.is_swapped], probes, self.undone)
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
@@ -130,18 +132,21 @@ class Swap:
         """Put back every processor object, attribute, registry entry and process default as it was before.
 
         A layer whose attention somebody has changed since is left as it is, and named in the list that is returned;
-        `force=True` puts the old one back there as well. A second call does nothing.
+        `force=True` puts the old one back there as well, also in a second call, which does nothing else.
         """
         with _LOCK:
             if self._is_restored:
-                return []
+                steps, self._left = (self._left, []) if force else ([], self._left)
+            else:
+                steps = self._plan.steps()[::-1]
             self._is_restored = True
             _ACTIVE.discard(self)
             names = {id(layer.step): layer.full_name for layer in self._plan.layers}
             left = []
-            for step in reversed(self._plan.steps()):
+            for step in steps:
                 problem = step.undo(force=force)
                 if problem is not None:
+                    self._left.append(step)
                     left.append(f"{names.get(id(step), 'process')}: {problem}; left as it is")
             self.clear_cache()
             if self.gate is not None:

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from mmattn.swap.diffusers.fingerprint import of_modules, of_tensor
+from mmattn.swap.diffusers.fingerprint import of_autocast, of_modules, of_tensor
 
 KeyValue = tuple[Tensor, Tensor]
 _KEPT = 2  # contexts: a pipeline may run the two halves of guidance one after the other
 
 
 class _Entry(NamedTuple):
-    key: Hashable
+    context: Hashable
+    weights: Hashable
     held: tuple[Any, ...]
     projected: KeyValue
 
@@ -47,7 +47,7 @@ class ContextCache:
     @property
     def nbytes(self) -> int:
         """Memory of the keys and values that are kept."""
-        return sum(key.nbytes + value.nbytes for _, _, (key, value) in self.entries)
+        return sum(tensor.nbytes for entry in self.entries for tensor in entry.projected)
 
     def fetch(
         self,
@@ -56,26 +56,24 @@ class ContextCache:
         project: Callable[[], KeyValue],
         extra: Hashable = None,
     ) -> KeyValue:
-        """`project()`, or what it gave before for the same context, modules and `extra`.
+        """`project()`, or what it gave before for the same context, modules and `extra`; for use without gradients.
 
-        Nothing is kept, and what is kept is dropped, while gradients are on or a module trains.
+        Where one cannot tell whether they are the same, nothing is kept, and what is kept is dropped.
         """
-        if torch.is_grad_enabled() or any(module.training for module in modules if module is not None):
-            self.clear()
-            return project()
         source, weights = of_tensor(context), of_modules(*modules)
         if source is None or weights is None:
             self.clear()
             return project()
-        key = (source.key, weights.key, extra, torch.is_autocast_enabled(context.device.type))
-        for entry in self.entries:
-            if entry.key == key:
+        key = (source.key, extra, of_autocast(context.device))
+        kept = [entry for entry in self.entries if entry.weights == weights.key]
+        for entry in kept:
+            if entry.context == key:
                 self.hits += 1
                 return entry.projected
         self.misses += 1
         projected = project()
         if not projected[0].is_inference():
             # The context itself is held, not only its storage: a view of it may come next time.
-            entry = _Entry(key, (context, *source.held, *weights.held), projected)
-            self.entries = (entry, *self.entries)[:_KEPT]
+            entry = _Entry(key, weights.key, (context, *source.held, *weights.held), projected)
+            self.entries = (entry, *kept)[:_KEPT]
         return projected

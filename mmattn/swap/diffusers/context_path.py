@@ -1,66 +1,94 @@
-"""Models that project the text before their cross-attention sees it: the projected text is kept as one tensor.
+"""Where a whole model must take part in keeping a projected text.
 
-Otherwise each step would bring an equal, but new tensor, and no layer could tell that its keys and values still hold.
+Some models project the text before their cross-attention sees it: each step would bring an equal, but new tensor, and
+no layer could tell that its keys and values still hold. There the projected text is kept as one tensor. And merging a
+LoRA writes into weights where no version counter sees it: before that everything kept is forgotten.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mmattn.swap.diffusers.fingerprint import Fingerprint, of_modules, of_tensor
+from mmattn.swap.diffusers.fingerprint import Fingerprint, WatchOptimizers, of_autocast, of_modules, of_tensor
+from mmattn.swap.diffusers.layer import Swapped
 from mmattn.swap.layers import Plan, SetAttribute
 
 # Class of the model: its module between the caller's text and the layers. Each takes one tensor, and nothing random.
 PATHS = {"PixArtTransformer2DModel": "caption_projection", "UNet2DConditionModel": "encoder_hid_proj"}
+MERGING = ("fuse_lora", "unfuse_lora")  # through `weight.data`
+
+
+class StandIn:
+    """Stands in for a method of one module, in the module's own `__dict__`; a copied module gets one of its own."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module = module
+        self.name = name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StandIn:
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        copy.__init__(memo.get(id(self.module), self.module), self.name)
+        return copy
+
+    def stock(self, *arguments: Any, **named: Any) -> Any:
+        """What the method does by itself."""
+        return getattr(type(self.module), self.name)(self.module, *arguments, **named)
+
+
+class Forgetting(StandIn):
+    """A method before which the model's cached texts are forgotten."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        for part in self.module.modules():
+            processor, forward = getattr(part, "processor", None), vars(part).get("forward")
+            if isinstance(processor, Swapped):
+                processor.context_cache.clear()
+            if isinstance(forward, Remembered):
+                forward.clear()
+        return self.stock(*arguments, **named)
 
 
 class _Entry(NamedTuple):
     source: Fingerprint
     weights: Fingerprint
+    autocast: Hashable
     context: Tensor
     output: Tensor
     version: int
 
 
-class Remembered:
-    """Stands in for a module's `forward`: gives the last output again while input and weights are the same.
-
-    A copied module gets a stand-in of its own.
-    """
+class Remembered(StandIn):
+    """A module's `forward`: gives the last output again while input and weights are the same."""
 
     is_transparent = True
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, name: str = "forward") -> None:
+        super().__init__(module, name)
         self._entry: _Entry | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Remembered:
-        copy = Remembered.__new__(Remembered)
-        memo[id(self)] = copy
-        copy.module, copy._entry = memo.get(id(self.module), self.module), None
-        return copy
-
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        forward = type(self.module).forward
+        if torch.compiler.is_compiling():
+            return self.stock(*arguments, **named)
         is_plain = len(arguments) == 1 and not named and isinstance(arguments[0], Tensor)
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.module.training or not is_plain:
-            if not torch.compiler.is_compiling():
-                self.clear()
-            return forward(self.module, *arguments, **named)
+        if torch.is_grad_enabled() or self.module.training or not is_plain:
+            self.clear()
+            return self.stock(*arguments, **named)
         context: Tensor = arguments[0]
-        source, weights = of_tensor(context), of_modules(self.module)
+        source, weights, autocast = of_tensor(context), of_modules(self.module), of_autocast(context.device)
         entry = self._entry
         if entry is not None and source is not None and weights is not None:
-            is_same = entry.source.key == source.key and entry.weights.key == weights.key
+            is_same = (entry.source.key, entry.weights.key, entry.autocast) == (source.key, weights.key, autocast)
             if is_same and entry.output._version == entry.version:
                 return entry.output
-        output = forward(self.module, context)
+        output = self.stock(context)
         self.clear()
         if source is not None and weights is not None and isinstance(output, Tensor) and not output.is_inference():
-            self._entry = _Entry(source, weights, context, output, output._version)
+            self._entry = _Entry(source, weights, autocast, context, output, output._version)
         return output
 
     def clear(self) -> None:
@@ -74,7 +102,11 @@ class Remembered:
 
 
 def plan_context_path(model: nn.Module, plan: Plan) -> None:
-    """Add the step that remembers a model's projected text, where its class is known to have such a path."""
+    """Add the steps that a model needs whose layers keep their keys and values of the text."""
+    plan.shared.append(WatchOptimizers())
+    for name in MERGING:
+        if hasattr(type(model), name):
+            plan.shared.append(SetAttribute(model, name, Forgetting(model, name)))
     module = getattr(model, PATHS.get(type(model).__name__, ""), None)
     # encoder_hid_proj may also project pictures, from a list of tensors.
     if not isinstance(module, nn.Linear) and type(module).__name__ != "PixArtAlphaTextProjection":

@@ -1,6 +1,6 @@
 """Which stock processors we replace, by exact class, and what each of them skips that a module may have.
 
-A processor that skips a setting (diffusers' SDPA processor ignores `scale_qk=False`, say) computes something else than
+A processor that skips a setting (diffusers' SDPA processor ignores `scale_qk`, say) computes something else than
 ours would, which skips nothing. Such a layer is left alone, by name: a swap must not change the output.
 """
 
@@ -33,9 +33,10 @@ class Contract(NamedTuple):
     skipped: tuple[str, ...]
 
 
-# A setting of `Attention`: whether a module has it, in its own words.
+# A setting of `Attention`: whether a module has it, in its own words. Not `fused_projections`: `unfuse_qkv_projections`
+# leaves that flag on, and only the processors named "Fused..." look at the fused layers.
 SETTINGS: dict[str, Callable[[Any], bool]] = {
-    "scale_qk=False": lambda attn: not attn.scale_qk,
+    "scale_qk": lambda attn: attn.scale != (attn.inner_dim // attn.heads) ** -0.5,
     "is_causal": lambda attn: attn.is_causal,
     "qk_norm": lambda attn: attn.norm_q is not None or attn.norm_k is not None,
     "spatial_norm": lambda attn: attn.spatial_norm is not None,
@@ -48,7 +49,7 @@ _ALWAYS = ("is_causal",)
 _OF_UNET = ("spatial_norm", "residual_connection", "rescale_output_factor", "qk_norm")
 _OF_JOINT = ("spatial_norm", "group_norm", "residual_connection", "rescale_output_factor", "norm_cross")
 _OF_SANA = ("spatial_norm", "group_norm", "residual_connection", "norm_cross")
-_SDPA = ("scale_qk=False", *_ALWAYS)
+_SDPA = ("scale_qk", *_ALWAYS)
 
 CONTRACTS: dict[type, Contract] = {
     stock.AttnProcessor2_0: Contract(SwappedAttnProcessor, _SDPA),
@@ -96,8 +97,8 @@ def refusal(attn: Any, processor: Any) -> str | None:
             if name.startswith(beginning):
                 return f"{name}: {reason}"
         return f"{name}: not a class that mmattn knows"
-    if getattr(attn, "fused_projections", False):
-        return f"{name}: {_FUSED}"
+    if attn.to_out is None or (attn.to_k is None and attn.added_kv_proj_dim is None):
+        return f"{name}: the layer lacks to_k or to_out; its model computes attention by itself"
     skipped = [setting for setting in contract.skipped if SETTINGS[setting](attn)]
     if skipped:
         return f"{name} ignores {', '.join(skipped)} of this layer, ours would not: the output would change"
@@ -109,7 +110,7 @@ def features(attn: Any, processor: Any) -> list[str]:
     found = [name for name, is_there in SETTINGS.items() if is_there(attn)]
     if getattr(attn, "upcast_attention", False) or getattr(attn, "upcast_softmax", False):
         found.append("upcast (scores and softmax in float32)")
-    if attn.to_k is not None and attn.to_k.out_features != attn.to_q.out_features:
+    if attn.inner_kv_dim != attn.inner_dim:
         found.append("grouped heads")
     if hasattr(processor, "to_k_ip"):
         found.append(f"IP-Adapter x {len(processor.to_k_ip)}")

@@ -8,11 +8,13 @@ when the last swap that uses them is restored.
 from __future__ import annotations
 
 import inspect
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
+import torch
 from diffusers import __version__
 from diffusers.models import attention_dispatch
 from torch import Tensor
@@ -21,12 +23,13 @@ from mmattn.errors import UsageError
 from mmattn.ops.masks import causal_mask
 from mmattn.swap.attend import attend
 
-_USERS: Counter[str] = Counter()
+_USERS: defaultdict[str, WeakSet[Any]] = defaultdict(WeakSet)  # a backend's name: the processors that are set to it
+_DEFAULTS: list[KeepProcessDefault] = []  # in the order in which they were taken
 
 
 @dataclass(eq=False)
 class RegisterBackend:
-    """Registers the backend "mmattn_ROLE_BACKEND" while some swap uses it.
+    """Registers the backend "mmattn_ROLE_BACKEND" while some processor uses it.
 
     Attributes:
         role: "self", "cross" or "joint".
@@ -41,29 +44,21 @@ class RegisterBackend:
         """The string that diffusers knows it by."""
         return f"mmattn_{self.role}_{self.backend}"
 
-    @property
-    def member(self) -> Any:
-        """The enum member, once registered."""
-        return attention_dispatch.AttentionBackendName(self.name)
-
     def do(self) -> None:
         """Register."""
         check_dispatcher()
-        if _USERS[self.name] == 0:
-            _add_member(self.name)
+        if self.problem() is not None:
+            member = _add_member(self.name)
             registry = attention_dispatch._AttentionBackendRegistry
-            registry.register(self.member)(backend_function(self.role, self.backend))
-        _USERS[self.name] += 1
+            registry.register(member)(backend_function(self.role, self.backend))
 
     def undo(self, *, force: bool = False) -> str | None:
-        """Take it out again, after its last user."""
-        _USERS[self.name] -= 1
-        if _USERS[self.name] <= 0:
-            del _USERS[self.name]
-            member, registry = self.member, attention_dispatch._AttentionBackendRegistry
+        """Take it out again, when no processor uses it any more."""
+        if not _USERS[self.name] and self.problem() is None:
+            registry = attention_dispatch._AttentionBackendRegistry
+            member = _remove_member(self.name)
             for table in (registry._backends, registry._constraints, registry._supported_arg_names):
                 table.pop(member, None)
-            _remove_member(self.name)
         return None
 
     def problem(self) -> str | None:
@@ -74,22 +69,37 @@ class RegisterBackend:
 
 @dataclass(eq=False)
 class UseBackend:
-    """Lets one processor of a dispatcher model use a registered backend."""
+    """Lets one processor of a dispatcher model use a registered backend. A copy of the processor has what was set
+    before: no handle takes care of it, and the backend may go."""
 
     processor: Any
     backend: RegisterBackend
     _before: Any = None
+    _was_there: bool = False
 
     def do(self) -> None:
         """Set its `_attention_backend`."""
-        self._before = self.processor._attention_backend
-        self.processor._attention_backend = self.backend.member
+        current = self.processor._attention_backend  # of its class, where it has none itself
+        self._was_there = "_attention_backend" in vars(self.processor)
+        self._before = getattr(current, "before", current)  # of stock, where a swap's handle is gone
+        member = _member(self.backend.name)
+        member.before, member.__deepcopy__ = self._before, lambda memo: self._before
+        self.processor._attention_backend = member
+        for users in _USERS.values():
+            users.discard(self.processor)
+        _USERS[self.backend.name].add(self.processor)
 
     def undo(self, *, force: bool = False) -> str | None:
         """Put back what was set."""
+        _USERS[self.backend.name].discard(self.processor)
+        if self.processor._attention_backend is self._before:  # also the step of another layer with this processor
+            return None
         problem = self.problem()
         if problem is None or force:
-            self.processor._attention_backend = self._before
+            if self._was_there:
+                self.processor._attention_backend = self._before
+            else:
+                del self.processor._attention_backend
             return None
         return problem
 
@@ -106,14 +116,25 @@ class KeepProcessDefault:
     """Puts diffusers' process-wide default backend back on restore: `model.set_attention_backend` changes it."""
 
     _before: Any = None
+    _left: Any = None
 
     def do(self) -> None:
-        """Remember it."""
-        self._before = attention_dispatch._AttentionBackendRegistry._active_backend
+        """Remember it; done again after `undo`, set what was set when it was undone."""
+        registry = attention_dispatch._AttentionBackendRegistry
+        self._before = registry._active_backend
+        if self._left is not None:
+            registry.set_active_backend(self._left)
+        _DEFAULTS.append(self)
 
     def undo(self, *, force: bool = False) -> str | None:
-        """Put it back."""
-        attention_dispatch._AttentionBackendRegistry.set_active_backend(self._before)
+        """Put it back. What was set meanwhile is not a later swap's "before" either."""
+        registry = attention_dispatch._AttentionBackendRegistry
+        later = _DEFAULTS[_DEFAULTS.index(self) + 1 :]
+        if later:
+            later[0]._before = self._before
+        _DEFAULTS.remove(self)
+        self._left = registry._active_backend
+        registry.set_active_backend(self._before)
         return None
 
     def problem(self) -> str | None:
@@ -176,10 +197,9 @@ def split_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor 
     if mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1:
         padding = mask[:, 0, 0]
     if padding.dim() == 2 and padding.shape == (batch, num_keys):
-        if mask.dtype is not mask.new_empty(0).bool().dtype:
-            return None, padding[:, None, None, :]
-        return padding, None
-    return None, mask
+        return (padding, None) if mask.dtype is torch.bool else (None, padding[:, None, None, :])
+    # torch broadcasts a mask of three axes over heads, mmattn over the batch.
+    return None, mask.unsqueeze(0) if mask.dim() == 3 else mask
 
 
 def check_dispatcher() -> None:
@@ -198,18 +218,24 @@ def check_dispatcher() -> None:
         )
 
 
-def _add_member(name: str) -> None:
-    enum: Any = attention_dispatch.AttentionBackendName
-    member = str.__new__(enum, name)
+def _member(name: str) -> Any:
+    """A member of diffusers' enum, equal to every other of its name."""
+    member: Any = str.__new__(attention_dispatch.AttentionBackendName, name)
     member._name_, member._value_ = name.upper(), name
+    return member
+
+
+def _add_member(name: str) -> Any:
+    enum: Any = attention_dispatch.AttentionBackendName
+    member = _member(name)
     enum._member_map_[member._name_] = member
     enum._value2member_map_[name] = member
     enum._member_names_.append(member._name_)
+    return member
 
 
-def _remove_member(name: str) -> None:
+def _remove_member(name: str) -> Any:
     enum: Any = attention_dispatch.AttentionBackendName
-    enum._member_map_.pop(name.upper(), None)
-    enum._value2member_map_.pop(name, None)
-    if name.upper() in enum._member_names_:
-        enum._member_names_.remove(name.upper())
+    enum._member_names_.remove(name.upper())
+    enum._member_map_.pop(name.upper())
+    return enum._value2member_map_.pop(name)

@@ -2,7 +2,8 @@
 
 An address says little: freed memory is given to other tensors, and a tensor can be changed where it lies. So storages
 are told apart by their C++ object, kept from being reused by a weak reference that does not keep the data, and
-changes by the tensor's version counter. What no counter sees is a write through `tensor.data` between two calls.
+changes by the tensor's version counter, and by counting the steps of optimizers, whose fused kernels pass it by.
+What no counter sees is a write through `tensor.data` between two calls.
 """
 
 from __future__ import annotations
@@ -10,8 +11,13 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.module import _has_any_global_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 
 class Fingerprint(NamedTuple):
@@ -37,12 +43,17 @@ def of_tensor(tensor: Tensor) -> Fingerprint | None:
 
 def of_modules(*modules: nn.Module | None) -> Fingerprint | None:
     """Of what some modules compute: their tensors, and the plain values in their attributes (an adapter's scale, which
-    adapters are active or merged). None when a hook or a replaced `forward` may make them compute something else."""
-    keys: list[Hashable] = []
+    adapters are active or merged). None when a hook or a replaced `forward` may make them compute something else, or
+    dropout is on."""
+    if _has_any_global_hook():
+        return None
+    keys: list[Hashable] = [_OPTIMIZERS.steps]
     held: list[Any] = []
     for module in modules:
         for part in module.modules() if module is not None else ():
             if part._forward_hooks or part._forward_pre_hooks or not _is_followed(vars(part).get("forward")):
+                return None
+            if isinstance(part, _DropoutNd) and part.training and part.p > 0:
                 return None
             keys.append((id(part), part.training, None if type(part) is nn.Linear else _plain_values(part)))
             held.append(part)
@@ -55,6 +66,43 @@ def of_modules(*modules: nn.Module | None) -> Fingerprint | None:
                 keys.append((id(tensor), fingerprint.key))
                 held.extend((tensor, *fingerprint.held))
     return Fingerprint(tuple(keys), tuple(held))
+
+
+class WatchOptimizers:
+    """Counts the steps of all optimizers, while some swap is in place that keeps projected texts."""
+
+    def __init__(self) -> None:
+        self._handle: RemovableHandle | None = None
+
+    def do(self) -> None:
+        """Begin."""
+        self._handle = register_optimizer_step_post_hook(_OPTIMIZERS.count)
+
+    def undo(self, *, force: bool = False) -> str | None:
+        """End."""
+        if self._handle is not None:
+            self._handle.remove()
+        return None
+
+    def problem(self) -> str | None:
+        """Nobody else knows the handle."""
+        return None
+
+
+class _Optimizers:
+    steps = 0
+
+    def count(self, *event: Any) -> None:
+        self.steps += 1
+
+
+_OPTIMIZERS = _Optimizers()
+
+
+def of_autocast(device: torch.device) -> Hashable:
+    """Of the precision that autocast asks for here: None without it."""
+    is_on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if is_on else None
 
 
 def _is_followed(forward: Any) -> bool:

@@ -10,6 +10,8 @@ the prompt is no longer computed. It works through the pipeline's step callback:
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from diffusers.callbacks import PipelineCallback
@@ -52,17 +54,17 @@ class Gate(PipelineCallback):
         self.step = step
         self._inputs = list(HALVED[name])
         self._pipe: Any = pipe
-        self._outputs: dict[Any, Tensor] = {}
-        self._mark: _GuidanceOff | None = None
-        self._calls = 0
-        self._is_called_back = False
+        self._run: Any = None  # the scheduler's list of times: a new object for each run
+        self._is_paused = False
+        self.reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
         copy = Gate.__new__(Gate)
         memo[id(self)] = copy
         copy.step, copy._inputs = self.step, list(self._inputs)
         copy._pipe = memo.get(id(self._pipe))  # the copied pipeline, when that is what is being copied
-        copy._outputs, copy._mark, copy._calls, copy._is_called_back = {}, None, 0, False
+        copy._run, copy._is_paused = None, False
+        copy.reset()
         return copy
 
     @property
@@ -81,6 +83,11 @@ class Gate(PipelineCallback):
         if last:
             self.reset()
         elif step_index + 1 == self.step:
+            if not self._outputs or self._run is not pipeline.scheduler.timesteps:
+                raise RunError(
+                    f"gate={self.step}: no cross-attention layer has an output to be reused: the swap was restored, or "
+                    "something has replaced its processors (see check())"
+                )
             if pipeline.do_classifier_free_guidance:
                 self._outputs = {layer: _mean_of_halves(output) for layer, output in self._outputs.items()}
                 callback_kwargs |= {name: callback_kwargs[name].chunk(2)[1] for name in self._inputs}
@@ -92,21 +99,39 @@ class Gate(PipelineCallback):
 
     def reset(self) -> None:
         """Forget the outputs."""
-        self._outputs, self._mark, self._calls, self._is_called_back = {}, None, 0, False
+        self._outputs: dict[Any, Tensor] = {}
+        self._mark: _GuidanceOff | None = None
+        self._calls = 0
+        self._is_called_back = False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block layers compute as if there were no gate, and it sees none of it."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def reused(self, layer: Any, hidden_states: Tensor) -> Tensor | None:
         """The output that a layer gives instead of computing one; None before the gate."""
-        if self._mark is None:
+        if self._mark is None or self._is_paused:
             return None
-        if self._pipe._guidance_scale is not self._mark:  # the pipeline was started anew, the last run broken off
+        output = self._outputs.get(layer)
+        is_of_this_run = self._pipe._guidance_scale is self._mark  # or it was started anew, the last run broken off
+        if not is_of_this_run or output is None or output.shape[:2] != hidden_states.shape[:2]:
             self.reset()
             return None
-        return self._outputs[layer]
+        return output
 
     def noted(self, layer: Any, output: Tensor) -> Tensor:
         """Remember a layer's output, and hand it on."""
-        if not self._outputs:
-            self._calls = 0
+        if self._is_paused:
+            return output
+        times = self._pipe.scheduler.timesteps
+        if times is not self._run:
+            self.reset()
+            self._run = times
         if layer is next(iter(self._outputs), layer):
             self._calls += 1
         if self._calls > self.step and not self._is_called_back:

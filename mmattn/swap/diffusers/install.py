@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+import weakref
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 from diffusers.hooks._helpers import AttentionProcessorRegistry
@@ -52,11 +54,14 @@ class InstallProcessor:
 
     def do(self) -> None:
         """Install."""
+        _INSTALLED.discard(self.attn.processor)  # of a swap whose handle is gone
         self.attn.set_processor(self.ours)
+        _INSTALLED.add(self.ours)
 
     def undo(self, *, force: bool = False) -> str | None:
         """Put the old processor object back, unless somebody has put in another since. Processors of our class that
         diffusers has made anew (it does when an IP-Adapter is loaded) count as ours."""
+        _INSTALLED.discard(self.ours)
         current = self.attn.processor
         if current is self.old:
             return None
@@ -82,18 +87,14 @@ class InstallProcessor:
 class RegisterForSkipping:
     """Lets diffusers' layer-skipping hooks know our plain processor, which they look up by exact class."""
 
-    users: list[Any] = field(default_factory=lambda: _SKIP_USERS)
-
     def do(self) -> None:
         """Register."""
         metadata = AttentionProcessorRegistry.get(AttnProcessor2_0)
         AttentionProcessorRegistry.register(SwappedAttnProcessor, metadata)
-        self.users.append(self)
 
     def undo(self, *, force: bool = False) -> str | None:
-        """Take it out again, after its last user."""
-        self.users.remove(self)
-        if not self.users:
+        """Take it out again, when no layer has a processor of ours any more."""
+        if not _INSTALLED:
             AttentionProcessorRegistry._registry.pop(SwappedAttnProcessor, None)
         return None
 
@@ -103,7 +104,7 @@ class RegisterForSkipping:
         return None if is_there else "our processor is no longer registered for layer skipping"
 
 
-_SKIP_USERS: list[RegisterForSkipping] = []
+_INSTALLED: weakref.WeakSet[Swapped] = weakref.WeakSet()  # our processors that are in place, of any swap
 
 
 def plan_model(model: nn.Module, part: str, options: Options) -> Plan:
@@ -118,16 +119,24 @@ def plan_model(model: nn.Module, part: str, options: Options) -> Plan:
         plan.layers.append(layer)
         layer.backend = options.backend
         layer.chosen = _is_chosen(layer, options)
+    sharers = _sharers(plan.layers)
+    for layer in plan.layers:
         if layer.refused is not None or not layer.chosen:
             continue
+        module: Any = layer.module
         if isinstance(module, Attention):
             layer.step = _processor_step(module, layer, options, padding)
             layer.probe = functools.partial(run_layer, module)
             plan.caches.append(layer.step.ours.context_cache)
-        else:
-            backend = backends.setdefault(layer.role, RegisterBackend(layer.role, options.backend))
-            layer.step = UseBackend(module.processor, backend)
-            layer.probe = functools.partial(run_backend, module) if hasattr(module, "heads") else None
+            continue
+        sharing = sharers[id(module.processor)]
+        if not all(other.chosen for other in sharing):
+            layer.refused = "shares its processor object with layers that are not asked for"
+            continue
+        role = layer.role if all(other.role == layer.role for other in sharing) else JOINT
+        backend = backends.setdefault(role, RegisterBackend(role, options.backend))
+        layer.step = UseBackend(module.processor, backend)
+        layer.probe = functools.partial(run_backend, module) if hasattr(module, "heads") else None
     if any(layer.is_swapped for layer in plan.layers):
         probe = model_probe(model)
         plan.probes |= {} if probe is None else {part: probe}
@@ -135,9 +144,17 @@ def plan_model(model: nn.Module, part: str, options: Options) -> Plan:
         if any(isinstance(layer.step, InstallProcessor) for layer in plan.layers):
             plan.shared.append(RegisterForSkipping())
         plan.shared += backends.values()
-        if options.cache_context and plan.caches:
+        if options.cache_context and any(layer.is_swapped and layer.role != "self" for layer in plan.layers):
             plan_context_path(model, plan)
     return plan
+
+
+def _sharers(layers: list[Layer]) -> dict[int, list[Layer]]:
+    """The layers that have the same processor object, by its identity: `set_attn_processor` may give all layers one."""
+    sharers: dict[int, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        sharers[id(getattr(layer.module, "processor", None))].append(layer)
+    return sharers
 
 
 def _layer(module: nn.Module, name: str, part: str) -> Layer | None:

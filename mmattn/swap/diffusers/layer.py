@@ -129,13 +129,18 @@ class Swapped:
 
         if not self.settings.cache_context or torch.compiler.is_compiling():
             return run()
+        if torch.is_grad_enabled() or attn.training:
+            self.context_cache.clear()
+            return run()
         return self.context_cache.fetch(context, modules, run, None if valid is None else valid.identity)
 
-    def valid_keys(self, mask: Tensor | None, batch: int) -> ValidKeys | None:
+    def valid_keys(self, mask: Tensor | None, context: Tensor) -> ValidKeys | None:
         """Which tokens of the context are real, where a mask says so and padding is to be left out."""
         if mask is None or not self.settings.drop_padding or torch.compiler.is_compiling():
             return None
-        return self.settings.padding.read(mask, batch)
+        if mask.shape[-1] != context.shape[1]:  # for `bias` to complain about
+            return None
+        return self.settings.padding.read(mask, context.shape[0])
 
     def bias(self, attn: Any, mask: Tensor | None, batch: int, num_keys: int) -> Tensor | None:
         """An `attention_mask` as it is added to the scores."""

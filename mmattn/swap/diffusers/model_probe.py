@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmattn.swap.diffusers.probe import place_of
 from mmattn.swap.verify import run_model
 
 _BATCH, _TEXT = 2, 7
@@ -22,16 +23,16 @@ def model_probe(model: nn.Module) -> Callable[[], Tensor] | None:
         return None
 
     def probe() -> Tensor:
-        parameter = next(model.parameters())
-        dtype = parameter.dtype if parameter.dtype.is_floating_point else torch.float32
+        device, dtype = place_of(model)
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(parameter.device, dtype)
+            return torch.randn(*shape, generator=generator).to(device, dtype)
 
         inputs = build(model, random)
         assert inputs is not None
-        return run_model(model, inputs)
+        placed = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        return run_model(model, placed)
 
     return probe
 

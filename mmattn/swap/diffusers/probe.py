@@ -6,18 +6,19 @@ from typing import Any
 
 import torch
 from diffusers.models import attention_dispatch
-from torch import Tensor
+from diffusers.models.modeling_utils import get_parameter_device, get_parameter_dtype
+from torch import Tensor, nn
 
 _BATCH, _SIDE, _TEXT = 2, 5, 7
 
 
 def run_layer(attn: Any) -> Tensor:
     """Output of a legacy attention module, whatever its processor is, on fixed random inputs."""
-    weight = next(iter(attn.parameters()))
+    device, dtype = place_of(attn)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(weight.device, _dtype(weight))
+        return torch.randn(*shape, generator=generator).to(device, dtype)
 
     is_picture = attn.group_norm is not None or attn.spatial_norm is not None
     is_added = attn.added_kv_proj_dim is not None
@@ -45,14 +46,20 @@ def run_layer(attn: Any) -> Tensor:
 
 def run_backend(module: Any) -> Tensor:
     """What the backend of a dispatcher model's layer gives for fixed random queries, keys and values."""
-    weight = next(iter(module.parameters()))
+    device, dtype = place_of(module)
     heads = module.heads
     inner = getattr(module, "inner_dim", None) or module.to_q.out_features
     generator = torch.Generator().manual_seed(0)
     shape = (_BATCH, _SIDE * _SIDE, heads, inner // heads)
-    query, key, value = (torch.randn(shape, generator=generator).to(weight.device, _dtype(weight)) for _ in range(3))
+    query, key, value = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
     return attention_dispatch.dispatch_attention_fn(query, key, value, backend=module.processor._attention_backend)
 
 
-def _dtype(weight: Tensor) -> torch.dtype:
-    return weight.dtype if weight.dtype.is_floating_point and weight.element_size() > 1 else torch.float32
+def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a module computes, and in which type: its weights may wait elsewhere, and be stored in a smaller type."""
+    device, dtype = get_parameter_device(module), get_parameter_dtype(module)
+    if device.type == "meta":  # accelerate brings them
+        hooks = [getattr(part, "_hf_hook", None) for part in module.modules()]
+        devices = [getattr(hook, "execution_device", None) for hook in hooks]
+        device = torch.device(next((place for place in devices if place is not None), device))
+    return device, dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32

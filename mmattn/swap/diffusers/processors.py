@@ -43,7 +43,7 @@ def attend_plainly(
     if context is None:
         keys, valid = _project_keys(attn, states, head_dim), None
     else:
-        valid = processor.valid_keys(mask, batch)
+        valid = processor.valid_keys(mask, context)
         modules = (attn.norm_cross, attn.to_k, attn.to_v, attn.norm_k)
         keys = processor.project_context(attn, context, valid, modules, lambda kept: project_text(attn, kept, head_dim))
     if valid is not None:
