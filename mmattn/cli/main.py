@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mmattn import __version__
-from mmattn.cli import ask, caption, check, cp, demo, doctor, eval, ls, show, train
+from mmattn.cli import ask, caption, check, cp, demo, doctor, eval, ls, show, swap, train
 from mmattn.cli.guard import run_guarded, split_debug
 from mmattn.cli.options import OVERRIDES_CONTEXT
 
@@ -29,6 +29,7 @@ app.command("train", context_settings=OVERRIDES_CONTEXT)(train.train)
 app.command("eval", context_settings=OVERRIDES_CONTEXT)(eval.evaluate)
 app.command("caption")(caption.caption)
 app.command("ask")(ask.ask)
+app.command("swap")(swap.swap)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 

@@ -1,5 +1,5 @@
-"""The tolerance rule: a fast path may differ from the float64 reference by at most twice what the eager path in the same
-dtype differs, three times for gradients. No tolerance is chosen by taste; non-finite values fail by themselves."""
+"""The tolerance rule: a fast path may differ from the float64 reference by at most twice what the eager path in the
+same dtype differs, three times for gradients. No tolerance is chosen by taste; non-finite values fail by themselves."""
 
 from __future__ import annotations
 

@@ -3,46 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-BIN = ROOT / ".venv" / "bin"
-RUNS = ROOT / "runs" / "accept"
+from lines import BIN, ROOT, RUNS, Checks, benchmark, main, report, run, tests
+
 STAMPS_PACKAGE = "tuxpaint-stamps-default"
-
-all_ok = True
-
-
-def report(what: str, figure: str, goal: str, is_ok: bool) -> None:
-    """Print one line."""
-    global all_ok
-    all_ok = all_ok and is_ok
-    print(f"{what:<66} {figure:>16}   {goal:<22} {'ok' if is_ok else 'short'}", flush=True)
-
-
-def run(arguments: list[str | Path], log: Path, cwd: Path = ROOT, **env: str) -> tuple[int, float, str]:
-    """Run a command into a log file: its exit code, seconds and output."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    with log.open("wb") as file:
-        done = subprocess.run(
-            [str(part) for part in arguments],
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=os.environ | env,
-            check=False,
-        )
-    text = log.read_text(encoding="utf-8", errors="replace")
-    return done.returncode, time.perf_counter() - started, text
 
 
 def fresh_folder(name: str) -> Path:
@@ -139,23 +108,17 @@ def stamps() -> None:
         code, seconds, _ = run(command, RUNS / "stamps.log")
         report("3 mmattn train vlm/stamps", f"{seconds / 60:.1f} min", "exit code 0", code == 0)
         scores = evaluate(folder, path)
-        for name in ("test/category", "test/recall_at_1", "test/recall_at_5"):
-            report_score(f"3 {name}", scores, name, None)
+        report_score("3 test/category", scores, "test/category", None)
+        # An unseen kind of thing has, mostly, an unseen name: beside a random order, without a goal.
+        for name in ("test/recall_at_1", "test/recall_at_5"):
+            beside = f"reported ({scores.get(f'{name}/blind', 0):.1%})"
+            report(f"3 {name} (random order beside it)", f"{scores.get(name, 0):.1%}", beside, name in scores)
         report(
             "3 test/caption, exact (blind beside it)",
             f"{scores.get('test/caption', 0):.1%}",
             f"reported ({scores.get('test/caption/blind', 0):.1%})",
             "test/caption" in scores,
         )
-
-
-def tests(number: int, what: str, *paths: str) -> None:
-    """Tests by path, as one line: how many passed."""
-    code, seconds, text = run(
-        [BIN / "python", "-m", "pytest", *paths], RUNS / f"tests-{number}.log", HF_HUB_OFFLINE="1"
-    )
-    passed = re.search(r"(\d+) passed", text)
-    report(f"{number} {what}", f"{passed.group(1) if passed else 0} in {seconds:.0f} s", "all pass", code == 0)
 
 
 def blip() -> None:
@@ -167,12 +130,7 @@ def blip() -> None:
 
 def speed() -> None:
     """5: beside stock BLIP at its real size."""
-    file = RUNS / "vlm_inference.json"
-    code, _, _ = run([BIN / "python", "scripts/bench/vlm_inference.py", "--json", file], RUNS / "bench.log")
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
-    for row in rows:
-        report(f"5 {row['name']}", f"{row['value']:.2f}", f"{row['goal']:g}", row["ok"])
-    report("5 scripts/bench/vlm_inference.py", f"exit code {code}", "0", code == 0)
+    benchmark(5, "scripts/bench/vlm_inference.py", "vlm_inference")
 
 
 def kills() -> None:
@@ -217,7 +175,7 @@ def bad_input() -> None:
     )
 
 
-CHECKS: dict[str, Callable[[], None]] = {
+CHECKS: Checks = {
     "1": quickstart,
     "2": scenes,
     "3": stamps,
@@ -229,15 +187,5 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
-def chosen(arguments: list[str]) -> Iterator[Callable[[], None]]:
-    """The checks named on the command line; all of them when none is."""
-    for name in arguments or CHECKS:
-        if name not in CHECKS:
-            sys.exit(f"no check {name}: choose from {' '.join(CHECKS)}")
-        yield CHECKS[name]
-
-
 if __name__ == "__main__":
-    for check in list(chosen(sys.argv[1:])):
-        check()
-    sys.exit(0 if all_ok else 1)
+    sys.exit(main(CHECKS))

@@ -21,6 +21,7 @@ SURFACE = {
     "eval": ["folder", "overrides", "--data", "--json"],
     "caption": ["images", "--model -m", "--prompt", "--num-beams", "--json"],
     "ask": ["image", "questions", "--model -m", "--map", "--word", "--num-beams", "--json"],
+    "swap": ["model", "--backend", "--role", "--part", "--dry-run", "--verify", "--strict"],
     "doctor": [],
     "demo": ["--output-dir -o"],
 }
