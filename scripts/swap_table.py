@@ -166,13 +166,13 @@ def table(chosen: list[str], backend: str) -> Iterator[tuple[str, Row | None]]:
             yield str(row), row
 
 
-def write(path: Path, text: str) -> None:
-    """Replace what stands between the markers."""
-    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+def around_table(path: Path) -> tuple[str, str]:
+    """What stands before and after the table in a file, markers included; exits when it has no place for one."""
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN) if path.is_file() else ("", "", "")
     _, end, after = rest.partition(END)
     if not begin or not end:
         sys.exit(f"{path}: no place for the table; it needs a line {BEGIN} and, below, a line {END}")
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    return before + begin, end + after
 
 
 def main() -> int:
@@ -186,6 +186,9 @@ def main() -> int:
     unknown = sorted(set(arguments.families) - set(FAMILIES))
     if unknown:
         parser.error(f"no family {' '.join(unknown)}; there are {' '.join(FAMILIES)}")
+    if arguments.write and arguments.families:
+        parser.error("--write takes the whole table: name no families")
+    place = around_table(arguments.write) if arguments.write else None
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
@@ -200,8 +203,9 @@ def main() -> int:
     lines += ["", f"float32, {versions}; random weights in the real classes at small sizes."]
     bad = sum(not row.is_good for row in rows)
     print(f"\n{versions}\n{len(rows)} families, {bad} bad")
-    if arguments.write:
-        write(arguments.write, "\n".join(lines))
+    if place is not None:
+        text = "\n".join(["", *lines, ""])
+        arguments.write.write_text(text.join(place), encoding="utf-8")
     return 1 if bad else 0
 
 

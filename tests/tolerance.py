@@ -43,8 +43,8 @@ def check_within(
         share = (error > found.bound).double().mean().item()
         raise AssertionError(
             f"{what}: worst at {list(index)}: got {got[index].item():.9g}, reference {reference[index].item():.9g}, "
-            f"error {found.error:.3g} > {found.bound:.3g} = {factor:g} x eager's {found.eager_error:.3g} + one rounding; "
-            f"{share:.1%} of the elements are beyond it"
+            f"error {found.error:.3g} > {found.bound:.3g} = {factor:g} x eager's {found.eager_error:.3g} "
+            f"+ one rounding; {share:.1%} of the elements are beyond it"
         )
 
 

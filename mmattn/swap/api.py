@@ -208,8 +208,8 @@ def _check_layer(layer: Layer, *, needs_weights: bool = True) -> None:
         if _is_offloaded(layer.module):
             return
         raise UsageError(f"swap_attention: the weights of {layer.full_name} are on meta; load the model first")
-    if layer.backend == "auto" or not parameter.dtype.is_floating_point:
-        return
+    if layer.backend == "auto" or not parameter.dtype.is_floating_point or parameter.dtype.itemsize == 1:
+        return  # weights of eight bits are stored so, and computed with otherwise
     head_dim = _head_dim(layer.module)
     if head_dim is None:
         return

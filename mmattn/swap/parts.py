@@ -55,8 +55,10 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """The model inside what `torch.compile(model)` or peft's `get_peft_model` returns."""
     inner = getattr(model, "_orig_mod", None)
     model = inner if isinstance(inner, nn.Module) else model
-    base = getattr(model, "get_base_model", None)
-    return base() if callable(base) and not (is_diffusers(model) or is_transformers(model)) else model
+    if is_diffusers(model) or is_transformers(model) or not hasattr(model, "get_base_model"):
+        return model
+    base: Any = model
+    return base.get_base_model()
 
 
 def is_diffusers(model: nn.Module) -> bool:

@@ -147,7 +147,7 @@ class Swap:
                 problem = step.undo(force=force)
                 if problem is not None:
                     self._left.append(step)
-                    left.append(f"{names.get(id(step), 'process')}: {problem}; left as it is")
+                    left.append(f"{names.get(id(step), self._target)}: {problem}; left as it is")
             self.clear_cache()
             if self.gate is not None:
                 self.gate.reset()

@@ -92,16 +92,15 @@ class UseBackend:
     def undo(self, *, force: bool = False) -> str | None:
         """Put back what was set."""
         _USERS[self.backend.name].discard(self.processor)
-        if self.processor._attention_backend is self._before:  # also the step of another layer with this processor
-            return None
-        problem = self.problem()
-        if problem is None or force:
-            if self._was_there:
-                self.processor._attention_backend = self._before
-            else:
-                del self.processor._attention_backend
-            return None
-        return problem
+        # Another layer with this processor may have put it back.
+        problem = None if self.processor._attention_backend is self._before else self.problem()
+        if problem is not None and not force:
+            return problem
+        if self._was_there:
+            self.processor._attention_backend = self._before
+        else:
+            vars(self.processor).pop("_attention_backend", None)
+        return None
 
     def problem(self) -> str | None:
         """Whether `set_attention_backend` or the like has chosen another since."""
