@@ -106,11 +106,13 @@ def test_a_compiled_unet_is_swapped_and_compiled_again_once(unet):
     assert counter.frame_count == 1
     with mmattn.swap_attention(compiled) as swapped:
         assert len(swapped.report().swapped) == LAYERS
+        # The registry remembers its choices; while that is empty, dynamo guards on it, and compiles once more.
+        run_unet(unet)
         for _ in range(2):
             for seed in (1, 2):
                 assert torch.equal(run_unet(compiled, a_text(seed)), stock[seed - 1])
         assert counter.frame_count == 2
-        assert hits(swapped) == 0  # what is compiled keeps nothing
+        assert hits(swapped) == 0  # nothing is kept by what is compiled
     assert before.differences(Picture(unet)) == []
     assert torch.equal(run_unet(compiled, a_text(1)), stock[0])
 

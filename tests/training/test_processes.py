@@ -39,7 +39,8 @@ try:
 except MmattnError as error:
     print(f"rank {PartialState().process_index}: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
-print(json.dumps({"rank": PartialState().process_index, "losses": result.losses, "best": result.best}), flush=True)
+line = json.dumps({"rank": PartialState().process_index, "losses": result.losses, "best": result.best})
+sys.stdout.write(line + "\\n")  # in one piece: both ranks write to one pipe
 """
 
 
