@@ -213,3 +213,15 @@ def test_a_storage_that_is_gone_is_never_mistaken_for_a_new_one():
         seen.add(found.key)
         kept.append(found.held)
         del text
+
+
+def test_a_write_that_no_counter_sees_needs_clear_cache(unet):
+    with mmattn.swap_attention(unet) as swapped:
+        text = a_text()
+        before = run_unet(unet, text)
+        for to_k in keys_of(unet):
+            to_k.weight.data.mul_(1.5)  # as diffusers' EMAModel does
+        swapped.clear_cache()
+        after = run_unet(unet, text)
+    assert torch.equal(after, run_unet(unet, text))
+    assert not torch.equal(after, before)
