@@ -196,7 +196,7 @@ def test_diffusers_default_processors_cannot_be_asked_for_while_swapped(unet):
         assert swapped.check() == []
 
 
-def test_cross_attention_kwargs_that_no_layer_knows_are_dropped_as_before(unet, caplog):
+def test_cross_attention_kwargs_that_no_layer_knows_are_dropped_as_before(unet):
     stock = run_unet(unet)
     with mmattn.swap_attention(unet):
         assert torch.equal(run_unet(unet, cross_attention_kwargs={"nonsense": 1}), stock)
