@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from mmattn.errors import UsageError
+from mmattn.models.sources import read_json
 
 PIPELINE, CONFIG = "model_index.json", "config.json"
 
@@ -88,7 +88,7 @@ def _facts(name: str) -> tuple[dict[str, Any], str]:
             except (HFValidationError, OSError) as error:
                 raise _not_found(name, error) from error
         if path.is_file():
-            return _read(path), kind
+            return read_json(path), kind
     raise UsageError(
         f"{name}: neither a diffusers pipeline ({PIPELINE}) nor a diffusers or transformers model ({CONFIG})"
     )
@@ -99,16 +99,6 @@ def _not_found(name: str, error: Exception) -> UsageError:
         f"{name}: no such folder, and not found on the hub (or the hub cannot be reached): check the spelling "
         f"({type(error).__name__})"
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(facts, dict):
-        raise UsageError(f"{path}: not a configuration")
-    return facts
 
 
 def _class_of(facts: dict[str, Any], name: str) -> Any:

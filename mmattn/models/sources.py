@@ -78,7 +78,7 @@ def _download_weights(repo_id: str, commit: str, variant: str | None, options: d
         except EntryNotFoundError:
             continue
         if path.suffix == ".json":
-            for shard in sorted(set(_read_json(path)["weight_map"].values())):
+            for shard in sorted(set(read_json(path)["weight_map"].values())):
                 hf_hub_download(repo_id, shard, revision=commit, **options)
         return
     if unreachable is not None:
@@ -94,10 +94,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: no config.json, so this is not a model folder")
-    return _read_json(path)
+    return read_json(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -124,7 +129,7 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
             continue
         if path.suffix != ".json":
             return [path]
-        weight_map = _read_json(path).get("weight_map")
+        weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{path}: no weight_map in it")
         shards = [folder / shard for shard in sorted(set(weight_map.values()))]

@@ -6,18 +6,19 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from mmattn._optional import package_version
 from mmattn.errors import BackendError, UsageError
 from mmattn.ops.registry import backends, check_name, explain
-from mmattn.swap.layers import Layer, Plan, check_role
-from mmattn.swap.parts import MODEL, is_diffusers, is_transformers, parts_of
+from mmattn.swap.layers import Layer, Options, Plan, check_role
+from mmattn.swap.parts import is_diffusers, is_transformers, parts_of
 from mmattn.swap.report import SwapReport
 from mmattn.swap.swapped import Swap
 
 TESTED = {"diffusers": "0.42", "transformers": "5.24"}  # what the tests run on
-OLDEST = {"diffusers": (0, 42), "transformers": (5, 17)}
+OLDEST = {"diffusers": "0.42", "transformers": "5.17"}
 
 
 def swap_attention(
@@ -44,7 +45,7 @@ def swap_attention(
         parts: names of the pipeline's components ("unet", "vae", "text_encoder", ...; "motion_modules" are the temporal
             layers of AnimateDiff). By default all its diffusers models.
         cache_context: project the text of cross-attention once and reuse its keys and values while the text, the
-            weights and the adapters stay the same.
+            weights and the adapters stay the same. This and the next are for diffusers models.
         drop_padding: in cross-attention, leave out text tokens that a mask says are padding: exact, and faster.
         strict: raise when a layer must be left alone.
         gate: T-GATE (arXiv 2404.02747), approximate: from the step after `gate` on, reuse the outputs of
@@ -58,12 +59,9 @@ def swap_attention(
             a layer already swapped; with `strict`, naming every layer that must be left alone.
         BackendError: when the named backend cannot serve a layer, with every reason.
     """
-    check_role(role)
-    _check_backend(backend)
     opened_gate = None if gate is None else _gate(pipe_or_model, gate)
-    models, plan, versions = _plan_all(
-        pipe_or_model, backend, role, parts, cache_context, drop_padding, strict, opened_gate
-    )
+    options = Options(backend, role, _names(parts), cache_context, drop_padding, opened_gate)
+    models, plan, versions = _plan_all(pipe_or_model, options, strict)
     for layer in plan.layers:
         if layer.is_swapped:
             _check_layer(layer)
@@ -90,54 +88,42 @@ def plan_attention_swap(
         UsageError: as `swap_attention` does, but for weights and for layers that are swapped already.
         BackendError: when the named backend cannot serve a layer.
     """
-    check_role(role)
-    _check_backend(backend)
-    _, plan, versions = _plan_all(pipe_or_model, backend, role, parts, True, True, strict, None)
+    _, plan, versions = _plan_all(pipe_or_model, Options(backend, role, _names(parts)), strict)
     for layer in plan.layers:
         if layer.is_swapped:
             _check_layer(layer, needs_weights=False)
     return SwapReport(type(pipe_or_model).__name__, plan.layers, plan.notes, versions)
 
 
-def _plan_all(
-    target: Any,
-    backend: str,
-    role: str | None,
-    parts: Collection[str] | None,
-    cache_context: bool,
-    drop_padding: bool,
-    strict: bool,
-    gate: Any,
-) -> tuple[dict[str, nn.Module], Plan, dict[str, str]]:
+def _names(parts: Collection[str] | None) -> frozenset[str] | None:
+    """The parts that are asked for; a string would be read letter by letter."""
+    if isinstance(parts, str):
+        raise UsageError(f'swap_attention: parts is a list of names: parts=["{parts}"]')
+    return None if parts is None else frozenset(parts)
+
+
+def _plan_all(target: Any, options: Options, strict: bool) -> tuple[dict[str, nn.Module], Plan, dict[str, str]]:
     """The models of a target by part, what would be done to them, and versions. Changes nothing."""
+    check_role(options.role)
+    _check_backend(options.backend)
     versions, notes = check_versions()
-    models = parts_of(target, parts)
+    models = parts_of(target, options.parts)
     plan = Plan(notes=notes)
     for part, model in models.items():
-        plan.extend(_plan(part, model, backend, role, parts, cache_context, drop_padding, gate))
-    _check_plan(plan, target, role, strict)
+        plan.extend(_plan(part, model, options))
+    _check_plan(plan, target, options.role, strict)
     return models, plan, versions
 
 
-def _plan(
-    part: str,
-    model: nn.Module,
-    backend: str,
-    role: str | None,
-    parts: Collection[str] | None,
-    cache_context: bool,
-    drop_padding: bool,
-    gate: Any,
-) -> Plan:
+def _plan(part: str, model: nn.Module, options: Options) -> Plan:
     if is_diffusers(model):
-        from mmattn.swap.diffusers.install import Options, plan_model
+        from mmattn.swap.diffusers.install import plan_model
 
-        chosen = None if parts is None else frozenset(parts)
-        return plan_model(model, part, Options(backend, role, chosen, cache_context, drop_padding, gate))
+        return plan_model(model, part, options)
     if is_transformers(model):
         from mmattn.swap.transformers.install import plan_model as plan_transformers
 
-        return plan_transformers(model, part, backend, role)
+        return plan_transformers(model, part, options.backend, options.role)
     raise UsageError(
         f"swap_attention: {part} is a {type(model).__name__}, neither a diffusers nor a transformers model"
     )
@@ -170,10 +156,8 @@ def check_versions() -> tuple[dict[str, str], list[str]]:
         if version is None:
             continue
         versions[name] = version
-        numbers = tuple(int("".join(c for c in piece if c.isdigit()) or 0) for piece in version.split(".")[:2])
-        if numbers < oldest:
-            wanted = ".".join(map(str, oldest))
-            raise UsageError(f"swap_attention needs {name} {wanted} or newer, found {version}: pip install -U {name}")
+        if Version(version).release < Version(oldest).release:
+            raise UsageError(f"swap_attention needs {name} {oldest} or newer, found {version}: pip install -U {name}")
         if not version.startswith(TESTED[name] + "."):
             notes.append(f"{name} {version} is untested (tested: {TESTED[name]}); run verify()")
     return versions, notes
@@ -234,6 +218,3 @@ def _head_dim(module: nn.Module) -> int | None:
         return value
     heads, inner = getattr(module, "heads", None), getattr(module, "inner_dim", None)
     return inner // heads if isinstance(heads, int) and isinstance(inner, int) and heads else None
-
-
-__all__ = ["MODEL", "plan_attention_swap", "swap_attention"]

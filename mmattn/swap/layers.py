@@ -30,6 +30,22 @@ class Step(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Options:
+    """What the caller of `swap_attention` asked for; see there.
+
+    Attributes:
+        gate: the opened gate, None without one.
+    """
+
+    backend: str = "auto"
+    role: str | None = None
+    parts: frozenset[str] | None = None
+    cache_context: bool = True
+    drop_padding: bool = True
+    gate: Any = None
+
+
 class Cache(Protocol):
     """Something that keeps tensors between calls."""
 

@@ -22,8 +22,6 @@ def parts_of(target: Any, chosen: Collection[str] | None) -> dict[str, nn.Module
     Raises:
         UsageError: for something that is neither, or for parts that do not exist.
     """
-    if isinstance(chosen, str):
-        raise UsageError(f'swap_attention: parts is a list of names: parts=["{chosen}"]')
     if isinstance(target, nn.Module):
         target = uncompiled(target)
         if chosen is not None and set(chosen) - {MODEL, MOTION}:

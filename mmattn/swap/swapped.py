@@ -105,7 +105,8 @@ class Swap:
             part, model = next(iter(self._parts.items()))
             probes = {part: functools.partial(run_model, model, inputs)}
         with contextlib.nullcontext() if self.gate is None else self.gate.paused():
-            return verify_swap([layer for layer in self.layers if layer.is_swapped], probes, self.undone)
+            swapped = [layer for layer in self.layers if layer.is_swapped]
+            return verify_swap(self._parts.values(), swapped, probes, self.undone)
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:

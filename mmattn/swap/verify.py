@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,13 +85,16 @@ class Verification:
 
 
 def verify_swap(
-    layers: list[Layer], probes: dict[str, Probe], undone: Callable[[], contextlib.AbstractContextManager[None]]
+    models: Iterable[nn.Module],
+    layers: list[Layer],
+    probes: dict[str, Probe],
+    undone: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> Verification:
     """Run every probe with the swap undone, in place, and with attention by the specification. A model that stock
     cannot run on its probe is left out, and named."""
     alone = {layer.full_name: layer.probe for layer in layers if layer.probe is not None}
     unprobed = sorted({layer.part for layer in layers if layer.probe is None} - set(probes))
-    with torch.no_grad(), _evaluating([layer.module for layer in layers]):
+    with torch.no_grad(), _evaluating(models):
         with undone():
             stock = {name: _two_ways(probe) for name, probe in alone.items()}
             stock_models: dict[str, tuple[Tensor, Tensor]] = {}
@@ -101,10 +104,10 @@ def verify_swap(
                 except ProbeError as reason:
                     unprobed.append(f"{name} ({reason})")
         ours = {name: _three_ways(probe) for name, probe in alone.items()}
-        models = {name: _three_ways(probes[name]) for name in stock_models}
+        our_models = {name: _three_ways(probes[name]) for name in stock_models}
     return Verification(
         [_verdict(name, *stock[name], *ours[name]) for name in ours],
-        [_verdict(name, *stock_models[name], *models[name]) for name in models],
+        [_verdict(name, *stock_models[name], *our_models[name]) for name in our_models],
         unprobed,
     )
 
@@ -171,9 +174,9 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
     """Dropout off, and back."""
-    before = [(part, part.training) for module in modules for part in module.modules()]
+    before = [(part, part.training) for model in models for part in model.modules()]
     try:
         for part, _ in before:
             part.training = False

@@ -25,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from results import finish  # noqa: E402
 
 import mmattn  # noqa: E402
 from mmattn.errors import MmattnError  # noqa: E402
@@ -298,11 +300,7 @@ def main() -> int:
     print(json.dumps(facts))
     print(f"{'':<42} {'stock ms':>9} {'ours ms':>9} {'ratio':>7} {'goal':>6}")
     rows = [row for case in arguments.case or CASES for row in CASES[case](arguments.size == "tiny", arguments.repeats)]
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        table = [{**asdict(row), "ok": row.is_ok} for row in rows]
-        arguments.json.write_text(json.dumps({"rows": table, **facts}, indent=2) + "\n", encoding="utf-8")
-    return 0 if all(row.is_ok for row in rows) else 1
+    return finish(rows, facts, arguments.json)
 
 
 if __name__ == "__main__":

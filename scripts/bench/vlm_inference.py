@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from results import finish
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertTokenizer,
@@ -345,11 +346,7 @@ def main() -> int:
         "size": arguments.size,
     }
     print(json.dumps(facts))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        table = [{**asdict(row), "ok": row.is_ok} for row in rows]
-        arguments.json.write_text(json.dumps({"rows": table, **facts}, indent=2) + "\n", encoding="utf-8")
-    return 0 if all(row.is_ok for row in rows) else 1
+    return finish(rows, facts, arguments.json)
 
 
 if __name__ == "__main__":

@@ -149,8 +149,8 @@ def test_wrong_usage_is_found_before_weights_are_read(
         ({"_class_name": "UNet9D"}, "has no class UNet9D"),
         ({"architectures": ["NobodyModel"]}, "has no class NobodyModel"),
         ({"model_type": "nobody"}, "cannot be opened: "),
-        ("[", "config.json: cannot be read: "),
-        ([], "config.json: not a configuration"),
+        ("[", "config.json: damaged, not readable as JSON"),
+        ([], "config.json: a JSON object was expected, not list"),
         ({"_class_name": "ControlNetModel", "norm_num_groups": 7}, "cannot be opened: "),
     ],
 )

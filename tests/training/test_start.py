@@ -45,6 +45,7 @@ def test_other_files_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     refuse("is not empty: choose another output_dir, or move its files away", toy_config(tmp_path))
     refuse("output_dir .*thesis.tex is a file", toy_config(tmp_path / "thesis.tex"))
+    assert (tmp_path / "thesis.tex").read_text() == "x"
 
 
 def test_resume_needs_a_checkpoint(tmp_path, finished):

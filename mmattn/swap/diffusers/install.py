@@ -21,27 +21,14 @@ from torch import nn
 from mmattn.swap.diffusers.context_path import plan_context_path
 from mmattn.swap.diffusers.contracts import CONTRACTS, features, refusal
 from mmattn.swap.diffusers.dispatcher import KeepProcessDefault, RegisterBackend, UseBackend
-from mmattn.swap.diffusers.gate import Gate
 from mmattn.swap.diffusers.ip_adapter import SwappedIPAdapterAttnProcessor
 from mmattn.swap.diffusers.layer import Settings, Swapped
 from mmattn.swap.diffusers.model_probe import model_probe
 from mmattn.swap.diffusers.padding import PaddingReader
 from mmattn.swap.diffusers.probe import run_backend, run_layer
 from mmattn.swap.diffusers.processors import SwappedAttnProcessor
-from mmattn.swap.layers import JOINT, Layer, Plan
+from mmattn.swap.layers import JOINT, Layer, Options, Plan
 from mmattn.swap.parts import MOTION
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the caller of `swap_attention` asked for; see there."""
-
-    backend: str = "auto"
-    role: str | None = None
-    parts: frozenset[str] | None = None
-    cache_context: bool = True
-    drop_padding: bool = True
-    gate: Gate | None = None
 
 
 @dataclass(eq=False)

@@ -113,7 +113,7 @@ def model_probe(model: nn.Module) -> Callable[[], Tensor] | None:
 
 
 def run_model(model: nn.Module) -> Tensor:
-    """All float outputs of a model on its probe, with dropout off, in one row. A model in half precision is run in
+    """All float outputs of a model on its probe, in one row. A model in half precision is run in
     float32: in its own type, roundings everywhere else hide what attention does.
 
     Raises:
@@ -121,18 +121,13 @@ def run_model(model: nn.Module) -> Tensor:
     """
     inputs = make_inputs(model)
     assert inputs is not None  # the plan has looked
-    before = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
         outputs = list(_floats(_in_single_precision(model, inputs)))
     except MmattnError:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         raise ProbeError(f"it does not take the probe made from its config: {reason}") from error
-    finally:
-        for module, was_training in before:
-            module.training = was_training
     if not outputs:
         raise ProbeError("it returns no float tensor")
     return torch.cat([output.flatten().to(outputs[0].device) for output in outputs])
