@@ -15,6 +15,7 @@ _EXPORTS = {
     "attention": "mmattn.ops.attention",
     "backends": "mmattn.ops.registry",
     "use_backend": "mmattn.ops.registry",
+    "Translator": "mmattn.inference.translator",
     "VisionLanguageModel": "mmattn.inference.vlm",
     "record_attention": "mmattn.maps.record",
     "swap_attention": "mmattn.swap.api",
@@ -26,6 +27,7 @@ __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 
 if TYPE_CHECKING:
     from mmattn.errors import MmattnError as MmattnError
+    from mmattn.inference.translator import Translator as Translator
     from mmattn.inference.vlm import VisionLanguageModel as VisionLanguageModel
     from mmattn.maps.record import record_attention as record_attention
     from mmattn.ops.attention import attention as attention

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmattn.models.vlm.text import VocabularyHead
+from mmattn.nn.vocabulary_head import VocabularyHead
 
 _MOST_ROWS = 8
 
@@ -62,11 +62,9 @@ class FewRowsLinear(nn.Linear):
 class FewRowsHead(VocabularyHead):
     """A vocabulary head that uses `few_rows_linear`."""
 
-    def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
-        """`[..., C]` to `[..., V]`; see `VocabularyHead`."""
-        if self.has_transform:
-            hidden = self.norm(self.activation(self.dense(hidden)))
-        return few_rows_linear(hidden, word_embedding if self.weight is None else self.weight, self.bias)
+    def product(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See `VocabularyHead`."""
+        return few_rows_linear(hidden, weight, bias)
 
 
 def use_few_rows_products(network: nn.Module) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +15,7 @@ from mmattn.data.images import PixelTransform
 from mmattn.errors import UsageError
 from mmattn.inference import folders
 from mmattn.inference.decode import DecodeSettings
+from mmattn.inference.hub import evaluating, push_folder
 from mmattn.inference.linear import use_few_rows_products
 from mmattn.inference.pictures import ImageInput, Pictures, join, open_images
 from mmattn.inference.text_side import TextSide
@@ -135,15 +134,7 @@ class VisionLanguageModel:
         self, repo_id: str, *, private: bool = False, token: str | None = None, commit_message: str | None = None
     ) -> str:
         """Save to a hub repository, made when it is not there; returns its address."""
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            message = commit_message or "Upload model with mmattn"
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
-        return str(url)
+        return push_folder(self.save_pretrained, repo_id, private=private, token=token, commit_message=commit_message)
 
     @property
     def device(self) -> torch.device:
@@ -170,7 +161,7 @@ class VisionLanguageModel:
         if isinstance(images, Pictures):
             return images
         opened, is_single = open_images(images)
-        with self._inference():
+        with evaluating(self.network):
             parts = [self._encode(batch) for batch in self._batches(opened, batch_size, progress, "Encoding")]
         return join(parts, is_single=is_single)
 
@@ -307,7 +298,7 @@ class VisionLanguageModel:
         count = len(images) if opened is None else len(opened)  # type: ignore[arg-type]
         pairing: Pairing = pair_texts(texts, count, is_single=is_single, name=name)
         results: list[list[Any]] = []
-        with self._inference():
+        with evaluating(self.network):
             for numbers in self._batches(range(count), batch_size, progress, name.capitalize()):
                 if opened is None:
                     pictures = images.select(numbers, is_single=is_single)  # type: ignore[union-attr]
@@ -334,19 +325,6 @@ class VisionLanguageModel:
                 batch = list(items[first : first + size])
                 yield batch
                 bar.update(len(batch))
-
-    @contextlib.contextmanager
-    def _inference(self) -> Iterator[None]:
-        was_training = self.network.training
-        if was_training:
-            self.network.eval()
-        try:
-            # Not inference mode: what `encode` returns may be trained on.
-            with torch.no_grad():
-                yield
-        finally:
-            if was_training:
-                self.network.train()
 
     def _need(self, kinds: type | tuple[type, ...], verb: str) -> None:
         if isinstance(self.network, kinds):

@@ -20,7 +20,7 @@ from mmattn.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 
-_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja")
 
 
 def find_folder(

@@ -22,6 +22,17 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 _GATED: dict[str, Callable[[Tensor], Tensor]] = {"geglu": F.gelu, "swiglu": F.silu}
 
 
+def plain_activation(name: ActivationName) -> Callable[[Tensor], Tensor]:
+    """The function of an activation that is not gated.
+
+    Raises:
+        UsageError: When it is unknown, or gated.
+    """
+    if name not in _PLAIN:
+        raise UsageError(f"activation {name!r} is unknown here: use one of {', '.join(_PLAIN)}")
+    return _PLAIN[name]
+
+
 class FeedForward(nn.Module):
     """`down_proj(act(up_proj(x)))`, or `down_proj(act(gate_proj(x)) * up_proj(x))` when gated (arXiv 2002.05202).
 

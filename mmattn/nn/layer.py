@@ -37,6 +37,7 @@ class TransformerLayer(nn.Module):
         bias: Whether the Linears have a bias.
         dropout_p: Dropout on the output of each sublayer, in training only.
         attention_dropout_p: Dropout on the attention weights, in training only.
+        activation_dropout_p: Dropout inside the feed-forward, in training only.
         qk_norm: "rms" or "layer" norm over D on queries and keys, or None.
         rotary: Rotary positions of the self-attention; one object may serve all layers.
         backend: Passed to `mmattn.attention`.
@@ -64,6 +65,7 @@ class TransformerLayer(nn.Module):
         bias: bool = True,
         dropout_p: float = 0.0,
         attention_dropout_p: float = 0.0,
+        activation_dropout_p: float = 0.0,
         qk_norm: NormKind | None = None,
         rotary: RotaryEmbedding | None = None,
         backend: str = "auto",
@@ -106,7 +108,7 @@ class TransformerLayer(nn.Module):
                 backend=backend,
             )
             self.cross_attn_norm = make_norm(norm, embed_dim, norm_eps)
-        self.ffn = FeedForward(embed_dim, ffn_dim, activation=activation, bias=bias)
+        self.ffn = FeedForward(embed_dim, ffn_dim, activation=activation, dropout_p=activation_dropout_p, bias=bias)
         self.ffn_norm = make_norm(norm, embed_dim, norm_eps)
 
     def project_context(self, context: Tensor, key_mask: Tensor | None = None) -> ContextKV:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmattn.inference.linear import FewRowsHead, FewRowsLinear, _blocks, few_rows_linear, use_few_rows_products
-from mmattn.models.vlm.text import TextConfig, VocabularyHead
+from mmattn.nn.vocabulary_head import VocabularyHead
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 8, 9, 31])
@@ -63,7 +63,7 @@ def test_conversion_keeps_names_and_leaves_subclasses_alone():
     class Adapted(nn.Linear):
         pass
 
-    head = VocabularyHead(TextConfig(vocab_size=31, embed_dim=8, num_heads=2, head_transform=True))
+    head = VocabularyHead(8, 31, transform="gelu")
     network = nn.ModuleDict({"plain": nn.Linear(3, 5), "adapted": Adapted(3, 5), "head": head})
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     hidden, words = torch.randn(3, 8), torch.randn(31, 8)

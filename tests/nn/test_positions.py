@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositionalEmbedding
 from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 
 from mmattn.errors import UsageError
@@ -21,13 +22,30 @@ def test_learned_positions() -> None:
 def test_sinusoidal_positions_equal_marian(embed_dim: int) -> None:
     stock = MarianSinusoidalPositionalEmbedding(131, embed_dim)
     stock.weight.data = stock.create_weight()
-    ours = SinusoidalPositions(embed_dim)(torch.arange(131))
-    # Marian takes the angles in float64 and rounds at the end; a float32 angle near 130 is right to 130 * 2^-23.
-    torch.testing.assert_close(ours, stock.weight.data, rtol=0, atol=130 * 2**-22)
+    ours = SinusoidalPositions(embed_dim, 131)
+    assert torch.equal(ours(torch.arange(131)), stock.weight.data)
+    assert torch.equal(ours.span(7, 5, device=torch.device("cpu")), stock.weight.data[7:12])
+
+
+def test_sinusoidal_positions_equal_m2m100() -> None:
+    stock = M2M100SinusoidalPositionalEmbedding.get_embedding(131, 14, None)
+    assert torch.equal(SinusoidalPositions(14, 131, "tensor2tensor")(torch.arange(131)), stock)
+    with pytest.raises(UsageError, match="needs an even embed_dim, not 7"):
+        SinusoidalPositions(7, 131, "tensor2tensor")
+    with pytest.raises(UsageError, match="spacing 'mel' is unknown"):
+        SinusoidalPositions(8, 131, "mel")  # type: ignore[arg-type]
+
+
+def test_sinusoidal_positions_end_somewhere() -> None:
+    positions = SinusoidalPositions(6, 11)
+    with pytest.raises(UsageError, match=r"positions 9 to 11 were asked for, there are 11"):
+        positions(torch.tensor([9, 11]))
+    with pytest.raises(UsageError, match=r"positions 9 to 11 were asked for, there are 11"):
+        positions.span(9, 3, device=torch.device("cpu"))
 
 
 def test_sinusoidal_positions_keep_shape_and_take_a_dtype() -> None:
-    module = SinusoidalPositions(6)
+    module = SinusoidalPositions(6, 13)
     out = module(torch.arange(10).view(2, 5), torch.bfloat16)
     assert out.shape == (2, 5, 6)
     assert out.dtype is torch.bfloat16

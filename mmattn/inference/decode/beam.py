@@ -9,12 +9,13 @@ S texts, N beams, V vocabulary, T longest length.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from mmattn.inference.decode.logits import build_processors
+from mmattn.inference.decode.logits import Scorer
 from mmattn.inference.decode.settings import DecodeSettings
-from mmattn.inference.decode.state import DecoderState, Generated
+from mmattn.inference.decode.state import DecoderState, DecodeTask, Generated
 from mmattn.inference.decode.stopping import Roster, cut, ends, shrink
 
 # What transformers adds to the score of a hypothesis that must not be chosen; finite, so that it can be compared.
@@ -30,6 +31,8 @@ class _Beams:
         finished: tokens `[S, N, T]`; `finished_scores [S, N]` with the length penalty applied.
         is_finished: `[S, N]`, False where the place in `finished` is still empty.
         can_improve: `[S, 1]`, False once no running hypothesis is expected to beat the worst finished one.
+        running_rows: `[S, N, T]`, the decoder row that chose each token, -1 in the prompt; likewise `finished_rows`.
+            None unless asked for.
     """
 
     running: torch.Tensor
@@ -38,54 +41,54 @@ class _Beams:
     finished_scores: torch.Tensor
     is_finished: torch.Tensor
     can_improve: torch.Tensor
+    running_rows: torch.Tensor | None = None
+    finished_rows: torch.Tensor | None = None
 
     @classmethod
-    def start(cls, prompt: torch.Tensor, num_beams: int, max_length: int, fill: int) -> _Beams:
+    def start(cls, task: DecodeTask, fill: int) -> _Beams:
+        prompt, num_beams = task.prompt, task.settings.num_beams
         num_texts, start = prompt.shape
-        running = prompt.new_full((num_texts, num_beams, max_length), fill)
+        running = prompt.new_full((num_texts, num_beams, max(task.max_length, start)), fill)
         running[:, :, :start] = prompt[:, None]
         scores = torch.full((num_texts, num_beams), _NEVER, device=prompt.device)
         # Only the first of the equal beams may be continued at the first step.
         running_scores = scores.clone()
         running_scores[:, 0] = 0.0
         nothing = torch.zeros_like(scores, dtype=torch.bool)
-        return cls(running, running_scores, running.clone(), scores, nothing, ~nothing[:, :1])
+        rows = torch.full_like(running, -1) if task.keep_rows else None
+        return cls(running, running_scores, running.clone(), scores, nothing, ~nothing[:, :1], rows, rows)
 
     def select(self, slots: torch.Tensor) -> _Beams:
-        return _Beams(*(getattr(self, name)[slots] for name in self.__dataclass_fields__))
+        parts: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        chosen: dict[str, Any] = {name: None if part is None else part[slots] for name, part in parts.items()}
+        return _Beams(**chosen)
 
 
 def beam_search(
-    state: DecoderState,
-    prompt: torch.Tensor,
-    settings: DecodeSettings,
-    *,
-    texts_per_context: int = 1,
-    generator: torch.Generator | None = None,
+    state: DecoderState, task: DecodeTask, generator: torch.Generator | None = None
 ) -> list[list[Generated]]:
     """The best `num_return_sequences` of `num_beams` hypotheses for each prompt, best first.
 
     With `do_sample=True` continuations are drawn instead of taken (beam sampling). See `decode` for the arguments.
     """
+    prompt, settings, max_length = task.prompt, task.settings, task.max_length
     num_texts, start = prompt.shape
-    num_beams, max_length = settings.num_beams, settings.total_length(start)
-    processors = build_processors(settings, start, prompt.device)
+    scorer = Scorer(settings, task.base, prompt.device)
     fill = settings.pad_token_id or (settings.eos_ids[0] if settings.eos_ids else 0)
-    beams = _Beams.start(prompt, num_beams, max_length, fill)
-    roster = Roster(num_texts, texts_per_context)
+    beams = _Beams.start(task, fill)
+    if start >= max_length:  # nothing but the forced tokens
+        return [[_taken(beams.running[text, 0], None, 0.0, task)] for text in range(num_texts)]
+    roster = Roster(num_texts, task.texts_per_context)
     results: dict[int, list[Generated]] = {}
 
     def collect(slots: list[int]) -> None:
         for slot in slots:
-            results.setdefault(roster.texts[slot], _best(beams, slot, start, settings))
+            results.setdefault(roster.texts[slot], _best(beams, slot, task))
 
     # The prompt is read by one row a text; the rows become beams at the first reordering.
     logits = state.logits(prompt)
     for length in range(start, max_length):
-        sequences = beams.running[:, : logits.shape[0] // len(roster.texts), :length].flatten(0, 1)
-        log_probs = logits.float().log_softmax(dim=-1)
-        log_probs = processors(sequences, log_probs)  # type: ignore[arg-type]
-        origin, tokens = _advance(beams, log_probs, length, start, settings, generator)
+        origin, tokens = _advance(beams, logits, length, task, scorer, generator)
         if length + 1 == max_length:
             break
         is_done = ~beams.can_improve[:, 0]
@@ -121,68 +124,102 @@ def _reorder(state: DecoderState, rows: torch.Tensor, num_rows: int) -> None:
 
 def _advance(
     beams: _Beams,
-    log_probs: torch.Tensor,
+    logits: torch.Tensor,
     length: int,
-    start: int,
-    settings: DecodeSettings,
+    task: DecodeTask,
+    scorer: Scorer,
     generator: torch.Generator | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Extend the hypotheses by one token; returns the beam that each running one came from `[S, N]`, and its token.
 
-    `log_probs` is `[S * N, V]`, or `[S, V]` at the first step.
+    `logits` is `[S * N, V]`, or `[S, V]` at the first step.
     """
+    settings = task.settings
     num_texts, num_beams, max_length = beams.running.shape
-    vocab_size = log_probs.shape[-1]
-    log_probs = log_probs.view(num_texts, -1, vocab_size) + beams.running_scores[:, :, None]
-    scores, origin, tokens = _continuations(log_probs.flatten(1), vocab_size, num_beams, settings, generator)
+    per_text = logits.shape[0] // num_texts
+    count = max(2, 1 + len(settings.eos_ids)) * num_beams
+    sequences = beams.running[:, :per_text, :length].flatten(0, 1)
+    running_scores = beams.running_scores[:, :per_text]
+    if settings.do_sample:
+        log_probs = scorer.log_probs(sequences, logits)
+        scores, origin, tokens = _drawn(log_probs, beams.running_scores, count, generator)
+    else:
+        scores, origin, tokens = _best_continuations(scorer, sequences, logits, running_scores, count)
     if length + 1 == max_length:
         is_end = torch.ones_like(tokens, dtype=torch.bool)
     elif settings.eos_ids:
         is_end = ends(tokens, settings.eos_ids)
     else:
         is_end = torch.zeros_like(tokens, dtype=torch.bool)
-    candidates = beams.running.gather(1, origin[:, :, None].expand(-1, -1, max_length))
+    candidates = _taking(beams.running, origin)
     candidates[:, :, length] = tokens
+    candidate_rows = None
+    if beams.running_rows is not None:
+        candidate_rows = _taking(beams.running_rows, origin)
+        first = per_text * torch.arange(num_texts, device=origin.device)[:, None]
+        candidate_rows[:, :, length] = origin + first
 
     # The running ones take the best that do not end.
-    running_scores = scores + is_end.float() * _NEVER
-    order = running_scores.topk(num_beams).indices
-    beams.running = candidates.gather(1, order[:, :, None].expand(-1, -1, max_length))
-    beams.running_scores = running_scores.gather(1, order)
-    _finish(beams, candidates, scores, is_end, length + 1 - start, settings)
+    unended = scores + is_end.float() * _NEVER
+    beams.running_scores, order = unended.topk(num_beams)
+    beams.running = _taking(candidates, order)
+    if candidate_rows is not None:
+        beams.running_rows = _taking(candidate_rows, order)
+    grown = length + 1 - task.base
+    _finish(beams, candidates, candidate_rows, scores, is_end, grown, settings)
 
-    grown = length + 1 - start
-    best_length = max_length - start if settings.early_stopping == "never" and settings.length_penalty > 0 else grown
+    best_length = grown
+    if settings.early_stopping == "never" and settings.length_penalty > 0:
+        best_length = max_length - task.base
     best_possible = beams.running_scores[:, :1] / best_length**settings.length_penalty
     worst = torch.where(beams.is_finished, beams.finished_scores.amin(dim=1, keepdim=True), _NEVER)
     beams.can_improve = beams.can_improve & (best_possible > worst).any(dim=1, keepdim=True)
     return origin.gather(1, order), tokens.gather(1, order)
 
 
-def _continuations(
-    scores: torch.Tensor, vocab_size: int, num_beams: int, settings: DecodeSettings, generator: torch.Generator | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scores, beams of origin and tokens of the continuations considered, each `[S, K]`, best first."""
-    count = max(2, 1 + len(settings.eos_ids)) * num_beams
-    if settings.do_sample:
-        picked = torch.multinomial(scores.softmax(dim=-1), count, generator=generator)
-        best, order = scores.gather(1, picked).sort(dim=-1, descending=True)
-        picked = picked.gather(1, order)
-    else:
-        best, picked = scores.topk(count)
+def _taking(hypotheses: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Hypotheses `[S, N, T]` in the order `[S, K]` of each text: `[S, K, T]`."""
+    return hypotheses.gather(1, order[:, :, None].expand(-1, -1, hypotheses.shape[2]))
+
+
+Continuations = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Scores, beams of origin and tokens of the continuations considered, each `[S, K]`, best first."""
+
+
+def _best_continuations(
+    scorer: Scorer, sequences: torch.Tensor, logits: torch.Tensor, running_scores: torch.Tensor, count: int
+) -> Continuations:
+    # The best of a text are among the best of its beams, so that the vocabulary is searched beam by beam.
+    scores, tokens = scorer.best(sequences, logits, count)
+    num_texts, per_text = running_scores.shape
+    scores = (scores.view(num_texts, per_text, count) + running_scores[:, :, None]).flatten(1)
+    scores, picked = scores.topk(count)
+    return scores, picked // count, tokens.view(num_texts, -1).gather(1, picked)
+
+
+def _drawn(
+    log_probs: torch.Tensor, running_scores: torch.Tensor, count: int, generator: torch.Generator | None
+) -> Continuations:
+    # At the first step the one row of a text stands for all of its beams, so that as many draws are made as later.
+    vocab_size = log_probs.shape[-1]
+    scores = (log_probs.view(len(running_scores), -1, vocab_size) + running_scores[:, :, None]).flatten(1)
+    picked = torch.multinomial(scores.softmax(dim=-1), count, generator=generator)
+    best, order = scores.gather(1, picked).sort(dim=-1, descending=True)
+    picked = picked.gather(1, order)
     return best, picked // vocab_size, picked % vocab_size
 
 
 def _finish(
     beams: _Beams,
     candidates: torch.Tensor,
+    candidate_rows: torch.Tensor | None,
     scores: torch.Tensor,
     is_end: torch.Tensor,
     grown: int,
     settings: DecodeSettings,
 ) -> None:
     """Let the candidates that have just ended compete with the finished ones."""
-    num_beams, max_length = beams.running.shape[1:]
+    num_beams = beams.running.shape[1]
     ended = is_end.clone()
     ended[:, num_beams:] = False
     scores = scores / grown**settings.length_penalty
@@ -191,13 +228,22 @@ def _finish(
     scores = scores + (~beams.can_improve).float() * _NEVER + (~ended).float() * _NEVER
     merged = torch.cat((beams.finished_scores, scores), dim=1)
     beams.finished_scores, order = merged.topk(num_beams)
-    tokens = torch.cat((beams.finished, candidates), dim=1)
-    beams.finished = tokens.gather(1, order[:, :, None].expand(-1, -1, max_length))
+    beams.finished = _taking(torch.cat((beams.finished, candidates), dim=1), order)
+    if beams.finished_rows is not None and candidate_rows is not None:
+        beams.finished_rows = _taking(torch.cat((beams.finished_rows, candidate_rows), dim=1), order)
     beams.is_finished = torch.cat((beams.is_finished, ended), dim=1).gather(1, order)
 
 
-def _best(beams: _Beams, slot: int, start: int, settings: DecodeSettings) -> list[Generated]:
-    count = settings.num_return_sequences
-    scores = beams.finished_scores[slot, :count].tolist()
-    tokens = beams.finished[slot, :count, start:].tolist()
-    return [Generated(cut(text, settings.eos_ids), score) for text, score in zip(tokens, scores, strict=True)]
+def _best(beams: _Beams, slot: int, task: DecodeTask) -> list[Generated]:
+    scores = beams.finished_scores[slot].tolist()
+    rows = beams.finished_rows
+    return [
+        _taken(beams.finished[slot, beam], None if rows is None else rows[slot, beam], scores[beam], task)
+        for beam in range(task.settings.num_return_sequences)
+    ]
+
+
+def _taken(sequence: torch.Tensor, rows: torch.Tensor | None, score: float, task: DecodeTask) -> Generated:
+    tokens = cut(sequence[task.base :].tolist(), task.settings.eos_ids)
+    kept = None if rows is None else rows[task.base : task.base + len(tokens)].tolist()
+    return Generated(tokens, score, kept)

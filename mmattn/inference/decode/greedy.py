@@ -1,89 +1,128 @@
-"""One token after another, row by row: the loop that greedy decoding and sampling share."""
+"""One token after another, row by row: the loop that greedy decoding, sampling and streaming share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 
 from mmattn.inference.decode.logits import build_processors
-from mmattn.inference.decode.settings import DecodeSettings
-from mmattn.inference.decode.state import DecoderState, Generated
+from mmattn.inference.decode.state import DecoderState, DecodeTask, Generated
 from mmattn.inference.decode.stopping import Roster, cut, ends, shrink
 
+Choose = Callable[[torch.Tensor], torch.Tensor]
+"""Scores `[R, V]` to tokens `[R]`."""
 
-def greedy(
-    state: DecoderState, prompt: torch.Tensor, settings: DecodeSettings, *, texts_per_context: int = 1
-) -> list[list[Generated]]:
+
+def greedy(state: DecoderState, task: DecodeTask) -> list[list[Generated]]:
     """The likeliest token at every step. See `decode` for arguments and result."""
-    return decode_rows(state, prompt, settings, _likeliest, texts_per_context=texts_per_context)
+    return decode_rows(state, task, likeliest)
 
 
-def _likeliest(scores: torch.Tensor) -> torch.Tensor:
+def likeliest(scores: torch.Tensor) -> torch.Tensor:
+    """Scores `[R, V]` to the token with the largest one, `[R]`."""
     return scores.argmax(dim=-1)
 
 
-def decode_rows(
-    state: DecoderState,
-    prompt: torch.Tensor,
-    settings: DecodeSettings,
-    choose: Callable[[torch.Tensor], torch.Tensor],
-    *,
-    texts_per_context: int = 1,
-    copies: int = 1,
-) -> list[list[Generated]]:
-    """Decode `copies` texts for each prompt, with `choose(scores [R, V]) -> tokens [R]`.
+def decode_rows(state: DecoderState, task: DecodeTask, choose: Choose, *, copies: int = 1) -> list[list[Generated]]:
+    """Decode `copies` texts for each prompt.
 
     The prompt is read once; its copies part ways at the first new token.
     """
-    eos_ids = settings.eos_ids
+    results: dict[int, Generated] = {}
+    for _ in row_steps(state, task, choose, copies=copies, results=results):
+        pass
+    ordered = [results[text] for text in range(len(results))]
+    return [ordered[first : first + copies] for first in range(0, len(ordered), copies)]
+
+
+def row_steps(
+    state: DecoderState,
+    task: DecodeTask,
+    choose: Choose,
+    *,
+    copies: int = 1,
+    results: dict[int, Generated] | None = None,
+) -> Iterator[list[int]]:
+    """Decode step by step: yields the tokens chosen for the rows still at work, and fills `results` by text."""
+    prompt, eos_ids = task.prompt, task.settings.eos_ids
     num_texts, start = prompt.shape
-    max_length = settings.total_length(start)
-    processors = build_processors(settings, start, prompt.device)
+    max_length = task.max_length
+    processors = build_processors(task.settings, task.base, prompt.device)
+    rows_kept = _Rows(task, num_texts * copies, copies, {} if results is None else results)
+    if start >= max_length:
+        rows_kept.collect(range(num_texts * copies), start)
+        return
     logits = state.logits(prompt)
     if copies > 1:
         rows = torch.arange(num_texts, device=prompt.device).repeat_interleave(copies)
         state.reorder(rows)
-        prompt, logits = prompt[rows], logits[rows]
-    num_rows = num_texts * copies
-    roster = Roster(num_rows, texts_per_context * copies)
-    sequences = prompt.new_empty(num_rows, max_length)
-    sequences[:, :start] = prompt
-    totals = torch.zeros(num_rows, device=prompt.device)
-    is_done = torch.zeros(num_rows, dtype=torch.bool, device=prompt.device)
-    results: dict[int, Generated] = {}
-
-    def collect(slots: list[int], length: int) -> None:
-        for slot in slots:
-            tokens = cut(sequences[slot, start:length].tolist(), eos_ids)
-            results.setdefault(roster.texts[slot], Generated(tokens, totals[slot].item()))
-
+        logits = logits[rows]
     for length in range(start, max_length):
-        scores = processors(sequences[:, :length], logits.float())  # type: ignore[arg-type]
+        scores = processors(rows_kept.sequences[:, :length], logits.float())  # type: ignore[arg-type]
         tokens = choose(scores)
-        sequences[:, length] = tokens
-        log_probs = scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(dim=-1)
-        totals = torch.where(is_done, totals, totals + log_probs)
+        rows_kept.append(length, tokens, scores)
+        chosen = tokens.tolist()
+        yield chosen
         if length + 1 == max_length:
             break
         if eos_ids:
-            is_done |= ends(tokens, eos_ids)
-            flags = is_done.tolist()
+            flags = rows_kept.done_flags(tokens)
             if any(flags):
-                collect([slot for slot, done in enumerate(flags) if done], length + 1)
+                rows_kept.collect([slot for slot, done in enumerate(flags) if done], length + 1)
             if all(flags):
-                return _in_order(results, copies)
-            num_contexts = len(flags) // roster.per_context
-            kept = roster.retire(flags)
-            if kept is not None:
-                rows = tokens.new_tensor(kept.slots)
-                shrink(state, rows, kept.contexts, num_contexts, len(flags))
-                tokens, sequences, totals, is_done = tokens[rows], sequences[rows], totals[rows], is_done[rows]
+                return
+            tokens = rows_kept.leave(state, flags, tokens)
         logits = state.logits(tokens[:, None])
-    collect(list(range(len(roster.texts))), max_length)
-    return _in_order(results, copies)
+    rows_kept.collect(range(len(rows_kept.roster.texts)), max_length)
 
 
-def _in_order(results: dict[int, Generated], copies: int) -> list[list[Generated]]:
-    ordered = [results[text] for text in range(len(results))]
-    return [ordered[first : first + copies] for first in range(0, len(ordered), copies)]
+class _Rows:
+    """The rows of a running decoder: their tokens, scores, and which text each works on."""
+
+    def __init__(self, task: DecodeTask, num_rows: int, copies: int, results: dict[int, Generated]) -> None:
+        self.task, self.results = task, results
+        self.roster = Roster(num_rows, task.texts_per_context * copies)
+        prompt, device = task.prompt, task.prompt.device
+        self.sequences = prompt.new_empty(num_rows, max(task.max_length, prompt.shape[1]))
+        self.sequences[:, : prompt.shape[1]] = prompt.repeat_interleave(copies, dim=0)
+        self.totals = torch.full((num_rows,), 0.0 if task.with_scores else math.nan, device=device)
+        self.is_done = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self.rows = torch.full_like(self.sequences, -1) if task.keep_rows else None
+
+    def append(self, length: int, tokens: torch.Tensor, scores: torch.Tensor) -> None:
+        """Note the tokens chosen at a place, given the scores `[R, V]` that they were chosen by."""
+        self.sequences[:, length] = tokens
+        if self.rows is not None:
+            self.rows[:, length] = torch.arange(len(tokens), device=tokens.device)
+        if not self.task.with_scores:
+            return
+        log_probs = scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(dim=-1)
+        self.totals = torch.where(self.is_done, self.totals, self.totals + log_probs)
+
+    def done_flags(self, tokens: torch.Tensor) -> list[bool]:
+        """Which rows have reached an end token, by now."""
+        self.is_done |= ends(tokens, self.task.settings.eos_ids)
+        return self.is_done.tolist()
+
+    def collect(self, slots: Iterator[int] | range | list[int], length: int) -> None:
+        """Put the texts of these slots, ended at `length`, into the results."""
+        base = self.task.base
+        for slot in slots:
+            tokens = cut(self.sequences[slot, base:length].tolist(), self.task.settings.eos_ids)
+            rows = None if self.rows is None else self.rows[slot, base : base + len(tokens)].tolist()
+            self.results.setdefault(self.roster.texts[slot], Generated(tokens, self.totals[slot].item(), rows))
+
+    def leave(self, state: DecoderState, flags: list[bool], tokens: torch.Tensor) -> torch.Tensor:
+        """Let finished texts leave the decoder; returns the tokens `[R]` of the rows that stay."""
+        num_contexts = len(flags) // self.roster.per_context
+        kept = self.roster.retire(flags)
+        if kept is None:
+            return tokens
+        rows = tokens.new_tensor(kept.slots)
+        shrink(state, rows, kept.contexts, num_contexts, len(flags))
+        self.sequences, self.totals, self.is_done = self.sequences[rows], self.totals[rows], self.is_done[rows]
+        if self.rows is not None:
+            self.rows = self.rows[rows]
+        return tokens[rows]

@@ -19,9 +19,13 @@ def build_processors(settings: DecodeSettings, prompt_length: int, device: torch
         chain.append(stock.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
     if settings.no_repeat_ngram_size > 0:
         chain.append(stock.NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size))
-    if settings.bad_words_ids:
-        words = [list(word) for word in settings.bad_words_ids]
-        chain.append(stock.NoBadWordsLogitsProcessor(words, eos))  # type: ignore[arg-type]
+    words = [list(word) for word in settings.bad_words_ids or ()]
+    banned = {word[0] for word in words if len(word) == 1} - set(settings.eos_ids)
+    if banned:  # what stock's processor does for them, without a vocabulary of biases at each step
+        chain.append(NeverTokens(sorted(banned), device))
+    if any(len(word) > 1 for word in words):
+        long = [word for word in words if len(word) > 1]
+        chain.append(stock.NoBadWordsLogitsProcessor(long, eos))  # type: ignore[arg-type]
     if eos is not None:
         _add_minimum(chain, settings, prompt_length, eos)
     if settings.forced_bos_token_id is not None:
@@ -44,6 +48,76 @@ def build_processors(settings: DecodeSettings, prompt_length: int, device: torch
     if settings.renormalize_logits:
         chain.append(stock.LogitNormalization())
     return chain
+
+
+class NeverTokens(stock.LogitsProcessor):
+    """Gives some tokens no chance at all."""
+
+    def __init__(self, tokens: list[int], device: torch.device) -> None:
+        self.tokens = torch.tensor(tokens, device=device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """`scores [R, V]` with the tokens at -inf, in place."""
+        return scores.index_fill_(1, self.tokens, float("-inf"))
+
+
+class Scorer:
+    """Log-probabilities of the next token, with every change that the settings ask for.
+
+    Args:
+        settings: the settings.
+        prompt_length: tokens before the first that counts as generated.
+        device: of the scores.
+    """
+
+    def __init__(self, settings: DecodeSettings, prompt_length: int, device: torch.device) -> None:
+        self._processors = build_processors(settings, prompt_length, device)
+        forced_at = None if settings.forced_eos_token_id is None else settings.total_length(prompt_length) - 1
+        # Where tokens are only struck out, and no other score changes, the whole vocabulary need not be rewritten.
+        light = (NeverTokens, stock.ForcedEOSTokenLogitsProcessor)
+        self._strikes_only = all(isinstance(each, light) for each in self._processors)
+        self._forced_at = forced_at
+
+    def log_probs(self, sequences: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """`sequences [R, L]` so far and `logits [R, V]` to `[R, V]`."""
+        return self._processors(sequences, logits.float().log_softmax(dim=-1))  # type: ignore[arg-type]
+
+    def best(self, sequences: torch.Tensor, logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `count` largest of `log_probs` in each row and their tokens, `[R, count]` each, largest first.
+
+        `logits` may be overwritten.
+        """
+        if not self._strikes_only or sequences.shape[1] == self._forced_at:
+            return largest(self.log_probs(sequences, logits), count)
+        logits = logits.float()
+        total = logits.logsumexp(dim=-1, keepdim=True)
+        for processor in self._processors:
+            if isinstance(processor, NeverTokens):
+                logits = processor(sequences, logits)
+        scores, tokens = largest(logits, count)
+        return scores - total, tokens
+
+
+_BLOCK = 256
+
+
+def largest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `scores.topk(count)` for `[R, V]`, but on a CPU in less time where V is large.
+
+    Topk sorts every row's copy. The largest lie in the `count` blocks whose own largest are largest, so only those are
+    sorted, and finding them is one reading.
+    """
+    num_rows, size = scores.shape
+    whole = size // _BLOCK
+    if scores.device.type != "cpu" or whole < 4 * count:
+        return scores.topk(count)
+    blocks = scores[:, : whole * _BLOCK].view(num_rows, whole, _BLOCK)
+    chosen = blocks.amax(dim=-1).topk(count).indices
+    places = (chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK)).view(num_rows, -1)
+    rest = torch.arange(whole * _BLOCK, size).expand(num_rows, -1)
+    places = torch.cat((places, rest), dim=1)
+    found, order = scores.gather(1, places).topk(count)
+    return found, places.gather(1, order)
 
 
 def _add_minimum(

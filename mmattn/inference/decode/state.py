@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from mmattn.inference.decode.settings import DecodeSettings
+
 
 class DecoderState(Protocol):
     """One decoding in progress. Its rows lie context by context: row i belongs to context `i // (R / contexts)`.
@@ -28,13 +30,38 @@ class DecoderState(Protocol):
 
 
 @dataclass(frozen=True)
+class DecodeTask:
+    """What to continue, and how; see `decode` for the fields."""
+
+    prompt: torch.Tensor
+    settings: DecodeSettings
+    texts_per_context: int = 1
+    num_forced: int = 0
+    with_scores: bool = True
+    keep_rows: bool = False
+
+    @property
+    def base(self) -> int:
+        """Tokens of a prompt that do not count as generated."""
+        return self.prompt.shape[1] - self.num_forced
+
+    @property
+    def max_length(self) -> int:
+        """Longest text, prompt included."""
+        return self.settings.total_length(self.base)
+
+
+@dataclass(frozen=True)
 class Generated:
     """One decoded text.
 
     Attributes:
         tokens: the new tokens, without the prompt, with the end token when it was reached.
         score: sum of log-probabilities; for beam search divided by `length ** length_penalty`.
+        rows: for each token the decoder row that chose it, counted in the step that chose it, and -1 for a token that
+            was forced with the prompt; None unless asked for.
     """
 
     tokens: list[int]
     score: float
+    rows: list[int] | None = None

@@ -1,5 +1,7 @@
 """Vision-language networks: an image encoder, and a text network that attends to its features."""
 
+from mmattn.models.decoding import DecoderState, LayerContexts
+from mmattn.models.scoring import TextOutput
 from mmattn.models.vlm.config import ImageEncoderConfig, TextConfig, VLMConfig
 from mmattn.models.vlm.folders import open_network, save_network
 from mmattn.models.vlm.model import (
@@ -8,13 +10,10 @@ from mmattn.models.vlm.model import (
     MatchScores,
     QuestionAnsweringNetwork,
     QuestionStates,
-    TextOutput,
     VisionLanguageNetwork,
     build_network,
     cross_attention_parameters,
 )
-from mmattn.models.vlm.state import DecoderState
-from mmattn.models.vlm.text import LayerContexts
 from mmattn.models.vlm.vision import ImageEncoder
 
 __all__ = [

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from dataclasses import dataclass, field
 from typing import Any
 
 from mmattn.errors import ConfigError
+from mmattn.models.fields import fill
 
 POSITIONS = ("learned", "rotary")
 TASKS = ("captioning", "question_answering", "matching")
@@ -190,36 +189,8 @@ class VLMConfig:
             ConfigError: a field that does not exist, or parts that do not fit together.
         """
         rest = dict(values)
-        image = _fill(ImageEncoderConfig, rest.pop("image", {}), "image.")
-        text = _fill(TextConfig, rest.pop("text", {}), "text.")
-        config = _fill(cls, {**rest, "image": image, "text": text}, "")
+        image = fill(ImageEncoderConfig, rest.pop("image", {}), "image.")
+        text = fill(TextConfig, rest.pop("text", {}), "text.")
+        config = fill(cls, {**rest, "image": image, "text": text})
         config.validate()
         return config
-
-
-def _fill(schema: type[Any], values: dict[str, Any], prefix: str) -> Any:
-    known = [entry.name for entry in dataclasses.fields(schema)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ConfigError(f"no such field: {prefix}{f', {prefix}'.join(unknown)}; known: {', '.join(known)}")
-    hints = typing.get_type_hints(schema)
-    for name, value in values.items():
-        if not _fits(value, hints[name]):
-            raise ConfigError(
-                f"{prefix}{name} is {value!r}, it must be {getattr(hints[name], '__name__', hints[name])}"
-            )
-    return schema(**values)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    arguments = typing.get_args(hint)
-    origin = typing.get_origin(hint)
-    if origin is types.UnionType:
-        return any(_fits(value, choice) for choice in arguments)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(entry, arguments[0]) for entry in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)

@@ -10,6 +10,7 @@ from torch import nn
 
 from mmattn.errors import CheckpointError, ConfigError
 from mmattn.models.checkpoints import WeightTable, identity_table, load_weights, stock_weights, write_folder
+from mmattn.models.saving import check_sizes, weights_dtype
 from mmattn.models.sources import TensorFiles, find_folder, read_config
 from mmattn.models.vlm import blip
 from mmattn.models.vlm.config import VLMConfig
@@ -53,7 +54,7 @@ def open_network(
         # On the meta device no weights are drawn that the checkpoint would overwrite.
         with torch.device("meta"):
             network = build_network(config)
-        load_weights(network, _table(config, network, is_stock), files, dtype=_dtype(dtype))
+        load_weights(network, _table(config, network, is_stock), files, dtype=weights_dtype(dtype))
     return network.to(device or "cpu").eval()
 
 
@@ -66,7 +67,7 @@ def save_network(network: VisionLanguageNetwork, folder: str | Path) -> None:
     config, is_stock = network.config, blip.is_blip(network.config)
     with torch.device("meta"):
         expected = build_network(config)
-    _check_sizes(network, expected)
+    check_sizes(network, expected)
     tensors = stock_weights(network, _table(config, expected, is_stock))
     dtype = next(network.parameters()).dtype
     if is_stock:
@@ -98,26 +99,3 @@ def _read_config(folder: Path) -> tuple[VLMConfig, bool]:
 
 def _table(config: VLMConfig, network: nn.Module, is_stock: bool) -> WeightTable:
     return blip.weight_table(config) if is_stock else identity_table(network)
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None:
-        return torch.float32
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return None
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"dtype {dtype!r} is unknown: use float32, float16, bfloat16 or auto")
-    return found
-
-
-def _check_sizes(network: nn.Module, expected: nn.Module) -> None:
-    sizes = {name: tuple(tensor.shape) for name, tensor in expected.state_dict().items()}
-    for name, tensor in network.state_dict().items():
-        if name in sizes and sizes[name] != tuple(tensor.shape):
-            raise CheckpointError(
-                f"the network cannot be saved: {name} is {list(tensor.shape)}, its config says {list(sizes[name])}:"
-                " change network.config together with the modules"
-            )

@@ -8,33 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmattn.errors import UsageError
+from mmattn.models.decoding import DecoderState, LayerContexts
+from mmattn.models.scoring import TextOutput, score_labels
 from mmattn.models.vlm.config import VLMConfig
-from mmattn.models.vlm.state import DecoderState
-from mmattn.models.vlm.text import LayerContexts, TextDecoder, TextLayers, init_text_weights
+from mmattn.models.vlm.text import TextDecoder, TextLayers, init_text_weights
 from mmattn.models.vlm.vision import ImageEncoder
 from mmattn.nn import CrossAttention, GatedCrossAttention, TransformerLayer
-
-IGNORED_LABEL = -100
-
-
-@dataclass(frozen=True)
-class TextOutput:
-    """What a pass over texts gives.
-
-    Without labels `logits [R, L, V]` is set. With labels the vocabulary head runs on the scored positions only, so that
-    `logits` is `[num_tokens, V]`, row after row, and `loss_sum` (a scalar with gradient) and `num_tokens` (int64
-    scalar) are set: the mean loss is `loss_sum / num_tokens`.
-    """
-
-    logits: Tensor
-    loss_sum: Tensor | None = None
-    num_tokens: Tensor | None = None
-    targets: Tensor | None = None
 
 
 class VisionLanguageNetwork(nn.Module):
@@ -279,11 +262,5 @@ def _text_output(decoder: TextDecoder, hidden: Tensor, labels: Tensor | None) ->
         return TextOutput(decoder.logits(hidden))
     if labels.shape != hidden.shape[:2]:
         raise UsageError(f"labels has shape {list(labels.shape)}, the texts {list(hidden.shape[:2])}: they must agree")
-    targets = labels[:, 1:]
-    is_scored = targets != IGNORED_LABEL
-    # The vocabulary product is the largest of a step: spend it on positions that count only.
-    targets = targets[is_scored]
-    logits = decoder.logits(hidden[:, :-1][is_scored])
-    loss_sum = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=decoder.config.label_smoothing)
-    num_tokens = torch.tensor(targets.shape[0], device=targets.device)
-    return TextOutput(logits, loss_sum, num_tokens, targets)
+    smoothing = decoder.config.label_smoothing
+    return score_labels(hidden[:, :-1], labels[:, 1:], decoder.logits, label_smoothing=smoothing)

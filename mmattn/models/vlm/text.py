@@ -5,29 +5,19 @@ R rows (texts), B contexts (R = B * n, row i belongs to context i // n), L token
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmattn.errors import UsageError
+from mmattn.models.decoding import LayerContexts
 from mmattn.models.vlm.config import TextConfig
 from mmattn.nn import GatedCrossAttention, LearnedPositions, RotaryEmbedding, SelfAttention, TransformerLayer
 from mmattn.nn.feed_forward import ActivationName
-from mmattn.ops.cache import ContextKV, KVCache
-
-_HEAD_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
-
-LayerContexts = tuple[ContextKV | None, ...]
-"""Projected keys and values of a context, an entry per layer; None for a layer that doesn't attend to it."""
+from mmattn.nn.vocabulary_head import VocabularyHead
+from mmattn.ops.cache import KVCache
 
 
 class TextEmbedding(nn.Module):
@@ -107,7 +97,7 @@ class TextLayers(nn.Module):
         Raises:
             UsageError: more tokens than the model has positions.
         """
-        start = caches[0].length if caches else 0
+        start = caches[0].position if caches else 0
         if start + input_ids.shape[1] > self.max_positions:
             raise UsageError(
                 f"{start + input_ids.shape[1]} tokens, but this text model has {self.max_positions} positions:"
@@ -164,29 +154,6 @@ def _gated_block(config: TextConfig, context_dim: int) -> GatedCrossAttention:
     )
 
 
-class VocabularyHead(nn.Module):
-    """Hidden states to logits; the matrix is the word embedding's unless `tie_word_embeddings` is off."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.has_transform = config.head_transform
-        if config.head_transform:
-            self.activation = _HEAD_ACTIVATIONS[config.activation]
-            self.dense = nn.Linear(config.embed_dim, config.embed_dim)
-            self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
-        self.register_parameter("weight", None)
-        if not config.tie_word_embeddings:
-            self.weight = nn.Parameter(torch.empty(config.vocab_size, config.embed_dim))
-            nn.init.normal_(self.weight, std=config.initializer_range)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
-        """`[..., C]` to `[..., V]`; `word_embedding [V, C]` serves where the head has no matrix of its own."""
-        if self.has_transform:
-            hidden = self.norm(self.activation(self.dense(hidden)))
-        return F.linear(hidden, word_embedding if self.weight is None else self.weight, self.bias)
-
-
 class TextDecoder(nn.Module):
     """A causal text network that attends to a context: `TextLayers` under a `VocabularyHead`."""
 
@@ -194,7 +161,24 @@ class TextDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.body = TextLayers(config, context_dim=context_dim, is_causal=True)
-        self.head = VocabularyHead(config)
+        self.head = VocabularyHead(
+            config.embed_dim,
+            config.vocab_size,
+            is_tied=config.tie_word_embeddings,
+            transform=cast("ActivationName", config.activation) if config.head_transform else None,
+            norm_eps=config.norm_eps,
+            weight_std=config.initializer_range,
+        )
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer layers."""
+        return self.body.layers
+
+    @property
+    def max_positions(self) -> int:
+        """Most tokens of a text."""
+        return self.config.max_positions
 
     def project_context(self, context: Tensor, key_mask: Tensor | None = None) -> LayerContexts:
         """See `TextLayers.project_context`."""

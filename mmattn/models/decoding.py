@@ -1,21 +1,48 @@
 """A text being decoded: the projected context, and the self-attention caches that grow with the text.
 
-B contexts (pictures, or questions on them), R = B * n rows, row i belongs to context i // n; L tokens, V vocabulary.
+B contexts (pictures, source sentences), R = B * n rows, row i belongs to context i // n; L tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterator, Sequence
+from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmattn.errors import UsageError
-from mmattn.models.vlm.text import LayerContexts, TextDecoder
 from mmattn.nn import SelfAttention, TransformerLayer
-from mmattn.ops.cache import KVCache
+from mmattn.ops.cache import ContextKV, KVCache
 
-_INITIAL_LENGTH = 32  # most captions and answers fit without a second allocation
+LayerContexts = tuple[ContextKV | None, ...]
+"""Projected keys and values of a context, an entry per layer; None for a layer that doesn't attend to it."""
+
+_INITIAL_LENGTH = 32  # most captions, answers and sentences fit without a second allocation
+
+
+class StepDecoder(Protocol):
+    """A causal text network that attends to a context, as a decoder state runs it."""
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Its `TransformerLayer`s."""
+        ...
+
+    @property
+    def max_positions(self) -> int:
+        """Most tokens of a text."""
+        ...
+
+    def __call__(
+        self, input_ids: Tensor, contexts: LayerContexts | None = None, *, caches: Sequence[KVCache] | None = None
+    ) -> Tensor:
+        """Hidden states `[R, L, C]` of tokens that continue what is cached."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[..., C]` to scores `[..., V]`."""
+        ...
 
 
 class DecoderState:
@@ -29,17 +56,24 @@ class DecoderState:
         contexts: what `project_context` gave for B contexts.
         rows_per_context: n.
         max_length: most tokens of a row, prompt included.
+        window: self-attention sees only so many last tokens (and the cache holds no more); None: all.
 
     Raises:
         UsageError: `max_length` beyond the model's positions, or contexts that no layer attends to.
     """
 
     def __init__(
-        self, decoder: TextDecoder, contexts: LayerContexts, *, rows_per_context: int = 1, max_length: int
+        self,
+        decoder: StepDecoder,
+        contexts: LayerContexts,
+        *,
+        rows_per_context: int = 1,
+        max_length: int,
+        window: int | None = None,
     ) -> None:
-        if max_length > decoder.config.max_positions:
+        if max_length > decoder.max_positions:
             raise UsageError(
-                f"max_length {max_length} is more than this model's {decoder.config.max_positions} positions:"
+                f"max_length {max_length} is more than this model's {decoder.max_positions} positions:"
                 " ask for fewer new tokens or shorten the prompt"
             )
         self._decoder = decoder
@@ -48,22 +82,25 @@ class DecoderState:
         if not self._batch_size:
             raise UsageError("no layer has a context to attend to: pass what project_context() returns")
         self._rows_per_context = rows_per_context
-        self._caches = [self._new_cache(cast(TransformerLayer, layer), max_length) for layer in decoder.body.layers]
+        self._caches = list(self._new_caches(max_length, window))
+        self._peak = 0
 
-    def _new_cache(self, layer: TransformerLayer, max_length: int) -> KVCache:
-        attention = cast(SelfAttention, layer.self_attn)
-        weight = self._decoder.body.embedding.words.weight
-        device_type = weight.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        return KVCache(
-            self.num_rows,
-            attention.num_kv_heads,
-            attention.head_dim,
-            max_length=max_length,
-            dtype=torch.get_autocast_dtype(device_type) if autocast else weight.dtype,
-            device=weight.device,
-            initial_length=min(_INITIAL_LENGTH, max_length),
-        )
+    def _new_caches(self, max_length: int, window: int | None) -> Iterator[KVCache]:
+        for layer in cast("Sequence[TransformerLayer]", self._decoder.layers):
+            attention = cast(SelfAttention, layer.self_attn)
+            # A norm's weight: the Linears may be quantised.
+            weight = next(layer.ffn_norm.parameters())
+            autocast = torch.is_autocast_enabled(weight.device.type)
+            yield KVCache(
+                self.num_rows,
+                attention.num_kv_heads,
+                attention.head_dim,
+                max_length=max_length,
+                dtype=torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype,
+                device=weight.device,
+                initial_length=min(_INITIAL_LENGTH, max_length),
+                window=window,
+            )
 
     @property
     def batch_size(self) -> int:
@@ -82,8 +119,18 @@ class DecoderState:
 
     @property
     def length(self) -> int:
-        """Tokens cached per row."""
-        return self._caches[0].length
+        """Tokens read so far per row."""
+        return self._caches[0].position
+
+    @property
+    def context_bytes(self) -> int:
+        """Bytes of the contexts' keys, values and masks."""
+        return sum(context.nbytes for context in self._contexts if context is not None)
+
+    @property
+    def peak_cache_bytes(self) -> int:
+        """Bytes of the self-attention caches' storage when it was largest."""
+        return max(self._peak, sum(cache.nbytes for cache in self._caches))
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Append tokens to every row; the vocabulary head runs on the last position only.
@@ -132,5 +179,6 @@ class DecoderState:
         self._batch_size = contexts.shape[0]
 
     def _take_rows(self, rows: Tensor) -> None:
+        self._peak = self.peak_cache_bytes
         for cache in self._caches:
             cache.reorder(rows)

@@ -1,0 +1,95 @@
+"""Word alignments: which source words a translated word was made from, as the decoder's cross-attention saw it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_SPACE = "\u2581"  # what sentencepiece puts before a word
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Attention from the words of a translation to the words of its source.
+
+    Attributes:
+        source: words of the source, Ls.
+        target: words of the translation, Lt.
+        weights: float32 `[Lt, Ls]`. Tokens of a source word are added up, tokens of a target word averaged; rows sum to
+            1 less what went to special tokens.
+    """
+
+    source: list[str]
+    target: list[str]
+    weights: np.ndarray
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """For each target word its strongest source word: (source word, target word), numbers counted from 0."""
+        if not self.source:
+            return []
+        return [(int(row.argmax()), target) for target, row in enumerate(self.weights)]
+
+    def words(self) -> list[tuple[str, str]]:
+        """`pairs` as (source word, target word)."""
+        return [(self.source[source], self.target[target]) for source, target in self.pairs()]
+
+
+def align_words(
+    source_pieces: Sequence[str], target_pieces: Sequence[str], weights: np.ndarray, special: frozenset[str]
+) -> Alignment:
+    """Token weights `[Lt tokens, Ls tokens]` to words, special tokens left out.
+
+    Args:
+        source_pieces: sentencepiece pieces of the source.
+        target_pieces: of the translation.
+        weights: attention of each target token.
+        special: tokens that belong to no word: end, padding, language codes.
+    """
+    source, source_of = _words(source_pieces, special)
+    target, target_of = _words(target_pieces, special)
+    to_source = np.zeros((len(source_pieces), len(source)), dtype=np.float32)
+    for token, word in enumerate(source_of):
+        if word is not None:
+            to_source[token, word] = 1.0
+    to_target = np.zeros((len(target), len(target_pieces)), dtype=np.float32)
+    for token, word in enumerate(target_of):
+        if word is not None:
+            to_target[word, token] = 1.0
+    counts = np.maximum(to_target.sum(axis=1, keepdims=True), 1.0)
+    return Alignment(source, target, (to_target / counts) @ weights.astype(np.float32) @ to_source)
+
+
+def join_alignments(parts: Sequence[Alignment]) -> Alignment:
+    """The alignment of a text of several segments, each of which looked at itself only."""
+    source = [word for part in parts for word in part.source]
+    target = [word for part in parts for word in part.target]
+    weights = np.zeros((len(target), len(source)), dtype=np.float32)
+    row = column = 0
+    for part in parts:
+        rows, columns = part.weights.shape
+        weights[row : row + rows, column : column + columns] = part.weights
+        row, column = row + rows, column + columns
+    return Alignment(source, target, weights)
+
+
+def _words(pieces: Sequence[str], special: frozenset[str]) -> tuple[list[str], list[int | None]]:
+    """The words that pieces spell, and the word of each piece."""
+    words: list[str] = []
+    of_piece: list[int | None] = []
+    is_open = False
+    for piece in pieces:
+        if piece in special:
+            of_piece.append(None)
+            is_open = False
+            continue
+        if piece.startswith(_SPACE) or not is_open:
+            words.append("")
+            is_open = True
+        words[-1] += piece.removeprefix(_SPACE)
+        of_piece.append(len(words) - 1)
+    # A lone space piece starts a word whose letters follow; one that stays empty is no word.
+    keep = [number for number, word in enumerate(words) if word]
+    renumbered = {number: place for place, number in enumerate(keep)}
+    return [words[number] for number in keep], [None if of is None else renumbered.get(of) for of in of_piece]

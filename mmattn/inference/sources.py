@@ -1,0 +1,164 @@
+"""Source texts ready to be translated: cut into segments, sorted by length, batched by tokens, encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mmattn.data.languages import LanguageCodes
+from mmattn.errors import UsageError
+from mmattn.inference.segments import Document, Segment, split_line
+from mmattn.models.translator import LayerContexts, TranslatorNetwork
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be translated.
+
+    Attributes:
+        documents: one for each text of the caller.
+        segments: every input of the model.
+        is_single: the caller gave one text, not a list.
+    """
+
+    documents: list[Document]
+    segments: list[Segment]
+    is_single: bool
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedBatch:
+    """Segments that went through the encoder together.
+
+    Attributes:
+        numbers: which segments, in the order of the rows.
+        contexts: the decoder's cross-attention keys and values, a row per segment.
+    """
+
+    numbers: list[int]
+    contexts: LayerContexts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and masks."""
+        return sum(context.nbytes for context in self.contexts if context is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSources:
+    """What `Translator.encode` returns: any number of translations start from it without the encoder.
+
+    Attributes:
+        plan: the texts.
+        batches: their keys and values.
+    """
+
+    plan: Plan
+    batches: list[EncodedBatch] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.plan.documents)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(batch.nbytes for batch in self.batches)
+
+
+def make_plan(
+    texts: str | Sequence[str],
+    languages: LanguageCodes,
+    src_lang: str | Sequence[str] | None,
+    tgt_lang: str | Sequence[str] | None,
+    *,
+    limit: int,
+    may_split: bool,
+) -> Plan:
+    """Cut texts into lines and lines into segments of at most `limit` tokens.
+
+    Raises:
+        UsageError: no texts, languages that do not fit, or a line that is too long.
+    """
+    is_single = isinstance(texts, str)
+    given = [texts] if isinstance(texts, str) else list(texts)
+    wrong = next((number for number, text in enumerate(given) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise UsageError(f"text {wrong + 1} of {len(given)} is a {type(given[wrong]).__name__}, not a str")
+    sources, targets = _each(src_lang, given, "src_lang"), _each(tgt_lang, given, "tgt_lang")
+    pieces: list[tuple[str, str | None, str | None]] = []
+    documents = []
+    for number, (text, source, target) in enumerate(zip(given, sources, targets, strict=True)):
+        lines = []
+        for line_number, line in enumerate(text.split("\n")):
+            parts: list[str] = []
+            if line.strip():
+                place = f"text {number + 1}" + (f", line {line_number + 1}" if "\n" in text else "")
+                count = _counter(languages, source, target)
+                parts = split_line(line.strip(), count, limit, may_split=may_split, place=place)
+            lines.append([len(pieces) + place for place in range(len(parts))])
+            pieces += [(part, source, target) for part in parts]
+        documents.append(Document(lines))
+    return Plan(documents, _segments(pieces, languages), is_single)
+
+
+def _each(lang: str | Sequence[str] | None, texts: Sequence[str], argument: str) -> list[str | None]:
+    if lang is None or isinstance(lang, str):
+        return [lang] * len(texts)
+    if len(lang) != len(texts):
+        raise UsageError(f"{len(lang)} {argument} for {len(texts)} texts: give one, or one for each text")
+    return list(lang)
+
+
+def _counter(languages: LanguageCodes, source: str | None, target: str | None):
+    def count(text: str) -> int:
+        return len(languages.source_ids([text], source, target)[0])
+
+    return count
+
+
+def _segments(pieces: list[tuple[str, str | None, str | None]], languages: LanguageCodes) -> list[Segment]:
+    by_languages: dict[tuple[str | None, str | None], list[int]] = {}
+    for number, (_, source, target) in enumerate(pieces):
+        by_languages.setdefault((source, target), []).append(number)
+    ids: dict[int, list[int]] = {}
+    for (source, target), numbers in by_languages.items():
+        rows = languages.source_ids([pieces[number][0] for number in numbers], source, target)
+        ids.update(zip(numbers, rows, strict=True))
+    return [Segment(text, ids[number], *codes) for number, (text, *codes) in enumerate(pieces)]
+
+
+def token_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Numbers of rows in batches of similar length, longest first, of at most `batch_tokens` padded tokens each.
+
+    A row that is longer by itself makes a batch of its own.
+    """
+    batch: list[int] = []
+    longest = 0
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        longest = max(longest, lengths[number])
+        if batch and longest * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch, longest = [], lengths[number]
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Ids `[B, L]` and the mask bool `[B, L]`, None where nothing is padded."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], device=device)
+    if min(map(len, rows)) == length:
+        return ids, None
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(length, device=device) < lengths[:, None]
+
+
+def encode_batch(network: TranslatorNetwork, segments: Sequence[Segment], numbers: list[int]) -> EncodedBatch:
+    """Run the encoder over some segments and project what the decoder attends to."""
+    device = next(network.parameters()).device
+    ids, mask = padded([segments[number].ids for number in numbers], network.config.pad_token_id, device)
+    return EncodedBatch(numbers, network.project_context(network.encode(ids, mask), mask))

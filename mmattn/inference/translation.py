@@ -1,0 +1,178 @@
+"""The target side of the translator: decoding on encoded sources, tokens to texts, segments to documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mmattn.errors import UsageError
+from mmattn.inference.alignments import Alignment, align_words, join_alignments
+from mmattn.inference.decode import DecodeSettings, Generated, decode, stream
+from mmattn.inference.hub import evaluating
+from mmattn.inference.segments import Segment
+from mmattn.inference.sources import EncodedBatch, Plan
+from mmattn.models.translator import TranslationState, TranslatorNetwork
+
+
+class Translated(NamedTuple):
+    """A translation, with what was asked for beside it.
+
+    Attributes:
+        text: the translation.
+        score: log-probability, with beams divided by `length ** length_penalty`; None unless asked for.
+        alignment: which source words each word was made from; None unless asked for.
+    """
+
+    text: str
+    score: float | None = None
+    alignment: Alignment | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One translation of a segment."""
+
+    text: str
+    score: float | None
+    alignment: Alignment | None
+
+
+class TargetSide:
+    """Decodes batches of encoded segments.
+
+    Args:
+        network: the network.
+        tokenizer: its tokenizer.
+        settings: how to decode.
+        window: of the self-attention cache.
+        with_alignment, with_scores: what a `Piece` shall hold.
+
+    Attributes:
+        cache_bytes: the self-attention caches of the last batch, as large as they grew.
+    """
+
+    def __init__(
+        self,
+        network: TranslatorNetwork,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: DecodeSettings,
+        window: int | None = None,
+        with_alignment: bool = False,
+        with_scores: bool = False,
+    ) -> None:
+        self.network, self.tokenizer, self.settings, self.window = network, tokenizer, settings, window
+        self.with_alignment, self.with_scores = with_alignment, with_scores
+        self.cache_bytes = 0
+        self._special = frozenset(tokenizer.all_special_tokens)
+
+    def decode(
+        self,
+        segments: Sequence[Segment],
+        batch: EncodedBatch,
+        targets: Sequence[int | None],
+        generator: torch.Generator | None,
+    ) -> list[list[Piece]]:
+        """For each segment of the batch its `num_return_sequences` translations, best first."""
+        prompt, num_forced, settings = self._prompt([targets[number] for number in batch.numbers])
+        state = self._start(batch, reads_alignment=self.with_alignment)
+        generated = decode(
+            state,
+            prompt,
+            settings,
+            num_forced=num_forced,
+            generator=generator,
+            with_scores=self.with_scores,
+            keep_rows=self.with_alignment,
+        )
+        self.cache_bytes = state.peak_cache_bytes
+        return [
+            [self._piece(segments[number], one, state) for one in candidates]
+            for number, candidates in zip(batch.numbers, generated, strict=True)
+        ]
+
+    def check_streaming(self) -> None:
+        """Raise when the settings cannot be streamed."""
+        if self.settings.num_beams > 1 or self.settings.num_return_sequences > 1:
+            raise UsageError("stream=True decodes one token after another: use num_beams=1 and num_return_sequences=1")
+
+    def stream(self, batch: EncodedBatch, target: int | None, generator: torch.Generator | None) -> Iterator[str]:
+        """The translation of one segment in pieces, each as soon as later tokens cannot change it."""
+        prompt, num_forced, settings = self._prompt([target])
+        tokens: list[int] = []
+        done = ""
+        steps = stream(self._start(batch), prompt, settings, num_forced=num_forced, generator=generator)
+        while True:
+            with evaluating(self.network):
+                token = next(steps, None)
+            if token is None:
+                break
+            tokens.append(token)
+            text = self._text(tokens)
+            # A word is certain once the next one has begun.
+            certain = text.rfind(" ") + 1
+            if certain > len(done) and text.startswith(done):
+                yield text[len(done) : certain]
+                done = text[:certain]
+        text = self._text(tokens)
+        if text[len(done) :]:
+            yield text[len(done) :]
+
+    def _start(self, batch: EncodedBatch, *, reads_alignment: bool = False) -> TranslationState:
+        start = 1
+        total = self.settings.total_length(start)
+        return self.network.start(batch.contexts, max_length=total, window=self.window, reads_alignment=reads_alignment)
+
+    def _prompt(self, targets: Sequence[int | None]) -> tuple[torch.Tensor, int, DecodeSettings]:
+        """Prompts `[B, L]`, how many of their tokens are forced, and settings that do not force them again."""
+        start = self.network.config.decoder_start_token_id
+        device = next(self.network.parameters()).device
+        if any(target is None for target in targets):
+            return torch.full((len(targets), 1), start, device=device), 0, self.settings
+        prompt = torch.tensor([[start, target] for target in targets], device=device)
+        return prompt, 1, replace(self.settings, forced_bos_token_id=None)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+    def _piece(self, segment: Segment, one: Generated, state: TranslationState) -> Piece:
+        alignment = self._alignment(segment, one, state) if self.with_alignment else None
+        return Piece(self._text(one.tokens), one.score if self.with_scores else None, alignment)
+
+    def _alignment(self, segment: Segment, one: Generated, state: TranslationState) -> Alignment:
+        assert one.rows is not None
+        first = sum(row < 0 for row in one.rows)
+        length = len(segment.ids)
+        weights = np.zeros((len(one.tokens), length), dtype=np.float32)
+        for place, row in enumerate(one.rows[first:]):
+            weights[first + place] = state.steps[place][row, :length].float().cpu().numpy()
+        convert = self.tokenizer.convert_ids_to_tokens
+        return align_words(convert(segment.ids), convert(one.tokens), weights, self._special)
+
+
+def assemble(plan: Plan, pieces: dict[int, list[Piece]], count: int, *, is_plain: bool) -> list[Any]:
+    """Segments to documents: plain texts or `Translated`, lists of these with several sequences a text."""
+    results: list[Any] = []
+    for document in plan.documents:
+        candidates = []
+        for rank in range(count):
+            parts = {number: pieces[number][rank] for number in document.segments}
+            texts = {number: part.text for number, part in parts.items()}
+            text = "\n".join(" ".join(texts[number] for number in line) for line in document.lines)
+            candidates.append(text if is_plain else _translated(text, list(parts.values())))
+        results.append(candidates if count > 1 else candidates[0])
+    return results
+
+
+def _translated(text: str, parts: Sequence[Piece]) -> Translated:
+    scores = [part.score for part in parts if part.score is not None]
+    alignments = [part.alignment for part in parts if part.alignment is not None]
+    return Translated(
+        text,
+        sum(scores) if scores else None,
+        join_alignments(alignments) if alignments else None,
+    )

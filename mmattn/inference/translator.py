@@ -1,0 +1,430 @@
+"""Translation in three lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from mmattn.data.languages import LanguageCodes
+from mmattn.errors import CheckpointError, UsageError
+from mmattn.inference import folders
+from mmattn.inference.decode import DecodeSettings
+from mmattn.inference.hub import evaluating, push_folder
+from mmattn.inference.linear import use_few_rows_products
+from mmattn.inference.quantized import quantize_linears
+from mmattn.inference.sources import EncodedBatch, EncodedSources, Plan, encode_batch, make_plan, token_batches
+from mmattn.inference.translation import Piece, TargetSide, Translated, assemble
+from mmattn.models.sources import find_folder
+from mmattn.models.translator import TranslatorNetwork, family_of, open_network, save_network
+from mmattn.nn import fuse
+
+Texts = str | Sequence[str]
+QUANTIZATIONS = ("int8",)
+_BATCH_TOKENS = {"cpu": 1024}
+_BATCH_TOKENS_ELSEWHERE = 8192
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes that decoding takes beside the weights.
+
+    Attributes:
+        context: keys and values of the sources, once per source however many beams there are.
+        cache: keys and values of the tokens decoded so far, for every beam.
+    """
+
+    context: int
+    cache: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.context + self.cache
+
+
+class Translator:
+    """A translation network with its tokenizer: OPUS-MT (Marian), M2M100 and NLLB checkpoints, and our own.
+
+    Generation arguments have transformers' names (`num_beams`, `length_penalty`, `max_new_tokens`, `do_sample`,
+    `bad_words_ids`, ...; all of `DecodeSettings`). The checkpoint's `generation_config.json` gives their defaults;
+    where it sets no length, a translation may be as long as the model has positions.
+
+    Args:
+        network: from `mmattn.models.translator`. It is put into evaluation mode during a call, and back after it.
+        tokenizer: the network's.
+        generation_config: defaults of the generation arguments.
+
+    Attributes:
+        settings: defaults of the generation arguments.
+        peak_memory: `MemoryUse` of the batch that took most in the last call of `translate`; None before the first.
+
+    Raises:
+        CheckpointError: a tokenizer that does not fit the network.
+    """
+
+    def __init__(
+        self,
+        network: TranslatorNetwork,
+        tokenizer: PreTrainedTokenizerBase,
+        generation_config: dict[str, Any] | None = None,
+    ) -> None:
+        self.network = network
+        self.tokenizer = tokenizer
+        self.codes = LanguageCodes(tokenizer)
+        self.generation_config = dict(generation_config or {})
+        self.peak_memory: MemoryUse | None = None
+        self.quantization: str | None = None
+        config = network.config
+        _check_vocabulary(tokenizer, network)
+        special = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+        settings = DecodeSettings.from_generation_config({**self.generation_config, **special})
+        if settings.max_length is None and settings.max_new_tokens is None:
+            settings = settings.updated(max_length=config.max_positions)
+        self.settings = settings
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        variant: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        local_files_only: bool = False,
+        quantize: str | None = None,
+    ) -> Translator:
+        """Open a Marian (OPUS-MT), M2M100 or NLLB checkpoint, or one of ours, for inference.
+
+        Args:
+            id_or_folder: a folder or a hub id.
+            revision: branch, tag or commit on the hub.
+            token: hub token; None: the stored one.
+            variant: infix of the weight files, such as `fp16`.
+            dtype: of the weights; None: bfloat16 (or float16) on a CUDA device, else float32.
+            device: None: the first accelerator, else the CPU.
+            local_files_only: never go to the network.
+            quantize: "int8": weights of the products in 8 bits, their inputs quantised as they come; CPU only.
+
+        Raises:
+            CheckpointError: nothing there, a model of another kind, or files that do not fit together.
+            UsageError: an unknown quantisation, or one that the device cannot do.
+        """
+        if quantize is not None and quantize not in QUANTIZATIONS:
+            raise UsageError(f"quantize={quantize!r} is unknown: use {', '.join(map(repr, QUANTIZATIONS))} or None")
+        folder = find_folder(
+            id_or_folder, revision=revision, token=token, variant=variant, local_files_only=local_files_only
+        )
+        device = folders.default_device() if device is None else torch.device(device)
+        dtype = folders.default_dtype(device) if dtype is None else dtype
+        network = open_network(folder, variant=variant, dtype=dtype, device=device)
+        tokenizer = folders.open_tokenizer(folder, is_stock=True)
+        translator = cls(network, tokenizer, folders.read_generation_config(folder))
+        translator._prepare(quantize)
+        return translator
+
+    def _prepare(self, quantize: str | None) -> None:
+        """Put the products into the form that suits the device."""
+        if quantize is not None:
+            quantize_linears(self.network)
+            self.quantization = quantize
+        elif self.device.type == "cpu":
+            use_few_rows_products(self.network)
+        else:
+            fuse(self.network)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights, tokenizer and generation settings; stock classes open a Marian or M2M100 folder.
+
+        Raises:
+            CheckpointError: a network that is no longer what its config says, or a disk that refuses.
+            UsageError: a quantised network, whose weights are no longer the checkpoint's.
+        """
+        if self.quantization is not None:
+            raise UsageError(f"this translator is quantised ({self.quantization}): open it without to save it")
+        folder = Path(folder)
+        save_network(self.network, folder)
+        self.tokenizer.save_pretrained(folder)
+        config = self.network.config
+        special = {
+            "decoder_start_token_id": config.decoder_start_token_id,
+            "eos_token_id": config.eos_token_id,
+            "pad_token_id": config.pad_token_id,
+        }
+        folders.write_generation_config(folder, {**self.generation_config, **special})
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, token: str | None = None, commit_message: str | None = None
+    ) -> str:
+        """Save to a hub repository, made when it is not there; returns its address."""
+        return push_folder(self.save_pretrained, repo_id, private=private, token=token, commit_message=commit_message)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether stock transformers opens what `save_pretrained` writes."""
+        return family_of(self.network.config) is not None
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Codes for `src_lang` and `tgt_lang`; empty when the model translates one pair of languages."""
+        return self.codes.known
+
+    def encode(
+        self,
+        texts: Texts,
+        *,
+        src_lang: str | Sequence[str] | None = None,
+        tgt_lang: str | Sequence[str] | None = None,
+        on_long: str = "split",
+        batch_tokens: int | None = None,
+        progress: bool | None = None,
+    ) -> EncodedSources:
+        """Run the encoder once, for any number of translations. Arguments as in `translate`."""
+        plan = self._plan(texts, src_lang, tgt_lang, on_long)
+        with evaluating(self.network):
+            batches = list(self._encoded(plan, batch_tokens, progress, "Encoding"))
+        return EncodedSources(plan, batches)
+
+    def translate(
+        self,
+        texts: Texts | EncodedSources,
+        *,
+        src_lang: str | Sequence[str] | None = None,
+        tgt_lang: str | Sequence[str] | None = None,
+        return_scores: bool = False,
+        return_alignment: bool = False,
+        on_long: str = "split",
+        window: int | None = None,
+        generator: torch.Generator | None = None,
+        batch_tokens: int | None = None,
+        progress: bool | None = None,
+        stream: bool = False,
+        **generation: Any,
+    ) -> Any:
+        """Translate texts.
+
+        Every line of a text is translated by itself and line breaks stay where they are; blank lines and empty texts
+        stay as they are. Texts may be of any number and length: they are sorted by length, batched by tokens, and come
+        back in their order.
+
+        Args:
+            texts: one text or a list, or what `encode` returned.
+            src_lang: their language, one code or one for each text, where the model has several (`languages`).
+            tgt_lang: the language to translate into, likewise.
+            return_scores: give `Translated` objects with the score: log-probability of the tokens, with beams divided
+                by `length ** length_penalty`; that of a text of several lines is their sum.
+            return_alignment: give `Translated` objects with the word alignment, read from the cross-attention while
+                decoding.
+            on_long: a line of more tokens than the model takes is cut at its sentence ends ("split") or is an "error".
+            window: let the decoder see only so many of the last tokens that it wrote, which bounds its memory; None:
+                all of them.
+            generator: source of the draws with `do_sample=True`; torch's global one by default.
+            batch_tokens: source tokens worked on at a time; 1024 on a CPU, 8192 elsewhere by default.
+            progress: show a progress bar; None: for more than one batch, on a terminal.
+            stream: return an iterator over pieces of the translation of one text, as they are decoded.
+            **generation: generation arguments.
+
+        Returns:
+            A translation for one text, a list for a list; each is itself a list with `num_return_sequences` above 1.
+
+        Raises:
+            UsageError: no such language, a line that is too long, or an unknown generation argument.
+        """
+        settings = self.settings.updated(**generation)
+        if isinstance(texts, EncodedSources):
+            if src_lang is not None or on_long != "split":
+                raise UsageError("src_lang and on_long belong to encode(): these texts are encoded already")
+            plan, ready = texts.plan, texts
+        else:
+            plan, ready = self._plan(texts, src_lang, tgt_lang, on_long), None
+        targets = self._target_tokens(plan, tgt_lang if ready is not None else None)
+        if stream:
+            if return_scores or return_alignment:
+                raise UsageError("stream=True gives text only: leave return_scores and return_alignment out")
+            if not plan.is_single:
+                raise UsageError("stream=True takes one text, not a list")
+            return self._stream(plan, ready, targets, settings, generator, window)
+        side = TargetSide(self.network, self.tokenizer, settings, window, return_alignment, return_scores)
+        pieces: dict[int, list[Piece]] = {}
+        self.peak_memory = None
+        with evaluating(self.network):
+            batches = self._encoded(plan, batch_tokens, progress, "Translating") if ready is None else ready.batches
+            for batch in batches:
+                found = side.decode(plan.segments, batch, targets, generator)
+                pieces.update(zip(batch.numbers, found, strict=True))
+                self._note_memory(batch, side.cache_bytes)
+        results = assemble(
+            plan, pieces, settings.num_return_sequences, is_plain=not (return_scores or return_alignment)
+        )
+        return results[0] if plan.is_single else results
+
+    def cache_bytes(
+        self,
+        source_length: int,
+        target_length: int,
+        *,
+        batch_size: int = 1,
+        num_beams: int = 1,
+        window: int | None = None,
+    ) -> MemoryUse:
+        """Bytes that decoding takes beside the weights: it grows with `target_length` and beams, the context does not.
+
+        Args:
+            source_length: tokens of a source, Ls.
+            target_length: tokens of a translation so far.
+            batch_size: sources at a time.
+            num_beams: beams, or samples, of a source.
+            window: as in `translate`.
+        """
+        config = self.network.config
+        kv_heads = config.decoder_kv_heads or config.decoder_heads
+        head_dim = config.embed_dim // config.decoder_heads
+        per_token = 2 * config.decoder_layers * kv_heads * head_dim * self._element_size()
+        kept = target_length if window is None else min(target_length, 2 * window)
+        return MemoryUse(batch_size * source_length * per_token, batch_size * num_beams * kept * per_token)
+
+    # The parts of a call.
+
+    def _element_size(self) -> int:
+        return next(self.network.parameters()).element_size()
+
+    def _plan(
+        self, texts: Texts, src_lang: str | Sequence[str] | None, tgt_lang: str | Sequence[str] | None, on_long: str
+    ) -> Plan:
+        if on_long not in ("split", "error"):
+            raise UsageError(f"on_long={on_long!r} is unknown: use 'split' or 'error'")
+        kind = self.codes.kind
+        for code in [tgt_lang] if isinstance(tgt_lang, str) else tgt_lang or ():
+            self.codes.check(code, "tgt_lang")
+        if kind != "token" and src_lang is not None:
+            raise UsageError("src_lang is given, but this model knows its source language: leave it out")
+        limit = self.network.config.max_positions
+        plan = make_plan(texts, self.codes, src_lang, tgt_lang, limit=limit, may_split=on_long == "split")
+        if kind == "tag" and tgt_lang is None:
+            untagged = next((segment.text for segment in plan.segments if not self.codes.has_tag(segment.text)), None)
+            if untagged is not None:
+                raise UsageError(
+                    f"this model translates into {len(self.languages)} languages: give tgt_lang, one of "
+                    f"{', '.join(self.languages[:8])}{'...' if len(self.languages) > 8 else ''}"
+                )
+        return plan
+
+    def _target_tokens(self, plan: Plan, tgt_lang: str | Sequence[str] | None) -> list[int | None]:
+        """The first token forced on each segment's translation, or None."""
+        forced = self.settings.forced_bos_token_id
+        if self.codes.kind != "token":
+            if tgt_lang is not None:
+                raise UsageError("tgt_lang belongs to encode() for this model: it is part of the source text")
+            return [forced] * len(plan.segments)
+        codes: list[str | None] = [segment.tgt_lang for segment in plan.segments]
+        if isinstance(tgt_lang, str):
+            codes = [tgt_lang] * len(codes)
+        elif tgt_lang is not None:
+            if len(tgt_lang) != len(plan.documents):
+                raise UsageError(f"{len(tgt_lang)} tgt_lang for {len(plan.documents)} texts: give one, or one for each")
+            for document, code in zip(plan.documents, tgt_lang, strict=True):
+                for number in document.segments:
+                    codes[number] = code
+        if forced is None and any(code is None for code in codes):
+            raise UsageError(
+                f"this model translates into {len(self.languages)} languages: give tgt_lang, such as "
+                f"{', '.join(self.languages[:4])}"
+            )
+        return [forced if code is None else self.codes.target_token(code) for code in codes]
+
+    def _encoded(
+        self, plan: Plan, batch_tokens: int | None, progress: bool | None, label: str
+    ) -> Iterator[EncodedBatch]:
+        budget = batch_tokens or _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS_ELSEWHERE)
+        if budget < 1:
+            raise UsageError(f"batch_tokens is {batch_tokens}; it must be at least 1")
+        batches = list(token_batches([len(segment.ids) for segment in plan.segments], budget))
+        # tqdm leaves a bar out by itself, with None, where there is no terminal.
+        hidden = (None if len(batches) > 1 else True) if progress is None else not progress
+        with tqdm(total=len(plan.segments), desc=label, unit="line", disable=hidden) as bar:
+            for numbers in batches:
+                yield encode_batch(self.network, plan.segments, numbers)
+                bar.update(len(numbers))
+
+    def _note_memory(self, batch: EncodedBatch, cache_bytes: int) -> None:
+        use = MemoryUse(batch.nbytes, cache_bytes)
+        if self.peak_memory is None or use.total > self.peak_memory.total:
+            self.peak_memory = use
+
+    def _stream(
+        self,
+        plan: Plan,
+        ready: EncodedSources | None,
+        targets: list[int | None],
+        settings: DecodeSettings,
+        generator: torch.Generator | None,
+        window: int | None,
+    ) -> Iterator[str]:
+        side = TargetSide(self.network, self.tokenizer, settings, window)
+        side.check_streaming()
+        return self._streamed(plan, ready, targets, side, generator)
+
+    def _streamed(
+        self,
+        plan: Plan,
+        ready: EncodedSources | None,
+        targets: list[int | None],
+        side: TargetSide,
+        generator: torch.Generator | None,
+    ) -> Iterator[str]:
+        for place, line in enumerate(plan.documents[0].lines):
+            if place:
+                yield "\n"
+            for first, number in enumerate(line):
+                if first:
+                    yield " "
+                with evaluating(self.network):
+                    batch = encode_batch(self.network, plan.segments, [number]) if ready is None else None
+                if batch is None:
+                    assert ready is not None
+                    batch = _row(ready, number)
+                yield from side.stream(batch, targets[number], generator)
+
+
+def _row(sources: EncodedSources, number: int) -> EncodedBatch:
+    """One segment of what was encoded."""
+    for batch in sources.batches:
+        if number in batch.numbers:
+            rows = torch.tensor([batch.numbers.index(number)])
+            contexts = tuple(None if each is None else each.select(rows) for each in batch.contexts)
+            return EncodedBatch([number], contexts)
+    raise UsageError(f"segment {number} is not among the encoded ones")
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, network: TranslatorNetwork) -> None:
+    config = network.config
+    sizes = {"vocabulary": (max(tokenizer.get_vocab().values(), default=-1) + 1, config.vocab_size)}
+    target = getattr(tokenizer, "target_encoder", None)
+    if target:
+        sizes["target vocabulary"] = (max(target.values()) + 1, config.output_size)
+    for what, (needed, available) in sizes.items():
+        if needed > available:
+            raise CheckpointError(
+                f"the tokenizer's {what} has {needed} entries, the weights {available}: they are not of one model"
+            )
+    for name in ("pad_token_id", "eos_token_id"):
+        ours, theirs = getattr(config, name), getattr(tokenizer, name)
+        if ours != theirs:
+            raise CheckpointError(
+                f"the tokenizer's {name} is {theirs}, the weights' config says {ours}: they are not of one model"
+            )
+
+
+__all__ = ["MemoryUse", "Translated", "Translator"]
