@@ -1,5 +1,6 @@
 """The one training loop that every recipe uses."""
 
+from mmattn.training.averaging import average_checkpoints
 from mmattn.training.checkpoint import latest_checkpoint, verify_checkpoint
 from mmattn.training.config import TrainingConfig
 from mmattn.training.loop import TrainingResult, train
@@ -15,6 +16,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingResult",
     "TrainingStoppedError",
+    "average_checkpoints",
     "latest_checkpoint",
     "read_metrics",
     "train",

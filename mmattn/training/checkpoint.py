@@ -69,6 +69,14 @@ class CheckpointStore:
         Raises:
             RunError: when the disk is full or cannot be written.
         """
+        return self.publish_new(name, lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True))
+
+    def publish_new(self, name: str, write: Callable[[Path], object]) -> Path:
+        """Put what `write(folder)` puts into a folder at `<output_dir>/<name>`, in place of what is there.
+
+        Raises:
+            RunError: when the disk is full or cannot be written.
+        """
         final, temporary, old = (
             self.output_dir / name,
             *(self.output_dir / f"{_TEMPORARY}{name}{suffix}" for suffix in ("", "-old")),
@@ -76,14 +84,15 @@ class CheckpointStore:
         try:
             for leftover in (temporary, old):
                 shutil.rmtree(leftover, ignore_errors=True)
-            shutil.copytree(source, temporary)
+            temporary.mkdir()
+            write(temporary)
             _sync_tree(temporary)
             if final.exists():
                 os.rename(final, old)
             os.rename(temporary, final)
             _sync_folder(self.output_dir)
             shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise RunError(self._failure(final, error)) from error
         return final

@@ -16,6 +16,7 @@ TRACKER_FOLDER = "trackers"
 # A run may be continued in its own folder only when these are unchanged: its promise is to equal an unbroken run.
 MATHS_KEYS = (
     "batch_size",
+    "batch_tokens",
     "learning_rate",
     "betas",
     "eps",
@@ -28,7 +29,7 @@ MATHS_KEYS = (
     "seed",
 )
 # These change rounding or dropout draws only (a smaller card, another number of processes): allowed, and said.
-ROUNDING_KEYS = ("micro_batch_size", "mixed_precision", "device")
+ROUNDING_KEYS = ("micro_batch_size", "micro_batch_tokens", "mixed_precision", "device")
 
 
 @dataclass
@@ -37,12 +38,16 @@ class TrainingConfig:
 
     Steps are optimiser steps everywhere. `batch_size` counts the examples of one step over all processes and
     micro-batches; `micro_batch_size` counts the examples that go through the model at once in one process.
+    `batch_tokens` and `micro_batch_tokens` bound the same two by padded tokens instead: examples times the longest
+    of them, on the side (source, target) where that is most. With `batch_tokens`, `batch_size` is not used.
     """
 
     output_dir: str
     max_steps: int = 1000
     batch_size: int = 32
     micro_batch_size: int | None = None  # None: the whole share of a process at once
+    batch_tokens: int | None = None  # needs a task with `lengths`; None: batch_size examples
+    micro_batch_tokens: int | None = None  # None: the whole share of a process at once
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -54,6 +59,7 @@ class TrainingConfig:
     mixed_precision: str = "auto"  # auto: bf16 on a GPU that has it, else none
     device: str = "auto"  # or "cpu"
     ema_decay: float | None = None
+    average_last: int = 0  # final/: the mean weights of so many checkpoints of every save_every steps; 0: the last step
     eval_every: int = 0  # 0: never; otherwise also after the last step
     save_every: int = 0  # 0: after the last step, and at a best evaluation or a signal
     keep_last: int = 2  # beside the best, which always stays
@@ -65,14 +71,15 @@ class TrainingConfig:
 
     def validate(self) -> None:
         """Raise `ConfigError` naming every setting that cannot be used."""
-        problems = [text for is_wrong, text in self._rules() if is_wrong]
+        problems = [text for is_wrong, text in [*self._rules(), *self._joint_rules()] if is_wrong]
         if problems:
             raise ConfigError("training settings: " + "; ".join(problems))
 
     def _rules(self) -> list[tuple[bool, str]]:
         at_least_one = ("max_steps", "batch_size", "keep_last", "log_every", "max_bad_steps")
-        at_least_zero = ("warmup_steps", "eval_every", "save_every", "num_workers", "seed", "weight_decay", "eps")
-        micro = self.micro_batch_size
+        at_least_zero = ("warmup_steps", "eval_every", "save_every", "average_last", "num_workers", "seed")
+        at_least_zero += ("weight_decay", "eps")
+        optional_counts = ("micro_batch_size", "batch_tokens", "micro_batch_tokens")
         return [
             (not self.output_dir, "output_dir is empty"),
             *[(getattr(self, key) < 1, f"{key} must be at least 1, not {getattr(self, key)}") for key in at_least_one],
@@ -80,7 +87,10 @@ class TrainingConfig:
                 (getattr(self, key) < 0, f"{key} must not be negative, is {getattr(self, key)}")
                 for key in at_least_zero
             ],
-            (micro is not None and micro < 1, f"micro_batch_size must be at least 1, not {micro}"),
+            *[
+                (value is not None and value < 1, f"{key} must be at least 1 or null, not {value}")
+                for key, value in ((key, getattr(self, key)) for key in optional_counts)
+            ],
             (not self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}"),
             (
                 len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas),
@@ -104,6 +114,37 @@ class TrainingConfig:
             *[_not_one_of("trackers", name, TRACKERS) for name in self.trackers],
         ]
 
+    def _joint_rules(self) -> list[tuple[bool, str]]:
+        last, periodic = self.average_last, self.max_steps // max(self.save_every, 1)
+        return [
+            (
+                self.batch_tokens is not None and self.micro_batch_size is not None,
+                "micro_batch_size counts examples, and batch_tokens is set: use micro_batch_tokens",
+            ),
+            (
+                self.batch_tokens is None and self.micro_batch_tokens is not None,
+                "micro_batch_tokens needs batch_tokens: set it, or use micro_batch_size",
+            ),
+            (
+                last > 0 and self.ema_decay is not None,
+                f"average_last {last} and ema_decay {self.ema_decay} both say what final/ holds: set one of them",
+            ),
+            (
+                last > 0 and self.save_every == 0,
+                f"average_last {last} averages the checkpoints of every save_every steps: set save_every",
+            ),
+            (
+                last > self.keep_last,
+                f"average_last {last} needs that many checkpoints, but keep_last {self.keep_last} keeps fewer: "
+                f"set keep_last to {last} or more",
+            ),
+            (
+                self.save_every > 0 and last > periodic,
+                f"average_last {last} needs that many checkpoints, but save_every {self.save_every} makes {periodic} "
+                f"in max_steps {self.max_steps}",
+            ),
+        ]
+
 
 def _not_one_of(key: str, value: str, allowed: tuple[str, ...]) -> tuple[bool, str]:
     return value not in allowed, f"{key} must be one of {', '.join(allowed)}, not {value!r}"
@@ -113,6 +154,11 @@ def config_dict(config: TrainingConfig) -> dict:
     """The settings as JSON has them (tuples become lists)."""
     values = dataclasses.asdict(config)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def maths_keys(config: TrainingConfig) -> tuple[str, ...]:
+    """The settings that a continued run must not change."""
+    return MATHS_KEYS if config.batch_tokens is None else tuple(key for key in MATHS_KEYS if key != "batch_size")
 
 
 def config_differences(old: dict, new: dict, keys: tuple[str, ...]) -> list[str]:

@@ -33,17 +33,8 @@ class ParameterAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the tensors hold their averages; afterwards their own values, bit for bit."""
-        own = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
-        self._assign(self.averages)
-        try:
+        with replaced(self.tensors, self.averages):
             yield
-        finally:
-            self._assign(own)
-
-    @torch.no_grad()
-    def _assign(self, values: dict[str, Tensor]) -> None:
-        for name, tensor in self.tensors.items():
-            tensor.copy_(values[name])
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -56,6 +47,23 @@ class ParameterAverage:
         for name, average in self.averages.items():
             average.copy_(averages[name])
         self.updates = updates
+
+
+@contextmanager
+def replaced(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, tensors hold the values of the same names; afterwards their own, bit for bit."""
+    own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    _assign(tensors, values)
+    try:
+        yield
+    finally:
+        _assign(tensors, own)
+
+
+@torch.no_grad()
+def _assign(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])
 
 
 def _wide(value: Tensor) -> Tensor:

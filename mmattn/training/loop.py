@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import time
@@ -15,14 +16,15 @@ import torch
 from accelerate import Accelerator
 
 from mmattn.errors import RunError
+from mmattn.training.averaging import LastCheckpoints
+from mmattn.training.batches import make_sampler, step_batches
 from mmattn.training.checkpoint import CheckpointStore
 from mmattn.training.config import TrainingConfig, config_dict
 from mmattn.training.devices import make_accelerator, on_main
-from mmattn.training.ema import ParameterAverage
+from mmattn.training.ema import ParameterAverage, replaced
 from mmattn.training.lock import OutputLock
-from mmattn.training.metrics import MetricsLog, Progress
-from mmattn.training.optim import learning_rate, make_optimizer, set_learning_rate, trainable_parameters
-from mmattn.training.sampler import StepSampler, step_batches
+from mmattn.training.metrics import RunLog
+from mmattn.training.optim import learning_rate, make_optimizer, set_learning_rate
 from mmattn.training.signals import StopSignal, TrainingStoppedError
 from mmattn.training.start import Start, check_continuation, find_start
 from mmattn.training.state import (
@@ -31,6 +33,7 @@ from mmattn.training.state import (
     read_facts,
     read_state,
     stored_buffers,
+    trained_tensors,
     write_run_facts,
     write_state,
 )
@@ -44,8 +47,8 @@ class TrainingResult:
 
     Attributes:
         step: Steps done, counted over all the pieces of the run.
-        metrics: The last evaluation.
-        best: Step, value and metric of the best evaluation, or None.
+        metrics: The last evaluation: with `average_last` the average's.
+        best: Step, value and metric of the best evaluation, or None; the average counts as one of the last step.
         output_dir: Holds `final/`, `best/`, `checkpoints/` and `metrics.jsonl`.
         losses: Loss of each step of this piece of the run, skipped ones left out.
     """
@@ -92,6 +95,10 @@ def train(
             run.close()
 
 
+def _shown(metrics: dict[str, float], is_better: bool) -> str:
+    return "".join(f" | {key} {value:.4f}" for key, value in metrics.items()) + " | best so far" * is_better
+
+
 class _Run:
     """A run's parts, and the order in which a step, an evaluation and a save happen."""
 
@@ -99,18 +106,15 @@ class _Run:
         self.task, self.config, self.accelerator, self.stop = task, config, accelerator, stop
         self.store = CheckpointStore(config.output_dir)
         self.state = LoopState()
-        self.sampler = StepSampler(
-            len(task), config.batch_size, config.seed, accelerator.num_processes, config.micro_batch_size
-        )
+        self.sampler = make_sampler(task, config, accelerator.num_processes)
+        self.last_checkpoints = LastCheckpoints(self.store, config) if config.average_last else None
         self.had_own_forward = "forward" in vars(task.model)
         optimizer = make_optimizer(task.model, config, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
         self.inner = accelerator.unwrap_model(self.model)
         self.average: ParameterAverage | None = None
         if config.ema_decay is not None and accelerator.is_main_process:
-            self.average = ParameterAverage(
-                {**trainable_parameters(self.inner), **stored_buffers(self.inner)}, config.ema_decay
-            )
+            self.average = ParameterAverage(trained_tensors(self.inner), config.ema_decay)
         self.losses: list[float] = []
         self.batches: Generator[Sequence[Batch], None, None] | None = None
         self.saved_step: int | None = None
@@ -122,6 +126,7 @@ class _Run:
             "training": config_dict(self.config),
             "num_processes": self.accelerator.num_processes,
             "num_examples": len(self.task),
+            "lengths_checksum": self.sampler.lengths_checksum(),
             "frozen_checksum": frozen_checksum(self.inner),
         }
         start = on_main(self.accelerator, lambda: find_start(self.store, resume))
@@ -129,19 +134,15 @@ class _Run:
         if start.checkpoint is not None:
             remarks += self._load(start)
         self.first_step = self.state.step
-        is_main = self.accelerator.is_main_process
-        self.progress = Progress(
-            self.first_step, self.config.max_steps, log_every=self.config.log_every, enabled=is_main
-        )
-        self.log: MetricsLog | None = None
-        if is_main:
+        if self.last_checkpoints is not None:
+            on_main(self.accelerator, functools.partial(self.last_checkpoints.require, self.first_step))
+        if self.accelerator.is_main_process:
             self.store.folder.mkdir(parents=True, exist_ok=True)
             self.store.clean()
-            self.log = MetricsLog(self.store.output_dir, keep_to_step=self.state.step)
-        self._start_trackers()
+        self.log = RunLog(self.accelerator, self.config, self.first_step)
         self.buffers = BufferGuard(stored_buffers(self.inner))
         for remark in [*remarks, *self._announcement()]:
-            self.progress.say(remark)
+            self.log.say(remark)
 
     def _load(self, start: Start) -> list[str]:
         assert start.checkpoint is not None
@@ -156,28 +157,17 @@ class _Run:
             self.state.best_step = self.state.best_value = None
         return [*remarks, f"resumed from {start.checkpoint}"]
 
-    def _start_trackers(self) -> None:
-        if not self.config.trackers:
-            return
-        settings = {key: value if value is not None else "none" for key, value in self.facts["training"].items()}
-        flat = {key: str(value) if isinstance(value, list) else value for key, value in settings.items()}
-        self.accelerator.init_trackers("mmattn", config=flat)
-
     def _announcement(self) -> list[str]:
         parameters = list(self.inner.parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        accelerator, sampler = self.accelerator, self.sampler
-        processes = accelerator.num_processes
-        batch = f"batch of {sampler.batch_size}"
-        if processes > 1:
-            batch += f" over {processes} processes"
-        if sampler.micro_batches > 1:
-            batch += f" in {sampler.micro_batches} micro-batches of up to {sampler.micro_batch_size}"
+        accelerator = self.accelerator
         return [
             self.task.describe(),
             f"training {trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters, steps "
             f"{self.first_step} to {self.config.max_steps}, on {accelerator.device.type}, "
-            f"precision {accelerator.mixed_precision}, {batch}",
+            f"precision {accelerator.mixed_precision}, {self.sampler.describe()}",
+            *self.sampler.remarks(),
+            *([f"final/ will hold {self.last_checkpoints.describe()}"] if self.last_checkpoints is not None else []),
         ]
 
     def run(self) -> TrainingResult:
@@ -191,11 +181,9 @@ class _Run:
             result = self._step(micro_batches)
             self._record(result, data_s=working - waiting, step_s=time.perf_counter() - waiting)
             self._after_step(result)
-        on_main(self.accelerator, self._publish)
-        best = None
-        if self.state.best_step is not None:
-            best = {"step": self.state.best_step, "value": self.state.best_value, "metric": self.task.best}
-        return TrainingResult(self.state.step, self.state.metrics, best, self.store.output_dir, self.losses)
+        metrics, best_step, best_value = on_main(self.accelerator, self._publish)
+        best = None if best_step is None else {"step": best_step, "value": best_value, "metric": self.task.best}
+        return TrainingResult(self.state.step, metrics, best, self.store.output_dir, self.losses)
 
     def _batches(self) -> Generator[Sequence[Batch], None, None]:
         batches = step_batches(
@@ -225,10 +213,11 @@ class _Run:
             self.accelerator,
             micro_batches,
             max_grad_norm=self.config.max_grad_norm,
+            num_scored=self.sampler.num_scored(step, self.accelerator.process_index),
             stop_signal=lambda: self.stop.received,
         )
         self.state.step += 1
-        self.state.examples += self.sampler.batch_size
+        self.state.examples += self.sampler.num_draws(step)
         if result.skip_reason is None:
             self.state.tokens += result.count
             self.state.skipped_in_a_row = 0
@@ -258,11 +247,11 @@ class _Run:
         self.losses.append(result.loss)
         figures = {"loss": result.loss, **result.parts, "learning_rate": rate, "grad_norm": result.grad_norm}
         counters = {"count": result.count, "examples": self.state.examples, "tokens": self.state.tokens}
-        self._write({"kind": "train", "step": step, **figures, **counters, "time": clock})
-        if self.config.trackers and (step % self.config.log_every == 0 or step == self.config.max_steps):
+        self.log.write({"kind": "train", "step": step, **figures, **counters, "time": clock})
+        if step % self.config.log_every == 0 or step == self.config.max_steps:
             rates = {key: value for key, value in clock.items() if key != "at"}
-            self.accelerator.log({f"train/{key}": value for key, value in {**figures, **rates}.items()}, step=step)
-        self.progress.step(
+            self.log.track("train", {**figures, **rates}, step)
+        self.log.progress.step(
             step,
             loss=result.loss,
             learning_rate=rate,
@@ -275,11 +264,12 @@ class _Run:
         suspects = [
             draw for rank, index in result.suspects for draw in self.sampler.micro_draws(step - 1, rank, index)
         ] or self.sampler.draws(step - 1)
-        self._write({"kind": "skipped", "step": step, "reason": result.skip_reason, "draws": suspects, "time": clock})
+        line = {"kind": "skipped", "step": step, "reason": result.skip_reason, "draws": suspects, "time": clock}
+        self.log.write(line)
         if not result.is_overflow:
             examples = sorted({example for _, example in suspects})
             shown = ", ".join(map(str, examples[:8])) + (", ..." if len(examples) > 8 else "")
-            self.progress.say(f"step {step} skipped: {result.skip_reason}; examples {shown} (all in metrics.jsonl)")
+            self.log.say(f"step {step} skipped: {result.skip_reason}; examples {shown} (all in metrics.jsonl)")
 
     def _after_step(self, result: StepResult) -> None:
         config, step = self.config, self.state.step
@@ -307,21 +297,22 @@ class _Run:
         started = time.perf_counter()
         metrics = self.state.metrics = on_main(self.accelerator, self._score)
         self.model.train()
+        is_better = self._is_better(metrics)
+        if is_better:
+            self.state.best_step, self.state.best_value = self.state.step, metrics[self.task.best or ""]
+        line = {"kind": "eval", "step": self.state.step, "metrics": metrics, "is_best": is_better}
+        self.log.write({**line, "time": {"eval_s": round(time.perf_counter() - started, 3)}})
+        self.log.track("eval", metrics, self.state.step)
+        self.log.say(f"evaluation at step {self.state.step}{_shown(metrics, is_better)}")
+        return is_better
+
+    def _is_better(self, metrics: dict[str, float]) -> bool:
         value = metrics.get(self.task.best) if self.task.best is not None else None
         if self.task.best is not None and value is None:
             raise RunError(f"evaluation gave no {self.task.best!r}, by which the best is chosen: {list(metrics)}")
         sign = 1 if self.task.is_higher_better else -1
         old = self.state.best_value
-        is_better = value is not None and math.isfinite(value) and (old is None or sign * value > sign * old)
-        if is_better:
-            self.state.best_step, self.state.best_value = self.state.step, value
-        line = {"kind": "eval", "step": self.state.step, "metrics": metrics, "is_best": is_better}
-        self._write({**line, "time": {"eval_s": round(time.perf_counter() - started, 3)}})
-        if self.config.trackers:
-            self.accelerator.log({f"eval/{key}": value for key, value in metrics.items()}, step=self.state.step)
-        figures = " | ".join(f"{key} {value:.4f}" for key, value in metrics.items())
-        self.progress.say(f"evaluation at step {self.state.step} | {figures}{' | best so far' if is_better else ''}")
-        return is_better
+        return value is not None and math.isfinite(value) and (old is None or sign * value > sign * old)
 
     def _score(self) -> dict[str, float]:
         accelerator = self.accelerator
@@ -342,14 +333,16 @@ class _Run:
         self.saved_step = self.state.step
 
     def _save_on_main(self) -> None:
-        if self.log is not None:
-            self.log.sync()
+        self.log.sync()
         if self.average is not None:
             self.state.average_updates = self.average.updates
         if self.accelerator.scaler is not None:
             self.state.scaler = self.accelerator.scaler.state_dict()
         self.store.save(self.state.step, self._write_checkpoint)
-        self.store.prune(self.config.keep_last, {self.state.best_step} if self.state.best_step is not None else set())
+        kept = {self.state.best_step} if self.state.best_step is not None else set()
+        if self.last_checkpoints is not None:
+            kept.update(self.last_checkpoints.until(self.state.step))
+        self.store.prune(self.config.keep_last, kept)
 
     def _write_checkpoint(self, folder: Path) -> None:
         write_state(folder, self.state, self.facts, self.inner, self.optimizer.optimizer, self.average)
@@ -358,18 +351,38 @@ class _Run:
         with self._averaged():
             self.task.save(self.inner, folder / "model")
 
-    def _publish(self) -> None:
+    def _publish(self) -> tuple[dict[str, float], int | None, float | None]:
+        """Write `final/` and `best/`; the last evaluation, and step and value of the best one."""
+        if self.last_checkpoints is not None:
+            return self._publish_average(self.last_checkpoints)
         self.store.publish(self.store.path(self.state.step) / "model", "final")
         self._publish_best()
+        return self.state.metrics, self.state.best_step, self.state.best_value
+
+    def _publish_average(self, checkpoints: LastCheckpoints) -> tuple[dict[str, float], int | None, float | None]:
+        # Nothing of this may reach the state: the run may go on with a larger max_steps.
+        state, best = self.state, (self.state.best_step, self.state.best_value)
+        started = time.perf_counter()
+        with replaced(trained_tensors(self.inner), checkpoints.tensors()):
+            final = self.store.publish_new("final", functools.partial(self.task.save, self.inner))
+            metrics = self._score() if self.config.eval_every else {}
+        self.inner.train()
+        is_better = bool(metrics) and self._is_better(metrics)
+        if is_better:
+            self.store.publish(final, "best")
+            best = (state.step, metrics[self.task.best or ""])
+        else:
+            self._publish_best()
+        line = {"kind": "final", "step": state.step, "averaged_steps": checkpoints.steps, "metrics": metrics}
+        self.log.write({**line, "is_best": is_better, "time": {"eval_s": round(time.perf_counter() - started, 3)}})
+        self.log.track("final", metrics, state.step)
+        self.log.say(f"final/ holds {checkpoints.describe()}{_shown(metrics, is_better)}")
+        return metrics or state.metrics, best[0], best[1]
 
     def _publish_best(self) -> None:
         best = self.store.path(self.state.best_step or 0) / "model"
         if self.state.best_step is not None and best.exists():
             self.store.publish(best, "best")
-
-    def _write(self, line: dict[str, Any]) -> None:
-        if self.log is not None:
-            self.log.write(line)
 
     def close(self) -> None:
         """End the data workers, close the logs and take Accelerate's wrapping off the model."""
@@ -377,11 +390,7 @@ class _Run:
         # for them, they would keep it for ever: an error that somebody holds keeps them alive until then.
         if self.batches is not None:
             self.batches.close()
-        self.progress.close()
-        if self.log is not None:
-            self.log.close()
-        if self.config.trackers:
-            self.accelerator.end_training()
+        self.log.close()
         if not self.had_own_forward:  # Accelerate puts its autocasting one over the class's
             vars(self.inner).pop("forward", None)
             vars(self.inner).pop("_original_forward", None)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mmattn.training.batches import make_sampler
 from mmattn.training.config import TrainingConfig
 from mmattn.training.task import Task
+from mmattn.training.token_sampler import TokenSampler
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,25 @@ def estimate_memory(
 
 
 def estimate_run(task: Task, config: TrainingConfig, *, examples: int = 2) -> MemoryEstimate:
-    """What a run of this task would hold in one process, from the loss of a few `examples` of it."""
-    size = min(examples, len(task))
-    batch = task.collate([(0, index) for index in range(size)])
+    """What a run of this task would hold in one process, from the loss of a few `examples` of it.
+
+    With `config.batch_tokens` these are the longest ones, and the micro-batch is a full one.
+
+    Raises:
+        UsageError: as `make_sampler` does.
+    """
+    sampler, size = make_sampler(task, config), min(examples, len(task))
+    if isinstance(sampler, TokenSampler):
+        chosen = sampler.longest(size)
+        scale = sampler.micro_limit / sampler.padded_tokens(chosen)
+    else:
+        chosen = list(range(size))
+        scale = (config.micro_batch_size or config.batch_size) / size
+    batch = task.collate([(0, index) for index in chosen])
     task.model.train()
     return estimate_memory(
         task.model,
         lambda: task.loss(task.model, batch).total,
-        scale=(config.micro_batch_size or config.batch_size) / size,
+        scale=scale,
         has_average=config.ema_decay is not None,
     )

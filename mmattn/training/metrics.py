@@ -7,25 +7,28 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from mmattn.errors import RunError
+from mmattn.training.config import TrainingConfig, config_dict
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, with `kind` (train, eval, skipped) and `step`.
+    """`metrics.jsonl`: one JSON object a line, with `kind` (train, eval, skipped, final) and `step`.
 
     What depends on the clock or the machine stands under the one key `time`: without it, the file of a resumed run
     equals that of an unbroken one.
     """
 
     def __init__(self, output_dir: Path, *, keep_to_step: int) -> None:
-        """Open the file to append, without the lines beyond step `keep_to_step`."""
+        """Open the file to append, without the lines beyond step `keep_to_step`, and without an end (`final`)."""
         self.path = output_dir / METRICS_FILE
         if self.path.exists():
             os.truncate(self.path, _length_to_step(self.path, keep_to_step))
@@ -69,7 +72,8 @@ def _length_to_step(path: Path, last_step: int) -> int:
     with open(path, "rb") as file:
         for raw in file:
             try:
-                is_kept = raw.endswith(b"\n") and json.loads(raw)["step"] <= last_step
+                line = json.loads(raw)
+                is_kept = raw.endswith(b"\n") and line["step"] <= last_step and line["kind"] != "final"
             except (ValueError, KeyError, TypeError):
                 is_kept = False
             if not is_kept:
@@ -84,6 +88,48 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+class RunLog:
+    """All three places of a run; on other processes than the main one nothing is written."""
+
+    def __init__(self, accelerator: Accelerator, config: TrainingConfig, first_step: int) -> None:
+        """Open them, to go on after `first_step`."""
+        self.accelerator, self.has_trackers = accelerator, bool(config.trackers)
+        is_main = accelerator.is_main_process
+        self.progress = Progress(first_step, config.max_steps, log_every=config.log_every, enabled=is_main)
+        self.metrics = MetricsLog(Path(config.output_dir), keep_to_step=first_step) if is_main else None
+        if self.has_trackers:
+            settings = {key: "none" if value is None else value for key, value in config_dict(config).items()}
+            flat = {key: str(value) if isinstance(value, list) else value for key, value in settings.items()}
+            accelerator.init_trackers("mmattn", config=flat)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.progress.say(text)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line to `metrics.jsonl`."""
+        if self.metrics is not None:
+            self.metrics.write(line)
+
+    def track(self, kind: str, figures: Mapping[str, float], step: int) -> None:
+        """Send figures to the trackers, as `kind/name`."""
+        if self.has_trackers:
+            self.accelerator.log({f"{kind}/{key}": value for key, value in figures.items()}, step=step)
+
+    def sync(self) -> None:
+        """Bring every line to the disk."""
+        if self.metrics is not None:
+            self.metrics.sync()
+
+    def close(self) -> None:
+        """End the bar, the file and the trackers."""
+        self.progress.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.has_trackers:
+            self.accelerator.end_training()
 
 
 class Progress:

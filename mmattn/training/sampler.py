@@ -3,23 +3,61 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mmattn.errors import DataError, MmattnError, UsageError
-from mmattn.training.signals import ignore_stop_signals
-from mmattn.training.task import Batch, Draw, Task
+from mmattn.errors import DataError, UsageError
+from mmattn.training.task import Draw
+
+
+class StepSampler(ABC):
+    """The draws of each step, shared out to processes and micro-batches. Step numbers start at 0.
+
+    What a step draws depends on neither the number of processes nor the micro-batches, and no draw is in two of them.
+    All processes take the same number of micro-batches in a step, for they exchange gradients in the last one. A
+    process whose share is too small for that takes fill-ins: draws of the step once more, which count for nothing.
+    """
+
+    @abstractmethod
+    def draws(self, step: int) -> list[Draw]:
+        """The draws of a step, over all processes."""
+
+    @abstractmethod
+    def num_draws(self, step: int) -> int:
+        """How many draws a step has, over all processes."""
+
+    @abstractmethod
+    def num_micro_batches(self, step: int) -> int:
+        """Micro-batches of every process in a step."""
+
+    @abstractmethod
+    def num_scored(self, step: int, rank: int) -> int:
+        """How many of these, from the first on, hold draws of a process's own; the others are fill-ins."""
+
+    @abstractmethod
+    def micro_draws(self, step: int, rank: int, index: int) -> list[Draw]:
+        """The draws of one micro-batch of one process."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The batch in a few words for the log, such as `batch of 32 over 2 processes`."""
+
+    def lengths_checksum(self) -> str | None:
+        """A fingerprint of the examples' lengths, where the draws depend on them."""
+        return None
+
+    def remarks(self) -> list[str]:
+        """Further lines for the log."""
+        return []
 
 
 @dataclass(frozen=True)
-class StepSampler:
-    """The draws of each step: epochs of permutations by (seed, epoch), cut into batches that may cross an epoch's end.
+class ExampleSampler(StepSampler):
+    """Batches of equally many examples: permutations by (seed, epoch), cut into batches that may cross an epoch's end.
 
-    Step numbers start at 0. Within a step, process r of n takes every n-th draw from r on, cut into micro-batches.
+    Within a step, process r of n takes every n-th draw from r on, cut into micro-batches.
     """
 
     num_examples: int
@@ -30,25 +68,31 @@ class StepSampler:
 
     def __post_init__(self) -> None:
         """Raise when there is nothing to draw, or processes would get unequal shares."""
-        if self.num_examples < 1:
-            raise DataError("the training data holds no examples")
+        require_examples(self.num_examples)
         if self.batch_size % self.num_processes:
             raise UsageError(
                 f"batch_size {self.batch_size} cannot be shared equally by {self.num_processes} processes: "
                 "make it a multiple"
             )
 
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of a process in one step."""
-        share = self.batch_size // self.num_processes
-        return -(-share // (self.micro_batch_size or share))
-
     def draws(self, step: int) -> list[Draw]:
         """The draws of a step, over all processes."""
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)
         places = [divmod(position, self.num_examples) for position in positions]
-        return [(epoch, int(_permutation(self.num_examples, self.seed, epoch)[place])) for epoch, place in places]
+        return [(epoch, int(permutation(self.num_examples, self.seed, epoch)[place])) for epoch, place in places]
+
+    def num_draws(self, step: int) -> int:
+        """`batch_size`."""
+        return self.batch_size
+
+    def num_micro_batches(self, step: int) -> int:
+        """The same in every step."""
+        share = self.batch_size // self.num_processes
+        return -(-share // (self.micro_batch_size or share))
+
+    def num_scored(self, step: int, rank: int) -> int:
+        """All of them, for the shares are equal."""
+        return self.num_micro_batches(step)
 
     def micro_draws(self, step: int, rank: int, index: int) -> list[Draw]:
         """The draws of one micro-batch of one process."""
@@ -56,69 +100,25 @@ class StepSampler:
         size = self.micro_batch_size or len(share)
         return share[index * size : (index + 1) * size]
 
+    def describe(self) -> str:
+        """The batch in a few words for the log."""
+        text = f"batch of {self.batch_size}{over_processes(self.num_processes)}"
+        count = self.num_micro_batches(0)
+        return text if count == 1 else f"{text} in {count} micro-batches of up to {self.micro_batch_size}"
+
+
+def over_processes(num_processes: int) -> str:
+    """` over n processes`, or nothing for one."""
+    return f" over {num_processes} processes" if num_processes > 1 else ""
+
+
+def require_examples(num_examples: int) -> None:
+    """Raise `DataError` when there are none."""
+    if num_examples < 1:
+        raise DataError("the training data holds no examples")
+
 
 @functools.lru_cache(maxsize=2)
-def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+def permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch, [num_examples]."""
     return np.random.default_rng([seed, epoch]).permutation(num_examples)
-
-
-Key = tuple[int, int]
-
-
-class _MicroBatches(Dataset[Any]):
-    """Micro-batches by (step, index). An expected failure is handed over as a value, to keep its one-line message."""
-
-    def __init__(self, task: Task, sampler: StepSampler, rank: int) -> None:
-        self.task, self.sampler, self.rank = task, sampler, rank
-
-    def __getitem__(self, key: Key) -> Batch | MmattnError:
-        try:
-            return self.task.collate(self.sampler.micro_draws(key[0], self.rank, key[1]))
-        except MmattnError as error:
-            return error
-
-
-class _Keys(Sampler[Key]):
-    def __init__(self, first_step: int, last_step: int, micro_batches: int) -> None:
-        self.steps, self.micro_batches = range(first_step, last_step), micro_batches
-
-    def __iter__(self) -> Iterator[Key]:
-        return ((step, index) for step in self.steps for index in range(self.micro_batches))
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.micro_batches
-
-
-def step_batches(
-    task: Task,
-    sampler: StepSampler,
-    *,
-    rank: int,
-    first_step: int,
-    last_step: int,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> Iterator[Sequence[Batch]]:
-    """Yield the micro-batches of a process, step by step from `first_step` up to but not `last_step`.
-
-    Workers only prefetch: what a step holds does not depend on their number.
-
-    Raises:
-        MmattnError: what `Task.collate` raised, in a worker too.
-    """
-    loader = DataLoader(
-        _MicroBatches(task, sampler, rank),
-        batch_size=None,
-        sampler=_Keys(first_step, last_step, sampler.micro_batches),
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=ignore_stop_signals,
-    )
-    batches: list[Batch] = []
-    for batch in loader:
-        if isinstance(batch, MmattnError):
-            raise batch
-        batches.append(batch)
-        if len(batches) == sampler.micro_batches:
-            yield batches
-            batches = []

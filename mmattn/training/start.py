@@ -9,12 +9,12 @@ from typing import Any
 from mmattn.errors import UsageError
 from mmattn.training.checkpoint import MANIFEST, CheckpointStore, verify_checkpoint
 from mmattn.training.config import (
-    MATHS_KEYS,
     ROUNDING_KEYS,
     TRACKER_FOLDER,
     TrainingConfig,
     config_dict,
     config_differences,
+    maths_keys,
 )
 from mmattn.training.metrics import METRICS_FILE
 
@@ -97,8 +97,8 @@ def check_continuation(start: Start, saved: dict[str, Any], facts: dict[str, Any
         UsageError: when a run would be continued in its own folder with other mathematics.
     """
     old, new = saved["training"], config_dict(config)
-    changed = config_differences(old, new, MATHS_KEYS)
-    changed += config_differences(saved, facts, ("num_examples", "frozen_checksum"))
+    changed = config_differences(old, new, maths_keys(config))
+    changed += config_differences(saved, facts, ("num_examples", "lengths_checksum", "frozen_checksum"))
     if changed and start.is_continued:
         raise UsageError(
             f"cannot resume {config.output_dir} with other settings ({'; '.join(changed)}): restore them, or start "

@@ -56,6 +56,11 @@ def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: the trainable parameters and the stored buffers, by name."""
+    return {**trainable_parameters(model), **stored_buffers(model)}
+
+
 def frozen_checksum(model: nn.Module) -> str:
     """A fingerprint of the parameters that are not trained: equal on every device, in any order of summation."""
     digest = hashlib.sha256()
@@ -84,9 +89,8 @@ def write_state(
     average: ParameterAverage | None,
 ) -> None:
     """Write the loop's state: tensors as safetensors, the rest as JSON."""
-    parameters = trainable_parameters(model)
-    _save_tensors({**parameters, **stored_buffers(model)}, folder / TRAINED_FILE)
-    _save_tensors(optimizer_tensors(optimizer, parameters), folder / OPTIMIZER_FILE)
+    _save_tensors(trained_tensors(model), folder / TRAINED_FILE)
+    _save_tensors(optimizer_tensors(optimizer, trainable_parameters(model)), folder / OPTIMIZER_FILE)
     if average is not None:
         _save_tensors(average.averages, folder / AVERAGE_FILE)
     (folder / STATE_FILE).write_text(
@@ -118,9 +122,8 @@ def read_state(
     """
     content = read_facts(folder)
     state = LoopState(**{field.name: content[field.name] for field in dataclasses.fields(LoopState)})
-    parameters = trainable_parameters(model)
-    _copy_into({**parameters, **stored_buffers(model)}, load_file(folder / TRAINED_FILE), folder)
-    load_optimizer_tensors(optimizer, parameters, load_file(folder / OPTIMIZER_FILE))
+    _copy_into(trained_tensors(model), load_file(folder / TRAINED_FILE), folder)
+    load_optimizer_tensors(optimizer, trainable_parameters(model), load_file(folder / OPTIMIZER_FILE))
     if average is not None:
         if (folder / AVERAGE_FILE).exists():
             average.load(load_file(folder / AVERAGE_FILE), state.average_updates)

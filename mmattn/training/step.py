@@ -63,15 +63,27 @@ def run_step(
     micro_batches: Sequence[Batch],
     *,
     max_grad_norm: float | None,
+    num_scored: int | None = None,
     stop_signal: Callable[[], int] = lambda: 0,
 ) -> StepResult:
     """Take one step on the mean loss over all scored tokens of all micro-batches and processes.
 
     The step is taken only when the loss and the norm of the gradient are finite. `stop_signal` is asked at its end, so
     that every process learns in the same step that one of them was told to stop.
+
+    Args:
+        task: Counts and scores the tokens.
+        model: The task's model as it was prepared for the run.
+        optimizer: The model's.
+        accelerator: Of the run.
+        micro_batches: This process's; each process has as many.
+        max_grad_norm: Larger gradients are scaled down to it.
+        num_scored: How many micro-batches count; those after are fill-ins, whose losses and gradients are set to 0.
+        stop_signal: The stop signal that this process has received, or 0.
     """
-    counts = [task.count(batch) for batch in micro_batches]
-    count = round(sum_over_processes(accelerator, [float(sum(counts))])[0])
+    scored = len(micro_batches) if num_scored is None else num_scored
+    counts = [task.count(batch) if index < scored else None for index, batch in enumerate(micro_batches)]
+    count = round(sum_over_processes(accelerator, [float(sum(count or 0 for count in counts))])[0])
     optimizer.zero_grad()
     # DDP averages gradients over processes: times their number gives the sum.
     scale = accelerator.num_processes / max(count, 1)
@@ -103,7 +115,7 @@ def _accumulate(
     model: nn.Module,
     accelerator: Accelerator,
     micro_batches: Sequence[Batch],
-    counts: Sequence[int],
+    counts: Sequence[int | None],
     scale: float,
 ) -> list[Loss]:
     losses: list[Loss] = []
@@ -113,7 +125,9 @@ def _accumulate(
             batch = cast(Batch, send_to_device(batch, accelerator.device, non_blocking=True))
             with accelerator.autocast():
                 loss = task.loss(model, batch)
-            if loss.count != count:
+            if count is None:
+                loss = _without_weight(loss)
+            elif loss.count != count:
                 raise UsageError(
                     f"{type(task).__name__}.loss scored {loss.count} tokens where count(batch) said {count}: "
                     "they must agree, for the loss is divided by the latter"
@@ -122,6 +136,10 @@ def _accumulate(
         parts = {name: (total.detach(), number) for name, (total, number) in loss.parts.items()}
         losses.append(Loss(loss.total.detach(), loss.count, parts))
     return losses
+
+
+def _without_weight(loss: Loss) -> Loss:
+    return Loss(loss.total * 0, 0, {name: (total * 0, 0) for name, (total, _) in loss.parts.items()})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 Draw = tuple[int, int]
@@ -40,11 +41,15 @@ class Task(ABC):
             through its `forward`.
         best: The metric of `evaluate` that chooses the best checkpoint; None keeps no best.
         is_higher_better: Whether a larger `best` metric is better.
+        lengths: Token counts of the examples as `collate` makes them, special tokens included: integers of shape
+            [num_examples], or [num_examples, sides] where several sequences are padded apart, such as source and
+            target. Upper bounds where they depend on the epoch. Needed for `TrainingConfig.batch_tokens` only.
     """
 
     model: nn.Module
     best: str | None = None
     is_higher_better: bool = True
+    lengths: np.ndarray | None = None
 
     @abstractmethod
     def __len__(self) -> int:

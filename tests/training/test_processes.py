@@ -11,9 +11,12 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmattn.training import latest_checkpoint, read_metrics
+from mmattn.training.token_sampler import TokenSampler
 from tests.training.pieces import assert_whole
+from tests.training.toy import RaggedTask
 
 pytestmark = pytest.mark.slow
 
@@ -22,12 +25,12 @@ import json, signal, sys, torch
 from accelerate import PartialState
 from mmattn.errors import MmattnError
 from mmattn.training import train
-from tests.training.toy import ToyTask, toy_config
+from tests.training.toy import RaggedTask, toy_config
 
 folder, options = sys.argv[1], json.loads(sys.argv[2])
 bad, resume, sleep = (options.pop(key, default) for key, default in (("bad", ()), ("resume", False), ("sleep", 0)))
 
-class Task(ToyTask):
+class Task(RaggedTask):
     def loss(self, model, batch):
         import time
         time.sleep(sleep)
@@ -80,6 +83,24 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     assert code == 0, err
     assert len(resumed[0]["losses"]) == 2
     assert "changed, so losses agree to rounding only: num_processes: 1 -> 2" in err
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [None, 8])
+def test_batches_by_tokens_and_the_average_do_not_depend_on_the_processes(tmp_path, micro_batch_tokens):
+    options = {"batch_tokens": 9, "max_steps": 12, "save_every": 3, "average_last": 2, "eval_every": 6}
+    (one,), err, code = finish(start(tmp_path, tmp_path / "one", 1, **options))
+    assert code == 0, err
+    both, err, code = finish(start(tmp_path, tmp_path / "two", 2, **options, micro_batch_tokens=micro_batch_tokens))
+    assert code == 0, err
+    assert "batches of up to 9 tokens over 2 processes" in err
+    for result in both:
+        assert result["losses"] == pytest.approx(one["losses"], rel=1e-9)
+        assert result["best"]["value"] == pytest.approx(one["best"]["value"], rel=1e-9)
+    ours, theirs = (load_file(tmp_path / name / "final/model.safetensors") for name in ("one", "two"))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-9)
+    sampler = TokenSampler(RaggedTask().lengths[:, None], 9, num_processes=2, micro_batch_tokens=micro_batch_tokens)
+    assert any(sampler.num_scored(step, 1) < sampler.num_micro_batches(step) for step in range(12))  # fill-ins
 
 
 def test_a_bad_example_on_one_rank_is_skipped_by_both(tmp_path):

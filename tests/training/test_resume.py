@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mmattn.training import TrainingStoppedError, latest_checkpoint, train
 from tests.training.pieces import KilledTask, assert_whole, kill_at_call, run_in_child, run_piece, timeless_lines
-from tests.training.toy import ToyTask, toy_config
+from tests.training.toy import RaggedTask, ToyTask, toy_config
 
 OPTIONS = {"max_steps": 40, "save_every": 7, "eval_every": 10, "ema_decay": 0.9, "micro_batch_size": 4}
 
@@ -47,6 +47,25 @@ def test_killed_twice_equals_unbroken(tmp_path, unbroken, num_workers):
     assert result.step == 40
     assert len(result.losses) == 40 - 21
     assert_equal_runs(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_killed_with_batches_by_tokens_equals_unbroken(tmp_path, num_workers):
+    options = {**OPTIONS, "micro_batch_size": None, "batch_tokens": 20, "micro_batch_tokens": 8}
+
+    def piece(name, at_call=None, *, resume=False, workers=0):  # in children, which all have as many threads
+        task = KilledTask(at_call)
+        task.lengths, task.collate = RaggedTask().lengths, RaggedTask().collate
+        run = functools.partial(run_piece, tmp_path / name, resume=resume, task=task, num_workers=workers, **options)
+        return run_in_child(run)
+
+    assert piece("unbroken") == 0
+    for at_call in (45, 33):
+        assert piece("pieces", at_call, resume=at_call != 45, workers=num_workers) == -signal.SIGKILL
+        assert_whole(tmp_path / "pieces")
+    assert piece("pieces", resume=True, workers=num_workers) == 0
+    assert timeless_lines(tmp_path / "unbroken")[-2]["examples"] > 3 * 23  # several epochs
+    assert_equal_runs(tmp_path / "pieces", tmp_path / "unbroken")
 
 
 def test_killed_at_random_steps(tmp_path, unbroken):

@@ -13,7 +13,7 @@ from mmattn.errors import CheckpointError, ConfigError, OptionalPackageError, Us
 from mmattn.training import TrainingConfig, train
 from mmattn.training.lock import OutputLock
 from tests.training.pieces import run_in_child
-from tests.training.toy import ToyTask, toy_config
+from tests.training.toy import RaggedTask, ToyTask, toy_config
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,40 @@ def test_changed_mathematics_is_refused_in_place_and_said_elsewhere(finished, tm
     said = capsys.readouterr().err
     assert "differs from the checkpoint: learning_rate: 0.05 -> 0.1" in said
     assert "a new run from" in said
+
+
+def test_batches_by_tokens_that_change_are_refused(tmp_path, capsys):
+    options = {"batch_tokens": 20, "max_steps": 4}
+    train(RaggedTask(), toy_config(tmp_path, **options))
+    said = capsys.readouterr().err
+    assert "precision no, batches of up to 20 tokens\n" in said
+    assert re.search(r"batches by tokens: \d+ batches an epoch, \d\d% of the slots hold tokens; batch_size is", said)
+    for other in (21, None):
+        config = toy_config(tmp_path, **{**options, "batch_tokens": other})
+        refuse(rf"\(batch_tokens: 20 -> {other}", config, RaggedTask(), resume=True)
+    task = RaggedTask()
+    task.lengths[3] += 1
+    refuse(r"\(lengths_checksum: \w+ -> \w+\)", toy_config(tmp_path, **options), task, resume=True)
+    options = {**options, "batch_size": 999, "micro_batch_tokens": 8, "max_steps": 5}
+    assert train(RaggedTask(), toy_config(tmp_path, **options), resume=True).step == 5
+    said = capsys.readouterr().err
+    assert "losses agree to rounding only: micro_batch_tokens: None -> 8" in said
+    assert "batches of up to 20 tokens in micro-batches of up to 8\n" in said
+
+
+def test_examples_and_tokens_are_not_mixed():
+    refuse_settings = [
+        ({"batch_tokens": 0}, "batch_tokens must be at least 1 or null, not 0"),
+        ({"batch_tokens": 9, "micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1 or null, not 0"),
+        ({"micro_batch_tokens": 8}, "micro_batch_tokens needs batch_tokens: set it, or use micro_batch_size"),
+        (
+            {"batch_tokens": 9, "micro_batch_size": 2},
+            "micro_batch_size counts examples, and batch_tokens is set: use micro_batch_tokens",
+        ),
+    ]
+    for changes, message in refuse_settings:
+        with pytest.raises(ConfigError, match=message):
+            toy_config("x", **changes).validate()
 
 
 def test_changed_frozen_weights_are_refused(finished):

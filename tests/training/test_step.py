@@ -8,14 +8,15 @@ from accelerate import Accelerator
 
 from mmattn.errors import UsageError
 from mmattn.training import Loss, read_metrics, train
+from mmattn.training.batches import make_sampler
 from mmattn.training.step import BufferGuard, run_step, seed_draws
-from tests.training.toy import ToyTask, toy_config
+from tests.training.toy import LENGTH, VOCAB, RaggedTask, ToyTask, toy_config
 
 FLOAT64 = {"dropout_p": 0.0, "dtype": torch.float64, "has_batch_norm": False}
 
 
-def gradients(micro_batch_sizes):
-    task = ToyTask(**FLOAT64)
+def gradients(micro_batch_sizes, task_class=ToyTask, **options):
+    task = task_class(**FLOAT64)
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.SGD([p for p in task.model.parameters() if p.requires_grad], lr=0.0)
     model, optimizer = accelerator.prepare(task.model, optimizer)
@@ -24,7 +25,7 @@ def gradients(micro_batch_sizes):
     for size in micro_batch_sizes:
         batches.append(task.collate(draws[:size]))
         draws = draws[size:]
-    result = run_step(task, model, optimizer, accelerator, batches, max_grad_norm=None)
+    result = run_step(task, model, optimizer, accelerator, batches, max_grad_norm=None, **options)
     return result, {name: p.grad for name, p in task.model.named_parameters() if p.requires_grad}
 
 
@@ -47,6 +48,49 @@ def test_micro_batches_equal_one_batch_over_a_run(tmp_path):
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
     assert losses[2] == pytest.approx(losses[0], rel=1e-9)
+
+
+def test_batches_by_tokens_in_unequal_micro_batches_equal_one_batch_over_a_run(tmp_path):
+    def run(name, **options):
+        result = train(RaggedTask(**FLOAT64), toy_config(tmp_path / name, batch_tokens=20, **options))
+        lines = read_metrics(tmp_path / name / "metrics.jsonl")
+        return result.losses, [line["grad_norm"] for line in lines], lines[-1]["examples"], lines[-1]["tokens"]
+
+    whole, cut = run("whole"), run("cut", micro_batch_tokens=8)
+    assert cut[0] == pytest.approx(whole[0], rel=1e-9)
+    assert cut[1] == pytest.approx(whole[1], rel=1e-6)
+    assert cut[2:] == whole[2:]
+    sampler = make_sampler(RaggedTask(), toy_config(tmp_path, batch_tokens=20))
+    draws = [draw for step in range(20) for draw in sampler.draws(step)]
+    assert whole[2:] == (len(draws), sum(1 + example % LENGTH for _, example in draws))
+
+
+def test_fill_ins_count_for_nothing():
+    whole, expected = gradients([7, 3])
+    result, found = gradients([7, 3, 5], num_scored=2)
+    assert (result.loss, result.count, result.parts) == (whole.loss, whole.count, whole.parts)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    nothing, found = gradients([3], num_scored=0)
+    assert (nothing.count, nothing.loss, nothing.skip_reason) == (0, 0.0, "the batch holds nothing to score")
+    assert not any(gradient.any() for gradient in found.values())
+
+
+def test_an_auxiliary_loss_per_scored_token_is_exact_and_logged_by_its_own_count():
+    """As fairseq divides its guided alignment loss; `parts` may have another count."""
+
+    class Guided(ToyTask):
+        def loss(self, model, batch):
+            loss = super().loss(model, batch)
+            is_first = batch["labels"] == VOCAB // 2
+            total = model(batch["input_ids"], batch["scale"]).square().sum(-1)[is_first].sum()
+            return Loss(loss.total + 0.3 * total, loss.count, {"guided": (total, int(is_first.sum()))})
+
+    whole, expected = gradients([11], task_class=Guided)
+    result, found = gradients([1, 7, 3], task_class=Guided)
+    assert result.loss == pytest.approx(whole.loss, rel=1e-12)
+    assert result.parts["guided"] == pytest.approx(whole.parts["guided"], rel=1e-12)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-9)
 
 
 def test_the_norm_is_logged_before_clipping(tmp_path):

@@ -89,3 +89,17 @@ def toy_config(folder: Path, **changes: Any) -> TrainingConfig:
         "log_every": 5,
     }
     return TrainingConfig(**{**settings, **changes})
+
+
+class RaggedTask(ToyTask):
+    """The toy with token counts, padded to the longest of a batch only."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.lengths = np.array([1 + example % LENGTH for example in range(len(self))])
+
+    def collate(self, draws: Sequence[Draw]) -> Batch:
+        batch = super().collate(draws)
+        assert self.lengths is not None
+        longest = int(self.lengths[[example for _, example in draws]].max())
+        return {**batch, "input_ids": batch["input_ids"][:, :longest], "labels": batch["labels"][:, :longest]}
