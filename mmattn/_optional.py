@@ -14,6 +14,7 @@ _EXTRA_OF = {
     "sacrebleu": "recipes",
     "sentencepiece": "recipes",
     "sacremoses": "recipes",
+    "polib": "recipes",
     "matplotlib": "plot",
     "tensorboard": "all",
 }

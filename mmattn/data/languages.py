@@ -96,14 +96,6 @@ class LanguageCodes:
             texts = [f">>{self.check(tgt_lang, 'tgt_lang')}<< {text}" for text in texts]
         return list(tokenizer(list(texts)).input_ids)
 
-    def target_ids(self, texts: Sequence[str], tgt_lang: str | None = None) -> list[Any]:
-        """Token ids of target texts in one language, up to and with the end token, without a language token."""
-        tokenizer = self._tokenizer
-        if not texts:
-            return []
-        ids = tokenizer(text_target=list(texts), add_special_tokens=False).input_ids
-        return [[*row, tokenizer.eos_token_id] for row in ids]
-
     def has_tag(self, text: str) -> bool:
         """Whether a source text names its target by itself, as `>>deu<< ...`."""
         match = re.match(r">>([^<]+)<<", text)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mmattn.data.records import ImageTextSource
 from mmattn.data.scenes import SceneDataset
 from mmattn.data.skipping import SkippingSource
 from mmattn.data.spec import SPLITS, DataConfig
 from mmattn.data.stamps import StampsSource
-from mmattn.data.tables import TableSource, read_table, root_cause
+from mmattn.data.tables import TableSource, hub_split, load_hub, read_table
 from mmattn.errors import DataError
-
-if TYPE_CHECKING:
-    from datasets import DatasetDict
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-_EVAL_SPLITS = ("validation", "test", "val", "dev")
 
 
 def open_image_text(spec: DataConfig, split: str = "train") -> ImageTextSource:
@@ -111,31 +106,7 @@ def _metadata_file(folder: Path) -> str:
 
 
 def _open_hub(spec: DataConfig, path: str, split: str) -> TableSource:
-    tables = _load_hub(spec, path)
-    if split == "train":
-        name = spec.train_split
-    else:
-        name = spec.eval_split or next((name for name in (split, *_EVAL_SPLITS) if name in tables), spec.train_split)
-    if name not in tables:
-        raise DataError(
-            f"{path} has no split {name!r}, it has {', '.join(map(str, tables))}; set data.train_split, data.eval_split"
-        )
+    tables = load_hub(path, spec.hub_config, spec.revision)
+    name, has_own = hub_split(tables, path, split, spec.train_split, spec.eval_split)
     source = TableSource(tables[name], spec.columns, name=f"{path}/{name}", max_pixels=spec.max_pixels)
-    others = [other for other in (spec.eval_split, *_EVAL_SPLITS) if other in tables and other != spec.train_split]
-    return source if others else _part(source, spec, split)
-
-
-def _load_hub(spec: DataConfig, path: str) -> DatasetDict:
-    from datasets import DatasetDict, load_dataset
-
-    try:
-        tables = load_dataset(path, spec.hub_config, revision=spec.revision)
-    except Exception as error:  # network, access, missing id, unsupported layout: each with a class of its own
-        first = str(error).strip().splitlines()
-        reason = first[0] if first else root_cause(error)
-        raise DataError(
-            f"{path}: cannot be loaded with datasets ({reason}); check data.path and the network"
-        ) from error
-    if not isinstance(tables, DatasetDict) or not tables:
-        raise DataError(f"{path} is empty: no splits")
-    return tables
+    return source if has_own else _part(source, spec, split)

@@ -14,6 +14,11 @@ _LOGGER = logging.getLogger(__name__)
 _TRIES = 100
 
 
+def allowed_bad(size: int, max_bad_fraction: float, max_bad: int | None) -> int:
+    """How many of `size` examples may be bad: `max_bad`, or that part of them, but at least one."""
+    return max(1, math.floor(max_bad_fraction * size)) if max_bad is None else max_bad
+
+
 class SkippingSource:
     """A source in which a record that cannot be read is replaced by another, always by the same one.
 
@@ -31,7 +36,7 @@ class SkippingSource:
         self, source: ImageTextSource, *, seed: int = 0, max_bad_fraction: float = 0.05, max_bad: int | None = None
     ) -> None:
         self.source, self.seed = source, seed
-        self.max_bad = max(1, math.floor(max_bad_fraction * len(source))) if max_bad is None else max_bad
+        self.max_bad = allowed_bad(len(source), max_bad_fraction, max_bad)
         self.bad: dict[int, str] = {}
 
     @property

@@ -16,7 +16,7 @@ from mmattn.data.records import ImageTextRecord, TextItem
 from mmattn.errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
     from mmattn.data.spec import ColumnConfig
 
@@ -28,9 +28,12 @@ _FORMATS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
+_EVAL_SPLITS = ("validation", "test", "val", "dev")
 _USUAL = {
     "image": ("image", "file_name", "img", "path", "jpg", "png"),
     "text": ("caption", "captions", "answer", "label"),
+    "source": ("src", "source_text", "sentence1", "input"),
+    "target": ("tgt", "trg", "target_text", "sentence2", "output"),
 }
 
 
@@ -71,7 +74,7 @@ class TableSource:
         used |= {"kind": columns.kind, "group": columns.group}
         for role, column in used.items():
             if column is not None and column not in table.column_names:
-                raise DataError(_missing_column(name, role, column, table.column_names))
+                raise DataError(missing_column(name, role, column, table.column_names))
         if isinstance(table.features[self.image_column], ImageFeature):
             table = table.cast_column(self.image_column, ImageFeature(decode=False))
         self.table = table.select_columns(sorted({column for column in used.values() if column is not None}))
@@ -169,12 +172,31 @@ def _texts(value: Any) -> list[str]:
     return [text for item in values if item is not None and (text := str(item).strip())]
 
 
-def _missing_column(name: str, role: str, column: str, present: Sequence[str]) -> str:
+def missing_column(name: str, role: str, column: str, present: Sequence[str]) -> str:
+    """The message for a column that a table does not have; `role` is its key under `data.columns`."""
     near = difflib.get_close_matches(column, present, n=1, cutoff=0.6)
     near = near or [other for other in _USUAL.get(role, ()) if other in present]
     hint = f"; nearest: {near[0]!r}" if near else ""
     columns = ", ".join(repr(other) for other in present)
     return f"{name} has no column {column!r}, it has {columns}{hint}; set data.columns.{role}"
+
+
+def table_files(path: str) -> tuple[list[str], str]:
+    """The files that a path or glob means, and what they end in: ".csv".
+
+    Raises:
+        DataError: no such file, another kind of file, or nothing in it.
+    """
+    files = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+    if not files or not Path(files[0]).is_file():
+        kind = "is a folder, not a file" if Path(path).is_dir() else "no such file"
+        raise DataError(f"{path}: {kind}; set data.path to a JSONL, CSV or Parquet file")
+    suffix = Path(files[0]).suffix.lower()
+    if suffix not in _FORMATS:
+        raise DataError(f"{path}: unknown kind of table {suffix!r}: use {', '.join(_FORMATS)}")
+    if not any(Path(file).stat().st_size for file in files):
+        raise DataError(f"{path} is empty: no rows")
+    return files, suffix
 
 
 def read_table(path: str) -> tuple[Dataset, Path]:
@@ -185,15 +207,7 @@ def read_table(path: str) -> tuple[Dataset, Path]:
     """
     from datasets import load_dataset
 
-    files = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
-    if not files or not Path(files[0]).is_file():
-        kind = "is a folder, not a file" if Path(path).is_dir() else "no such file"
-        raise DataError(f"{path}: {kind}; set data.path to a JSONL, CSV or Parquet file")
-    suffix = Path(files[0]).suffix.lower()
-    if suffix not in _FORMATS:
-        raise DataError(f"{path}: unknown kind of table {suffix!r}: use {', '.join(_FORMATS)}")
-    if not any(Path(file).stat().st_size for file in files):
-        raise DataError(f"{path} is empty: no rows")
+    files, suffix = table_files(path)
     options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
     try:
         table = load_dataset(_FORMATS[suffix], data_files=files, split="train", **options)
@@ -202,6 +216,48 @@ def read_table(path: str) -> tuple[Dataset, Path]:
             raise DataError(f"{path} is empty: no rows") from error
         raise DataError(f"{path}: cannot be read as {_FORMATS[suffix]} ({root_cause(error)})") from error
     return table, Path(files[0]).parent
+
+
+def load_hub(path: str, name: str | None = None, revision: str | None = None) -> DatasetDict:
+    """Every split of a data set on the Hugging Face hub, or of a folder in its layout.
+
+    Args:
+        path: Id or folder.
+        name: The data set's configuration.
+        revision: Branch, tag or commit.
+
+    Raises:
+        DataError: it cannot be loaded, or has no splits.
+    """
+    from datasets import DatasetDict, load_dataset
+
+    try:
+        tables = load_dataset(path, name, revision=revision)
+    except Exception as error:  # network, access, missing id, unsupported layout: each with a class of its own
+        first = str(error).strip().splitlines()
+        reason = first[0] if first else root_cause(error)
+        raise DataError(
+            f"{path}: cannot be loaded with datasets ({reason}); check data.path and the network"
+        ) from error
+    if not isinstance(tables, DatasetDict) or not tables:
+        raise DataError(f"{path} is empty: no splits")
+    return tables
+
+
+def hub_split(tables: DatasetDict, path: str, split: str, train_split: str, eval_split: str | None) -> tuple[str, bool]:
+    """The name of the split to use, and whether the data set has one of its own for scores.
+
+    Raises:
+        DataError: the split that is asked for is not there.
+    """
+    name = train_split
+    if split != "train":
+        name = eval_split or next((name for name in (split, *_EVAL_SPLITS) if name in tables), train_split)
+    if name not in tables:
+        raise DataError(
+            f"{path} has no split {name!r}, it has {', '.join(map(str, tables))}; set data.train_split, data.eval_split"
+        )
+    return name, any(other in tables and other != train_split for other in (eval_split, *_EVAL_SPLITS))
 
 
 def root_cause(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Scenes as a data set: pictures, captions, questions, translations and regions, made when asked for."""
+"""Scenes as a data set: pictures, captions, questions and regions, made when asked for."""
 
 from __future__ import annotations
 
@@ -96,10 +96,6 @@ class SceneDataset:
             ImageTextRecord(f"{self.name}/{index}", image, items, {"scene": scene})
             for index, image, items, scene in zip(indices, images, texts, scenes, strict=True)
         ]
-
-    def translations(self, index: int) -> tuple[grammar.Translation, ...]:
-        """English and German wordings of one scene, the canonical captions first."""
-        return grammar.translations(self.scenes([index])[0])
 
     def regions(self, index: int) -> tuple[ObjectRegion, ...]:
         """Each object's pixels, in the order in which the canonical caption names them."""

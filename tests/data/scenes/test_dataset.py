@@ -84,11 +84,6 @@ def test_backgrounds_vary_but_are_never_as_colourful_as_objects():
         assert np.quantile(chroma[away], 0.95) < 60
 
 
-def test_translations_start_with_the_caption():
-    data = SceneDataset("train", 20)
-    assert data.translations(4)[0].english == data[4].texts[0].text
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -76,32 +76,6 @@ def test_every_colour_and_shape_has_a_german_word():
     assert "eine große türkisfarbene Raute" in words
 
 
-def test_wordings_say_the_same_in_both_languages_and_both_ways_round():
-    wordings = grammar.translations(_scene(BLUE_SQUARE, RED_CIRCLE))
-    pairs = {wording.english: wording.german for wording in wordings}
-    assert len(pairs) == len(wordings) == 12
-    assert pairs["the small red circle is right of the large blue square"] == (
-        "der kleine rote Kreis ist rechts von dem großen blauen Quadrat"
-    )
-    assert pairs["the picture shows a large blue square left of a small red circle"] == (
-        "das Bild zeigt ein großes blaues Quadrat links von einem kleinen roten Kreis"
-    )
-    assert pairs["there are a large blue square and a small red circle"] == (
-        "es gibt ein großes blaues Quadrat und einen kleinen roten Kreis"
-    )
-    one = {wording.english: wording.german for wording in grammar.translations(_scene(YELLOW_DIAMOND))}
-    assert one["the diamond is small and yellow"] == "die Raute ist klein und gelb"
-    assert one["a picture of a small yellow diamond"] == "ein Bild von einer kleinen gelben Raute"
-
-
-def test_relations_in_german_follow_the_english_ones():
-    german = {"left of": "links von", "right of": "rechts von", "above": "über", "below": "unter"}
-    for scene in draw_scenes(0, "test", range(200), 3):
-        for wording in grammar.translations(scene):
-            for word, translation in german.items():
-                assert (word in wording.english) == (translation in wording.german.lower())
-
-
 def test_caption_words_cover_the_captions():
     words = set(grammar.caption_words())
     for scene in draw_scenes(0, "heldout", range(200), 3):

@@ -1,0 +1,245 @@
+"""One door to every parallel corpus that a config can name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmattn.data.gettext_catalogs import read_catalogs
+from mmattn.data.office_help import open_office_help
+from mmattn.data.pair_table import PairBuilder, PairFilter, PairTable
+from mmattn.data.parallel_spec import OFFICE_HELP_WORDS, SPLITS, ParallelColumns, ParallelConfig, ParallelPart
+from mmattn.data.scenes.translation import SceneTranslations
+from mmattn.data.sentence_pairs import JoinedPairs, ParallelSource
+from mmattn.data.tables import hub_split, load_hub, missing_column, read_table, table_files
+from mmattn.data.text_rows import aligned_lines, delimited_rows, json_rows, require_file
+from mmattn.errors import DataError
+
+Row = tuple[str, dict[str, Any] | DataError]
+"""Where a row is ("line 17"), and its columns or what is wrong with it."""
+
+_LINE_FORMATS = (".jsonl", ".ndjson", ".csv", ".tsv")
+
+
+def open_parallel(spec: ParallelPart, split: str = "train") -> ParallelSource:
+    """Opens a data set of sentence pairs, and looks every pair through.
+
+    Args:
+        spec: The `data:` section of a config, or one of its parts.
+        split: "train", "validation", "test"; scenes also have "heldout". Data with only one other split, or none,
+            gives that, or a part put aside, for both "validation" and "test".
+
+    Raises:
+        DataError: missing, empty, unreadable or with other columns, too many bad lines, or files of different length;
+            the message says what to do.
+    """
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+    if isinstance(spec, ParallelConfig) and spec.parts:
+        return JoinedPairs([open_parallel(part, split) for part in spec.parts])
+    if spec.kind == "scenes":
+        return _open_scenes(spec, split)
+    if split == "heldout":
+        raise DataError(f"data.kind={spec.kind} has no split 'heldout': use train, validation or test")
+    return _limited(_OPENERS[spec.kind](spec, split), spec, split)
+
+
+def pair_builder(spec: ParallelPart, name: str) -> PairBuilder:
+    """Checks pairs as a config asks for."""
+    keeps = PairFilter(
+        spec.min_words, spec.max_words, spec.max_ratio, bool(spec.drop_equal), bool(spec.drop_duplicates)
+    )
+    return PairBuilder(
+        name,
+        spec.src_lang,
+        spec.tgt_lang,
+        keeps=keeps,
+        max_bad_fraction=spec.max_bad_fraction,
+        max_bad=spec.max_bad,
+    )
+
+
+def part_of(table: PairTable, spec: ParallelPart, split: str, *, has_own: bool) -> PairTable:
+    """The pairs of one split of a table.
+
+    Args:
+        table: All pairs that there are for training, or those for scores where they have files of their own.
+        spec: How large a part is put aside.
+        split: Which part is wanted.
+        has_own: Whether scores have pairs of their own elsewhere.
+    """
+    if has_own or (spec.eval_fraction == 0 and split == "train"):
+        return table
+    if spec.eval_fraction == 0:
+        raise DataError(f"{table.name} has no pairs for split {split!r}: set data.eval_path or data.eval_fraction")
+    return table.split_off(spec.eval_fraction, spec.seed, wants_rest=split == "train")
+
+
+def _limited(table: PairTable, spec: ParallelPart, split: str) -> PairTable:
+    if spec.limit is not None and spec.limit < len(table):
+        table = table.keep(range(spec.limit))
+    if split != "train" and spec.eval_limit is not None and spec.eval_limit < len(table):
+        table = table.keep(np.linspace(0, len(table) - 1, spec.eval_limit).round())
+    return table
+
+
+def _open_scenes(spec: ParallelPart, split: str) -> ParallelSource:
+    limits = [spec.limit] if split == "train" else [spec.limit, spec.eval_limit]
+    size = min([spec.size if split == "train" else spec.eval_size, *(limit for limit in limits if limit is not None)])
+    src_lang = spec.src_lang or ("de" if spec.tgt_lang == "en" else "en")
+    tgt_lang = spec.tgt_lang or ("de" if src_lang == "en" else "en")
+    return SceneTranslations(split, size, spec.seed, src_lang=src_lang, tgt_lang=tgt_lang)
+
+
+def _open_office_help(spec: ParallelPart, split: str) -> PairTable:
+    low, high = OFFICE_HELP_WORDS
+    whole = dataclasses.replace(
+        spec,
+        src_lang=spec.src_lang or ("de" if spec.tgt_lang == "en" else "en"),
+        tgt_lang=spec.tgt_lang or ("en" if spec.src_lang not in (None, "en") else "de"),
+        min_words=low if spec.min_words is None else spec.min_words,
+        max_words=high if spec.max_words is None else spec.max_words,
+        drop_equal=spec.drop_equal is not False,
+        drop_duplicates=spec.drop_duplicates is not False,
+    )
+    builder = pair_builder(whole, "office-help")
+    return open_office_help(spec.path, builder, split, spec.seed)
+
+
+def _open_files(spec: ParallelPart, split: str) -> PairTable:
+    if spec.path is None:
+        raise DataError("data.kind=files needs data.path")
+    path = spec.path if split == "train" or spec.eval_path is None else spec.eval_path
+    table = _read_rows(spec, path, _file_rows(spec, path))
+    return part_of(table, spec, split, has_own=spec.eval_path is not None)
+
+
+def _file_rows(spec: ParallelPart, path: str) -> Iterator[Row]:
+    files, suffix = table_files(path)
+    if suffix not in _LINE_FORMATS:
+        yield from _table_rows(read_table(path)[0])
+        return
+    for file in files:
+        if suffix in (".csv", ".tsv"):
+            delimiter = "," if suffix == ".csv" else "\t"
+            rows = delimited_rows(file, delimiter, header=spec.header, quoting=spec.quoting)
+        else:
+            rows = json_rows(file)
+        where = "" if len(files) == 1 else f"{file} "
+        for number, row in rows:
+            yield f"{where}line {number}", row
+
+
+def _table_rows(table: Any) -> Iterator[Row]:
+    """The rows of a datasets.Dataset, which stays on disk."""
+    number = 0
+    for batch in table.iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            yield f"row {number}", dict(zip(batch, values, strict=True))
+
+
+def _open_aligned(spec: ParallelPart, split: str) -> PairTable:
+    paths = spec.source_path, spec.target_path
+    has_own = spec.eval_source_path is not None
+    if split != "train" and has_own:
+        paths = spec.eval_source_path, spec.eval_target_path
+    source_path, target_path = paths
+    if source_path is None or target_path is None:
+        raise DataError("data.kind=aligned needs data.source_path and data.target_path")
+    for path in paths:
+        require_file(str(path))
+    builder = pair_builder(spec, f"{source_path} + {target_path}")
+    for number, source, target in aligned_lines(source_path, target_path):
+        builder.add(f"line {number}", source, target)
+    return part_of(builder.finish(), spec, split, has_own=has_own)
+
+
+def _open_hub(spec: ParallelPart, split: str) -> PairTable:
+    if spec.path is None:
+        raise DataError("data.kind=hub needs data.path")
+    tables = load_hub(spec.path, spec.hub_config, spec.revision)
+    name, has_own = hub_split(tables, spec.path, split, spec.train_split, spec.eval_split)
+    table = _read_rows(spec, f"{spec.path}/{name}", _table_rows(tables[name]))
+    return part_of(table, spec, split, has_own=has_own)
+
+
+def _open_gettext(spec: ParallelPart, split: str) -> PairTable:
+    if spec.path is None:
+        raise DataError("data.kind=gettext needs data.path: a .po or .mo file, or a folder such as /usr/share/locale")
+    path = spec.path if split == "train" or spec.eval_path is None else spec.eval_path
+    table = read_catalogs(path, pair_builder(spec, path))
+    return part_of(table, spec, split, has_own=spec.eval_path is not None)
+
+
+_OPENERS: dict[str, Callable[[ParallelPart, str], PairTable]] = {
+    "files": _open_files,
+    "aligned": _open_aligned,
+    "hub": _open_hub,
+    "office-help": _open_office_help,
+    "gettext": _open_gettext,
+}
+
+
+def _read_rows(spec: ParallelPart, name: str, rows: Iterable[Row]) -> PairTable:
+    builder, reader = pair_builder(spec, name), None
+    for place, row in rows:
+        if isinstance(row, DataError):
+            builder.add_bad(place, str(row))
+            continue
+        if reader is None:
+            reader = _RowReader(spec, name, list(row), row)
+        builder.add(place, **reader.values(row))
+    return builder.finish()
+
+
+class _RowReader:
+    """Takes pairs out of rows, by the columns that the first row has.
+
+    Raises:
+        DataError: a column that is not there, or a `translation` column without languages to take from it.
+    """
+
+    def __init__(self, spec: ParallelPart, name: str, present: Sequence[str], first: dict[str, Any]) -> None:
+        columns: ParallelColumns = spec.columns
+        self.others = {
+            key: column
+            for key in ("src_lang", "tgt_lang", "alignment", "kind")
+            if (column := getattr(columns, key)) is not None
+        }
+        self.languages: tuple[str, str] | None = None
+        self.sides = {"source": columns.source, "target": columns.target}
+        if columns.source is None and columns.target is None and isinstance(first.get("translation"), dict):
+            self.languages = self._translation_languages(spec, name, first["translation"])
+        else:
+            usual = ("source", "target") if spec.header or "1" not in present else ("1", "2")
+            for side, default in zip(self.sides, usual, strict=True):
+                self.sides[side] = self.sides[side] or default
+        used = self.others if self.languages else {**self.sides, **self.others}
+        for role, column in used.items():
+            if column not in present:
+                raise DataError(missing_column(name, role, str(column), present))
+
+    def _translation_languages(self, spec: ParallelPart, name: str, entries: dict[str, Any]) -> tuple[str, str]:
+        known = ", ".join(entries)
+        if spec.src_lang is None or spec.tgt_lang is None:
+            raise DataError(
+                f"{name} has texts by language ({known}) in column 'translation': set data.src_lang and data.tgt_lang"
+            )
+        for language in (spec.src_lang, spec.tgt_lang):
+            if language not in entries:
+                raise DataError(f"{name} has no language {language!r} in column 'translation', it has {known}")
+        return spec.src_lang, spec.tgt_lang
+
+    def values(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What `PairBuilder.add` takes."""
+        if self.languages is not None:
+            entries = row.get("translation") or {}
+            source, target = (entries.get(language) for language in self.languages)
+        else:
+            source, target = (row.get(str(column)) for column in self.sides.values())
+        others = {key: row.get(column) for key, column in self.others.items()}
+        return {"source": source, "target": target, **others}

@@ -1,0 +1,170 @@
+"""What a config says about parallel text: the `data:` section of the translation recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from mmattn.errors import ConfigError
+
+KINDS = ("scenes", "office-help", "files", "aligned", "hub", "gettext")
+SPLITS = ("train", "validation", "test", "heldout")
+OFFICE_HELP_WORDS = (3, 40)
+
+
+@dataclass
+class ParallelColumns:
+    """Which column of the user's table holds what.
+
+    Args:
+        source, target: The sentence and its translation. None takes the languages' entries of a column `translation`
+            ({"en": ..., "de": ...}, the form of many hub data sets) where there is one, else `source` and `target`,
+            or columns 1 and 2 of a file without header.
+        src_lang, tgt_lang: The languages of each row; None where all rows have those of the config.
+        alignment: Word alignment, as "0-0 1-2" or a list of pairs, over words split at white space.
+        kind: Names the sort of sentence, for scores by kind.
+    """
+
+    source: str | None = None
+    target: str | None = None
+    src_lang: str | None = None
+    tgt_lang: str | None = None
+    alignment: str | None = None
+    kind: str | None = None
+
+
+@dataclass
+class ParallelPart:
+    """One data set of sentence pairs.
+
+    Args:
+        kind: "scenes" (built in), "office-help" (LibreOffice help of Debian packages), "files" (JSONL, CSV, TSV or
+            Parquet), "aligned" (two text files, line by line), "hub" (an id on the Hugging Face hub, or a folder in its
+            layout), "gettext" (.po or .mo catalogues).
+        path: File, glob, folder or hub id. office-help: a folder with the unpacked packages; None looks where they are
+            installed. gettext: a catalogue, or a folder that is searched for those of the target language.
+        source_path, target_path: aligned: the two files.
+        eval_path: files, gettext: a file or folder of its own for scores.
+        eval_source_path, eval_target_path: aligned: the same.
+        eval_fraction: Part of the source sentences that is put aside for scores when there is no split for them.
+        seed: Of what is drawn or put aside.
+        limit: Use only so many pairs, the first, of each split.
+        eval_limit: Use only so many pairs for scores, spread evenly.
+        size, eval_size: scenes: pairs for training and for each other split.
+        src_lang, tgt_lang: The languages. Scenes and office-help know "en", "de" (and "es", "fr"); None means en to de
+            there, and unknown elsewhere.
+        columns: Columns of a table.
+        header: Whether a CSV or TSV file starts with the names of its columns; else they are called 1, 2, 3.
+        quoting: Whether quote marks around fields of a CSV or TSV file have their usual meaning. Parallel corpora as
+            TSV often mean them as text.
+        hub_config, revision, train_split, eval_split: Hub: the configuration, revision and names of its splits; None
+            for the default, and for "validation" or "test", whichever there is.
+        min_words, max_words: Leave out pairs with fewer or more words on either side; None for no bound (3 and 40 for
+            office-help).
+        max_ratio: Leave out pairs of which one side has more than so many times the words of the other.
+        drop_equal: Leave out pairs whose sides are equal; None for no (yes for office-help).
+        drop_duplicates: Leave out pairs that came before; None for no (yes for office-help).
+        max_bad_fraction: More bad lines (not UTF-8, one side empty, damaged) than this part of the data are refused;
+            fewer are named, counted and left out.
+        max_bad: The same as a number of lines; wins over the fraction. 0 refuses any.
+    """
+
+    kind: str = "scenes"
+    path: str | None = None
+    source_path: str | None = None
+    target_path: str | None = None
+    eval_path: str | None = None
+    eval_source_path: str | None = None
+    eval_target_path: str | None = None
+    eval_fraction: float = 0.05
+    seed: int = 0
+    limit: int | None = None
+    eval_limit: int | None = None
+    size: int = 100_000
+    eval_size: int = 1000
+    src_lang: str | None = None
+    tgt_lang: str | None = None
+    columns: ParallelColumns = field(default_factory=ParallelColumns)
+    header: bool = True
+    quoting: bool = True
+    hub_config: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    eval_split: str | None = None
+    min_words: int | None = None
+    max_words: int | None = None
+    max_ratio: float | None = None
+    drop_equal: bool | None = None
+    drop_duplicates: bool | None = None
+    max_bad_fraction: float = 0.05
+    max_bad: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check_kind()
+        if not 0 <= self.eval_fraction < 1:
+            raise ConfigError(f"data.eval_fraction must be at least 0 and below 1, not {self.eval_fraction}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"data.max_bad_fraction must lie between 0 and 1, not {self.max_bad_fraction}")
+        for key, least in (("limit", 1), ("eval_limit", 1), ("size", 1), ("eval_size", 1), ("min_words", 1)):
+            _require_least(key, getattr(self, key), least)
+        _require_least("max_words", self.max_words, self.min_words or 1)
+        _require_least("max_ratio", self.max_ratio, 1)
+        _require_least("max_bad", self.max_bad, 0)
+        if self.eval_path is not None and self.kind not in ("files", "gettext"):
+            raise ConfigError(f"data.eval_path is for kinds files and gettext, not {self.kind}")
+        self._check_aligned()
+        filters = ("min_words", "max_words", "max_ratio", "drop_equal", "drop_duplicates")
+        given = [key for key in filters if getattr(self, key) is not None]
+        if self.kind == "scenes" and given:
+            raise ConfigError(f"data.{given[0]} is for other people's text, not for kind scenes")
+
+    def _check_kind(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"data.kind {self.kind!r} is unknown: use one of {', '.join(KINDS)}")
+
+    def _check_aligned(self) -> None:
+        paths = ("source_path", "target_path", "eval_source_path", "eval_target_path")
+        given = [key for key in paths if getattr(self, key) is not None]
+        if self.kind != "aligned":
+            if given:
+                raise ConfigError(f"data.{given[0]} is for kind aligned, not {self.kind}")
+            return
+        if self.path is not None:
+            raise ConfigError(
+                "data.kind=aligned has two files: set data.source_path and data.target_path, not data.path"
+            )
+        for key, other in (paths[:2], paths[2:]):
+            if (getattr(self, key) is None) != (getattr(self, other) is None):
+                raise ConfigError(f"data.{key} and data.{other} belong together: set both")
+
+
+@dataclass
+class ParallelConfig(ParallelPart):
+    """A data set of sentence pairs, or several put together.
+
+    Args:
+        parts: Data sets to put together, each with languages of its own; kind is then "parts", and all but
+            `language_codes` is said in the parts.
+        language_codes: What the model's tokenizer calls a language, where the data calls it otherwise: de: deu_Latn.
+    """
+
+    parts: list[ParallelPart] = field(default_factory=list)
+    language_codes: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.parts) != (self.kind == "parts"):
+            raise ConfigError("data.kind=parts and data.parts belong together: set both, or neither")
+        for item in dataclasses.fields(ParallelPart) if self.parts else ():
+            default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+            if item.name != "kind" and getattr(self, item.name) != default:
+                raise ConfigError(f"data.{item.name} beside data.parts changes nothing: set it in each of the parts")
+
+    def _check_kind(self) -> None:
+        if self.kind != "parts":
+            super()._check_kind()
+
+
+def _require_least(key: str, value: float | None, least: float) -> None:
+    if value is not None and value < least:
+        raise ConfigError(f"data.{key} must be {least} or more, not {value}")
