@@ -25,22 +25,25 @@ class LanguageCodes:
 
     Args:
         tokenizer: a translator's tokenizer.
+
+    Attributes:
+        tokenizer: the same.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer: Any = tokenizer
+        self.tokenizer: Any = tokenizer
 
     @cached_property
     def kind(self) -> str:
         """ "none", "tag" or "token"."""
-        if hasattr(self._tokenizer, "src_lang"):
+        if hasattr(self.tokenizer, "src_lang"):
             return "token"
         return "tag" if self.known else "none"
 
     @cached_property
     def known(self) -> tuple[str, ...]:
         """Codes of the languages, sorted; empty for a tokenizer of one pair."""
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         if hasattr(tokenizer, "lang_code_to_token"):
             return tuple(sorted(tokenizer.lang_code_to_token))
         if hasattr(tokenizer, "src_lang"):
@@ -59,6 +62,8 @@ class LanguageCodes:
             return code
         if not self.known:
             raise UsageError(f"{argument}={code!r}: this model translates one pair of languages, leave {argument} out")
+        if not isinstance(code, str):
+            raise UsageError(f"{argument}={code!r} is no language code: give a str such as {self.known[0]!r}")
         near = difflib.get_close_matches(code, self.known, n=3, cutoff=0.5)
         near += [known for known in self.known if known not in near and known.startswith(code[:2])][: 3 - len(near)]
         hint = f"; nearest: {', '.join(near)}" if near else ""
@@ -69,10 +74,17 @@ class LanguageCodes:
 
     def target_token(self, code: str) -> int:
         """The id of the token that a target text in this language starts with ("token" only)."""
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         self.check(code, "tgt_lang")
         token = tokenizer.lang_code_to_token[code] if hasattr(tokenizer, "lang_code_to_token") else code
         return int(tokenizer.convert_tokens_to_ids(token))
+
+    @cached_property
+    def tokens(self) -> frozenset[str]:
+        """What stands for a language among the tokens, of a source or of a target text."""
+        if self.kind == "tag":
+            return frozenset(f">>{code}<<" for code in self.known)
+        return frozenset(getattr(self.tokenizer, "lang_code_to_token", {}).values() or self.known)
 
     def source_ids(self, texts: Sequence[str], src_lang: str | None = None, tgt_lang: str | None = None) -> list[Any]:
         """Token ids of source texts in one language, for one target language.
@@ -80,20 +92,25 @@ class LanguageCodes:
         Args:
             texts: the texts.
             src_lang: their language ("token" only); None: the tokenizer's own.
-            tgt_lang: the language to translate into ("tag" only; elsewhere the first target token says it).
+            tgt_lang: the language to translate into ("tag" only; elsewhere the first target token says it). A text
+                that names its target by itself keeps it.
 
         Raises:
-            UsageError: an unknown code, or one that the tokenizer has no use for.
+            UsageError: an unknown code.
         """
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         if not texts:
             return []
-        if self.kind == "token":
-            if src_lang is not None:
-                tokenizer.src_lang = self.check(src_lang, "src_lang")
-            return list(tokenizer(list(texts)).input_ids)
+        if self.kind == "token" and src_lang is not None:
+            own = tokenizer.src_lang
+            tokenizer.src_lang = self.check(src_lang, "src_lang")
+            try:
+                return list(tokenizer(list(texts)).input_ids)
+            finally:
+                tokenizer.src_lang = own
         if self.kind == "tag" and tgt_lang is not None:
-            texts = [f">>{self.check(tgt_lang, 'tgt_lang')}<< {text}" for text in texts]
+            tag = f">>{self.check(tgt_lang, 'tgt_lang')}<< "
+            texts = [text if self.has_tag(text) else tag + text for text in texts]
         return list(tokenizer(list(texts)).input_ids)
 
     def has_tag(self, text: str) -> bool:

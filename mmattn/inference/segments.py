@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,10 +66,15 @@ def split_line(line: str, count_tokens: Callable[[str], int], limit: int, *, may
             f"{place} has {count} tokens, this model takes {limit}: shorten it, or let it be split at its sentence ends"
             " (on_long='split')"
         )
+    cuts = [0, *(found.end() for found in _SENTENCE_END.finditer(line)), len(line)]
     parts: list[str] = []
-    for sentence in filter(None, (piece.strip() for piece in _SENTENCE_END.split(line))):
-        if parts and count_tokens(f"{parts[-1]} {sentence}") <= limit:
-            parts[-1] = f"{parts[-1]} {sentence}"
+    first = 0  # where the last part begins
+    for start, end in itertools.pairwise(cuts):
+        sentence, joined = line[start:end].strip(), line[first:end].strip()
+        if not sentence:
+            continue
+        if parts and count_tokens(joined) <= limit:
+            parts[-1] = joined
             continue
         count = count_tokens(sentence)
         if count > limit:
@@ -76,4 +82,5 @@ def split_line(line: str, count_tokens: Callable[[str], int], limit: int, *, may
                 f"{place} holds a sentence of {count} tokens, this model takes {limit}: cut it ({sentence[:40]!r}...)"
             )
         parts.append(sentence)
+        first = start
     return parts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -67,6 +67,13 @@ class EncodedSources:
         """Bytes held."""
         return sum(batch.nbytes for batch in self.batches)
 
+    def segment(self, number: int) -> EncodedBatch:
+        """A batch of one segment."""
+        batch = next(batch for batch in self.batches if number in batch.numbers)
+        rows = torch.tensor([batch.numbers.index(number)])
+        contexts = tuple(None if each is None else each.select(rows) for each in batch.contexts)
+        return EncodedBatch([number], contexts)
+
 
 def make_plan(
     texts: str | Sequence[str],
@@ -80,14 +87,19 @@ def make_plan(
     """Cut texts into lines and lines into segments of at most `limit` tokens.
 
     Raises:
-        UsageError: no texts, languages that do not fit, or a line that is too long.
+        UsageError: something other than texts, languages that do not fit, or a line that is too long.
     """
     is_single = isinstance(texts, str)
+    if not is_single and (isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable)):
+        raise UsageError(f"texts is a {type(texts).__name__}: give a str or a list of them")
     given = [texts] if isinstance(texts, str) else list(texts)
     wrong = next((number for number, text in enumerate(given) if not isinstance(text, str)), None)
     if wrong is not None:
         raise UsageError(f"text {wrong + 1} of {len(given)} is a {type(given[wrong]).__name__}, not a str")
-    sources, targets = _each(src_lang, given, "src_lang"), _each(tgt_lang, given, "tgt_lang")
+    sources, targets = each_text(src_lang, len(given), "src_lang"), each_text(tgt_lang, len(given), "tgt_lang")
+    for code in dict.fromkeys(targets):
+        if code is not None:
+            languages.check(code, "tgt_lang")
     pieces: list[tuple[str, str | None, str | None]] = []
     documents = []
     for number, (text, source, target) in enumerate(zip(given, sources, targets, strict=True)):
@@ -104,15 +116,22 @@ def make_plan(
     return Plan(documents, _segments(pieces, languages), is_single)
 
 
-def _each(lang: str | Sequence[str] | None, texts: Sequence[str], argument: str) -> list[str | None]:
+def each_text(lang: str | Sequence[str] | None, num_texts: int, argument: str) -> list[str | None]:
+    """A language for each text.
+
+    Raises:
+        UsageError: another number of languages, or no languages at all.
+    """
     if lang is None or isinstance(lang, str):
-        return [lang] * len(texts)
-    if len(lang) != len(texts):
-        raise UsageError(f"{len(lang)} {argument} for {len(texts)} texts: give one, or one for each text")
+        return [lang] * num_texts
+    if not isinstance(lang, Sequence):
+        raise UsageError(f"{argument} is a {type(lang).__name__}: give one code, or one for each text")
+    if len(lang) != num_texts:
+        raise UsageError(f"{len(lang)} {argument} for {num_texts} texts: give one, or one for each text")
     return list(lang)
 
 
-def _counter(languages: LanguageCodes, source: str | None, target: str | None):
+def _counter(languages: LanguageCodes, source: str | None, target: str | None) -> Callable[[str], int]:
     def count(text: str) -> int:
         return len(languages.source_ids([text], source, target)[0])
 

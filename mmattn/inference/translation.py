@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
+from mmattn.data.languages import LanguageCodes
 from mmattn.errors import UsageError
 from mmattn.inference.alignments import Alignment, align_words, join_alignments
 from mmattn.inference.decode import DecodeSettings, Generated, decode, stream
@@ -47,7 +47,7 @@ class TargetSide:
 
     Args:
         network: the network.
-        tokenizer: its tokenizer.
+        codes: its tokenizer and languages.
         settings: how to decode.
         window: of the self-attention cache.
         with_alignment, with_scores: what a `Piece` shall hold.
@@ -59,16 +59,17 @@ class TargetSide:
     def __init__(
         self,
         network: TranslatorNetwork,
-        tokenizer: PreTrainedTokenizerBase,
+        codes: LanguageCodes,
         settings: DecodeSettings,
         window: int | None = None,
         with_alignment: bool = False,
         with_scores: bool = False,
     ) -> None:
-        self.network, self.tokenizer, self.settings, self.window = network, tokenizer, settings, window
+        self.network, self.tokenizer, self.settings, self.window = network, codes.tokenizer, settings, window
         self.with_alignment, self.with_scores = with_alignment, with_scores
         self.cache_bytes = 0
-        self._special = frozenset(tokenizer.all_special_tokens)
+        # A word that the vocabulary lacks is a word all the same.
+        self._special = (frozenset(self.tokenizer.all_special_tokens) | codes.tokens) - {self.tokenizer.unk_token}
 
     def decode(
         self,
@@ -113,8 +114,8 @@ class TargetSide:
                 break
             tokens.append(token)
             text = self._text(tokens)
-            # A word is certain once the next one has begun.
-            certain = text.rfind(" ") + 1
+            # A word is certain once the next one has begun; the space between may still go, before a full stop say.
+            certain = text.rfind(" ")
             if certain > len(done) and text.startswith(done):
                 yield text[len(done) : certain]
                 done = text[:certain]
@@ -150,29 +151,32 @@ class TargetSide:
         weights = np.zeros((len(one.tokens), length), dtype=np.float32)
         for place, row in enumerate(one.rows[first:]):
             weights[first + place] = state.steps[place][row, :length].float().cpu().numpy()
-        convert = self.tokenizer.convert_ids_to_tokens
-        return align_words(convert(segment.ids), convert(one.tokens), weights, self._special)
+        target = self.tokenizer.convert_ids_to_tokens(one.tokens)
+        return align_words(self._source_pieces(segment.ids), target, weights, self._special)
+
+    def _source_pieces(self, ids: Sequence[int]) -> list[str]:
+        if not getattr(self.tokenizer, "separate_vocabs", False):
+            return self.tokenizer.convert_ids_to_tokens(ids)
+        # Such a Marian tokenizer turns ids into tokens by the target's vocabulary.
+        pieces = {number: piece for piece, number in self.tokenizer.get_vocab().items()}
+        return [pieces[number] for number in ids]
 
 
-def assemble(plan: Plan, pieces: dict[int, list[Piece]], count: int, *, is_plain: bool) -> list[Any]:
-    """Segments to documents: plain texts or `Translated`, lists of these with several sequences a text."""
+def assemble(
+    plan: Plan, pieces: dict[int, list[Piece]], count: int, *, with_scores: bool, with_alignment: bool
+) -> list[Any]:
+    """Segments to documents: plain texts, or `Translated` with what is asked for; lists for a count above 1."""
     results: list[Any] = []
     for document in plan.documents:
-        candidates = []
+        candidates: list[Any] = []
         for rank in range(count):
             parts = {number: pieces[number][rank] for number in document.segments}
-            texts = {number: part.text for number, part in parts.items()}
-            text = "\n".join(" ".join(texts[number] for number in line) for line in document.lines)
-            candidates.append(text if is_plain else _translated(text, list(parts.values())))
+            text = "\n".join(" ".join(parts[number].text for number in line) for line in document.lines)
+            if not (with_scores or with_alignment):
+                candidates.append(text)
+                continue
+            score = sum(part.score for part in parts.values() if part.score is not None) if with_scores else None
+            alignments = [part.alignment for part in parts.values() if part.alignment is not None]
+            candidates.append(Translated(text, score, join_alignments(alignments) if with_alignment else None))
         results.append(candidates if count > 1 else candidates[0])
     return results
-
-
-def _translated(text: str, parts: Sequence[Piece]) -> Translated:
-    scores = [part.score for part in parts if part.score is not None]
-    alignments = [part.alignment for part in parts if part.alignment is not None]
-    return Translated(
-        text,
-        sum(scores) if scores else None,
-        join_alignments(alignments) if alignments else None,
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,23 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mmattn.data.languages import LanguageCodes
-from mmattn.errors import CheckpointError, UsageError
+from mmattn.errors import UsageError
 from mmattn.inference import folders
 from mmattn.inference.decode import DecodeSettings
 from mmattn.inference.hub import evaluating, push_folder
-from mmattn.inference.linear import use_few_rows_products
+from mmattn.inference.linear import use_fast_products
 from mmattn.inference.quantized import quantize_linears
-from mmattn.inference.sources import EncodedBatch, EncodedSources, Plan, encode_batch, make_plan, token_batches
+from mmattn.inference.sources import (
+    EncodedBatch,
+    EncodedSources,
+    Plan,
+    each_text,
+    encode_batch,
+    make_plan,
+    token_batches,
+)
 from mmattn.inference.translation import Piece, TargetSide, Translated, assemble
+from mmattn.inference.translator_setup import check_vocabulary, generation_defaults
 from mmattn.models.sources import find_folder
 from mmattn.models.translator import TranslatorNetwork, family_of, open_network, save_network
 from mmattn.nn import fuse
@@ -81,7 +90,7 @@ class Translator:
         self.peak_memory: MemoryUse | None = None
         self.quantization: str | None = None
         config = network.config
-        _check_vocabulary(tokenizer, network)
+        check_vocabulary(tokenizer, config)
         special = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
         settings = DecodeSettings.from_generation_config({**self.generation_config, **special})
         if settings.max_length is None and settings.max_new_tokens is None:
@@ -126,7 +135,7 @@ class Translator:
         dtype = folders.default_dtype(device) if dtype is None else dtype
         network = open_network(folder, variant=variant, dtype=dtype, device=device)
         tokenizer = folders.open_tokenizer(folder, is_stock=True)
-        translator = cls(network, tokenizer, folders.read_generation_config(folder))
+        translator = cls(network, tokenizer, generation_defaults(folder, network.config))
         translator._prepare(quantize)
         return translator
 
@@ -136,7 +145,7 @@ class Translator:
             quantize_linears(self.network)
             self.quantization = quantize
         elif self.device.type == "cpu":
-            use_few_rows_products(self.network)
+            use_fast_products(self.network)
         else:
             fuse(self.network)
 
@@ -216,7 +225,7 @@ class Translator:
         """Translate texts.
 
         Every line of a text is translated by itself and line breaks stay where they are; blank lines and empty texts
-        stay as they are. Texts may be of any number and length: they are sorted by length, batched by tokens, and come
+        stay empty. Texts may be of any number and length: they are sorted by length, batched by tokens, and come
         back in their order.
 
         Args:
@@ -244,30 +253,37 @@ class Translator:
         """
         settings = self.settings.updated(**generation)
         if isinstance(texts, EncodedSources):
-            if src_lang is not None or on_long != "split":
-                raise UsageError("src_lang and on_long belong to encode(): these texts are encoded already")
+            if src_lang is not None or on_long != "split" or batch_tokens is not None:
+                raise UsageError(
+                    "src_lang, on_long and batch_tokens belong to encode(): these texts are encoded already"
+                )
             plan, ready = texts.plan, texts
         else:
             plan, ready = self._plan(texts, src_lang, tgt_lang, on_long), None
-        targets = self._target_tokens(plan, tgt_lang if ready is not None else None)
+        targets = self._target_tokens(plan, tgt_lang if ready is not None else None, settings.forced_bos_token_id)
         if stream:
             if return_scores or return_alignment:
                 raise UsageError("stream=True gives text only: leave return_scores and return_alignment out")
             if not plan.is_single:
                 raise UsageError("stream=True takes one text, not a list")
+            if batch_tokens is not None or progress:
+                raise UsageError("stream=True gives tokens as they come: leave batch_tokens and progress out")
             return self._stream(plan, ready, targets, settings, generator, window)
-        side = TargetSide(self.network, self.tokenizer, settings, window, return_alignment, return_scores)
+        side = TargetSide(self.network, self.codes, settings, window, return_alignment, return_scores)
         pieces: dict[int, list[Piece]] = {}
         self.peak_memory = None
         with evaluating(self.network):
-            batches = self._encoded(plan, batch_tokens, progress, "Translating") if ready is None else ready.batches
+            label = "Translating"
+            if ready is None:
+                batches = self._encoded(plan, batch_tokens, progress, label)
+            else:
+                batches = _with_bar(ready.batches, plan, progress, label, len(ready.batches))
             for batch in batches:
                 found = side.decode(plan.segments, batch, targets, generator)
                 pieces.update(zip(batch.numbers, found, strict=True))
                 self._note_memory(batch, side.cache_bytes)
-        results = assemble(
-            plan, pieces, settings.num_return_sequences, is_plain=not (return_scores or return_alignment)
-        )
+        count = settings.num_return_sequences
+        results = assemble(plan, pieces, count, with_scores=return_scores, with_alignment=return_alignment)
         return results[0] if plan.is_single else results
 
     def cache_bytes(
@@ -306,37 +322,27 @@ class Translator:
         if on_long not in ("split", "error"):
             raise UsageError(f"on_long={on_long!r} is unknown: use 'split' or 'error'")
         kind = self.codes.kind
-        for code in [tgt_lang] if isinstance(tgt_lang, str) else tgt_lang or ():
-            self.codes.check(code, "tgt_lang")
         if kind != "token" and src_lang is not None:
             raise UsageError("src_lang is given, but this model knows its source language: leave it out")
         limit = self.network.config.max_positions
         plan = make_plan(texts, self.codes, src_lang, tgt_lang, limit=limit, may_split=on_long == "split")
-        if kind == "tag" and tgt_lang is None:
-            untagged = next((segment.text for segment in plan.segments if not self.codes.has_tag(segment.text)), None)
-            if untagged is not None:
-                raise UsageError(
-                    f"this model translates into {len(self.languages)} languages: give tgt_lang, one of "
-                    f"{', '.join(self.languages[:8])}{'...' if len(self.languages) > 8 else ''}"
-                )
+        if kind == "tag" and any(each.tgt_lang is None and not self.codes.has_tag(each.text) for each in plan.segments):
+            raise UsageError(
+                f"this model translates into {len(self.languages)} languages: give tgt_lang, one of "
+                f"{', '.join(self.languages[:8])}{'...' if len(self.languages) > 8 else ''}"
+            )
         return plan
 
-    def _target_tokens(self, plan: Plan, tgt_lang: str | Sequence[str] | None) -> list[int | None]:
-        """The first token forced on each segment's translation, or None."""
-        forced = self.settings.forced_bos_token_id
+    def _target_tokens(self, plan: Plan, tgt_lang: str | Sequence[str] | None, forced: int | None) -> list[int | None]:
+        """The first token forced on each segment's translation, or None; `forced` where no language asks for one."""
         if self.codes.kind != "token":
             if tgt_lang is not None:
                 raise UsageError("tgt_lang belongs to encode() for this model: it is part of the source text")
             return [forced] * len(plan.segments)
         codes: list[str | None] = [segment.tgt_lang for segment in plan.segments]
-        if isinstance(tgt_lang, str):
-            codes = [tgt_lang] * len(codes)
-        elif tgt_lang is not None:
-            if len(tgt_lang) != len(plan.documents):
-                raise UsageError(f"{len(tgt_lang)} tgt_lang for {len(plan.documents)} texts: give one, or one for each")
-            for document, code in zip(plan.documents, tgt_lang, strict=True):
-                for number in document.segments:
-                    codes[number] = code
+        for document, code in zip(plan.documents, each_text(tgt_lang, len(plan.documents), "tgt_lang"), strict=True):
+            for number in document.segments if code is not None else ():
+                codes[number] = code
         if forced is None and any(code is None for code in codes):
             raise UsageError(
                 f"this model translates into {len(self.languages)} languages: give tgt_lang, such as "
@@ -347,16 +353,12 @@ class Translator:
     def _encoded(
         self, plan: Plan, batch_tokens: int | None, progress: bool | None, label: str
     ) -> Iterator[EncodedBatch]:
-        budget = batch_tokens or _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS_ELSEWHERE)
+        budget = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS_ELSEWHERE) if batch_tokens is None else batch_tokens
         if budget < 1:
             raise UsageError(f"batch_tokens is {batch_tokens}; it must be at least 1")
         batches = list(token_batches([len(segment.ids) for segment in plan.segments], budget))
-        # tqdm leaves a bar out by itself, with None, where there is no terminal.
-        hidden = (None if len(batches) > 1 else True) if progress is None else not progress
-        with tqdm(total=len(plan.segments), desc=label, unit="line", disable=hidden) as bar:
-            for numbers in batches:
-                yield encode_batch(self.network, plan.segments, numbers)
-                bar.update(len(numbers))
+        encoded = (encode_batch(self.network, plan.segments, numbers) for numbers in batches)
+        return _with_bar(encoded, plan, progress, label, len(batches))
 
     def _note_memory(self, batch: EncodedBatch, cache_bytes: int) -> None:
         use = MemoryUse(batch.nbytes, cache_bytes)
@@ -372,7 +374,7 @@ class Translator:
         generator: torch.Generator | None,
         window: int | None,
     ) -> Iterator[str]:
-        side = TargetSide(self.network, self.tokenizer, settings, window)
+        side = TargetSide(self.network, self.codes, settings, window)
         side.check_streaming()
         return self._streamed(plan, ready, targets, side, generator)
 
@@ -394,37 +396,20 @@ class Translator:
                     batch = encode_batch(self.network, plan.segments, [number]) if ready is None else None
                 if batch is None:
                     assert ready is not None
-                    batch = _row(ready, number)
+                    batch = ready.segment(number)
                 yield from side.stream(batch, targets[number], generator)
 
 
-def _row(sources: EncodedSources, number: int) -> EncodedBatch:
-    """One segment of what was encoded."""
-    for batch in sources.batches:
-        if number in batch.numbers:
-            rows = torch.tensor([batch.numbers.index(number)])
-            contexts = tuple(None if each is None else each.select(rows) for each in batch.contexts)
-            return EncodedBatch([number], contexts)
-    raise UsageError(f"segment {number} is not among the encoded ones")
-
-
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, network: TranslatorNetwork) -> None:
-    config = network.config
-    sizes = {"vocabulary": (max(tokenizer.get_vocab().values(), default=-1) + 1, config.vocab_size)}
-    target = getattr(tokenizer, "target_encoder", None)
-    if target:
-        sizes["target vocabulary"] = (max(target.values()) + 1, config.output_size)
-    for what, (needed, available) in sizes.items():
-        if needed > available:
-            raise CheckpointError(
-                f"the tokenizer's {what} has {needed} entries, the weights {available}: they are not of one model"
-            )
-    for name in ("pad_token_id", "eos_token_id"):
-        ours, theirs = getattr(config, name), getattr(tokenizer, name)
-        if ours != theirs:
-            raise CheckpointError(
-                f"the tokenizer's {name} is {theirs}, the weights' config says {ours}: they are not of one model"
-            )
+def _with_bar(
+    batches: Iterable[EncodedBatch], plan: Plan, progress: bool | None, label: str, num_batches: int
+) -> Iterator[EncodedBatch]:
+    """The batches, with a bar that moves as each is done with."""
+    # tqdm leaves a bar out by itself, with None, where there is no terminal.
+    hidden = (None if num_batches > 1 else True) if progress is None else not progress
+    with tqdm(total=len(plan.segments), desc=label, unit="line", disable=hidden) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch.numbers))
 
 
 __all__ = ["MemoryUse", "Translated", "Translator"]

@@ -16,7 +16,7 @@ from mmattn.errors import UsageError
 from mmattn.inference import folders
 from mmattn.inference.decode import DecodeSettings
 from mmattn.inference.hub import evaluating, push_folder
-from mmattn.inference.linear import use_few_rows_products
+from mmattn.inference.linear import use_fast_products
 from mmattn.inference.pictures import ImageInput, Pictures, join, open_images
 from mmattn.inference.text_side import TextSide
 from mmattn.inference.texts import Pairing, pair_texts
@@ -111,7 +111,7 @@ class VisionLanguageModel:
         tokenizer = folders.open_tokenizer(folder, is_stock=is_blip(network.config))
         processor = folders.open_image_processor(folder)
         if device.type == "cpu":
-            use_few_rows_products(network)  # packed projections gain nothing here
+            use_fast_products(network)  # packed projections gain nothing here
         else:
             fuse(network)
         return cls(network, tokenizer, processor, folders.read_generation_config(folder))

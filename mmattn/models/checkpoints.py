@@ -56,14 +56,14 @@ class WeightTable:
         weights: every tensor of the network, once.
         copies: stock name to the stock name whose values it repeats (tied weights): such a tensor may be absent or
             present, and it is not written. Present with other values, it is an error.
-        unused: stock name to the stock name whose values it is given when written: stock keeps a tensor there that
-            nothing reads.
+        also_written: stock name to the stock name whose values are written there too: stock keeps a tensor of its own
+            in that place, though nothing reads it, or it is among `copies`.
         ignored: patterns (regular expressions, whole name) of stock tensors that follow from the config.
     """
 
     weights: tuple[Weight, ...]
     copies: Mapping[str, str] = field(default_factory=dict)
-    unused: Mapping[str, str] = field(default_factory=dict)
+    also_written: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
 
@@ -115,7 +115,7 @@ def _check(
             mis_shaped.append(f"{held} is {list(shapes[held])}, not {list(wanted)}")
         else:
             sources[weight.stock] = held
-    known = {weight.stock for weight in table.weights} | set(table.copies) | set(table.unused)
+    known = {weight.stock for weight in table.weights} | set(table.copies) | set(table.also_written)
     extra = [
         name
         for name in sorted(set(shapes) - known)
@@ -161,7 +161,7 @@ def stock_weights(network: nn.Module, table: WeightTable) -> dict[str, Tensor]:
         weight.stock: weight.to_stock([state[name].detach().cpu() for name in weight.ours]).clone().contiguous()
         for weight in table.weights
     }
-    return tensors | {unused: tensors[source].clone() for unused, source in table.unused.items()}
+    return tensors | {name: tensors[source].clone() for name, source in table.also_written.items()}
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

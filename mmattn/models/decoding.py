@@ -152,19 +152,20 @@ class DecoderState:
         hidden = self._decoder(input_ids, self._contexts, caches=self._caches)
         return self._decoder.logits(hidden[:, -1])
 
-    def reorder(self, rows: Tensor) -> None:
+    def reorder(self, rows: Tensor, *, unchanged: int = 0) -> None:
         """Continue from other rows: row i becomes what row `rows[i]` was. Contexts stay where they are.
 
         Args:
             rows: int64 `[B * m]`, entries i * m .. (i + 1) * m - 1 taken from context i's rows; m may differ from n
                 (`rows_per_context` becomes m). Not checked against their pictures: that would cost a device sync.
+            unchanged: so many first tokens are the same in row i and row `rows[i]`; what is cached of them stays.
 
         Raises:
             UsageError: a number of rows that is no multiple of B.
         """
         if rows.shape[0] % self._batch_size:
             raise UsageError(f"{rows.shape[0]} rows cannot be shared evenly by {self._batch_size} contexts")
-        self._take_rows(rows)
+        self._take_rows(rows, unchanged)
         self._rows_per_context = rows.shape[0] // self._batch_size
 
     def select_contexts(self, contexts: Tensor) -> None:
@@ -178,7 +179,7 @@ class DecoderState:
         self._contexts = tuple(None if kept is None else kept.select(contexts) for kept in self._contexts)
         self._batch_size = contexts.shape[0]
 
-    def _take_rows(self, rows: Tensor) -> None:
+    def _take_rows(self, rows: Tensor, unchanged: int = 0) -> None:
         self._peak = self.peak_cache_bytes
         for cache in self._caches:
-            cache.reorder(rows)
+            cache.reorder(rows, unchanged=unchanged)

@@ -6,7 +6,7 @@ twice, `state_dict` keeps its keys and values, and a weight changed in place is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -54,7 +54,13 @@ class PackedLinears:
 
     Args:
         linears: Name in the owning module to Linear, in the order of the output; `packing_refusals` must be empty.
+
+    Attributes:
+        weight: `[sum of widths, C]`; bias: `[sum of widths]` or None.
+        product: what inference puts in the place of `F.linear`; None: nothing.
     """
+
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 
     def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
         # An inference tensor as the weights' storage could never be trained again.
@@ -76,7 +82,7 @@ class PackedLinears:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The Linears' outputs of x `[..., C]` side by side, `[..., sum of widths]`."""
-        return F.linear(x, self.weight, self.bias)
+        return (self.product or F.linear)(x, self.weight, self.bias)
 
     def is_current(self, modules: Mapping[str, nn.Module | None]) -> bool:
         """Whether the owner's projections are still the Linears that were packed, with the weights in place."""

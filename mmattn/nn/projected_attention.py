@@ -108,6 +108,11 @@ class ProjectedAttention(nn.Module):
             self._packed = PackedLinears(cast("dict[str, nn.Linear]", self._projections()))
         return self
 
+    @property
+    def packed(self) -> PackedLinears | None:
+        """The packed projections, None where they are not fused."""
+        return self._packed
+
     def unfuse(self) -> Self:
         """Undo `fuse()`."""
         if self._packed is not None:

@@ -188,10 +188,18 @@ class KVCache:
             self._first = max(self._first, end - self.window)
         return views
 
-    def reorder(self, rows: Tensor) -> None:
-        """Row i becomes the former row `rows[i]` (integers [R]). Rows may repeat or be left out: R is the new batch."""
+    def reorder(self, rows: Tensor, *, unchanged: int = 0) -> None:
+        """Row i becomes the former row `rows[i]` (integers [R]). Rows may repeat or be left out: R is the new batch.
+
+        Args:
+            rows: which rows, in which order.
+            unchanged: so many positions from the start are known to be equal in row i and row `rows[i]`, and are not
+                moved; only where R is the present batch.
+        """
         rows = rows.to(self._key.device)
-        held = slice(self._first, self._end)
+        dropped = self._position - self.length
+        skipped = max(unchanged - dropped, 0) if rows.shape[0] == self.batch_size else 0
+        held = slice(min(self._first + skipped, self._end), self._end)
         key, value = (stored[:, :, held].index_select(0, rows) for stored in (self._key, self._value))
         if rows.shape[0] != self.batch_size:
             shape = (rows.shape[0], *self._key.shape[1:])

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
 import pytest
 import torch
-from transformers import GenerationConfig
 
 from mmattn.errors import UsageError
-from mmattn.inference.decode import DecodeSettings, Generated, decode
-from tests.inference.stock_decoder import BOS, EOS, PAD, VOCAB, StockState, tiny_marian
+from mmattn.inference.decode import DecodeSettings, decode
+from tests.inference.stock_decoder import BOS, EOS, PAD, VOCAB, StockState, assert_same, stock_generate, tiny_marian
 
 BASE = DecodeSettings(eos_token_id=EOS, pad_token_id=PAD)
 SOURCES = torch.randint(4, VOCAB, (5, 7), generator=torch.Generator().manual_seed(3))
@@ -50,50 +47,12 @@ CASES = {
 }
 
 
-def stock(model, sources, prompt, arguments) -> list[list[Generated]]:
-    """The same call to transformers, as our results."""
-    arguments = dict(arguments)
-    if "max_length" not in arguments:
-        arguments.setdefault("max_new_tokens", 20)
-    if arguments.get("eos_token_id", EOS) is None:
-        model.generation_config.eos_token_id = None
-    config = GenerationConfig(**{"eos_token_id": EOS, "pad_token_id": PAD, "decoder_start_token_id": BOS, **arguments})
-    with torch.no_grad():
-        output = model.generate(
-            sources,
-            decoder_input_ids=prompt,
-            generation_config=config,
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
-    eos = arguments.get("eos_token_id", EOS)
-    eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
-    if getattr(output, "sequences_scores", None) is not None:
-        scores = output.sequences_scores.tolist()
-    else:
-        steps = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
-        steps = steps.masked_fill(output.sequences[:, prompt.shape[1] :] == PAD, 0.0)
-        scores = steps.sum(dim=1).tolist()
-    texts = []
-    for row, score in zip(output.sequences[:, prompt.shape[1] :].tolist(), scores, strict=True):
-        end = next((place + 1 for place, token in enumerate(row) if token in eos_ids), len(row))
-        texts.append(Generated(row[:end], score))
-    count = arguments.get("num_return_sequences", 1)
-    return [texts[first : first + count] for first in range(0, len(texts), count)]
-
-
-def assert_same(ours: list[list[Generated]], theirs: list[list[Generated]]) -> None:
-    assert [[one.tokens for one in text] for text in ours] == [[one.tokens for one in text] for text in theirs]
-    for one, other in zip(chain(*ours), chain(*theirs), strict=True):
-        assert one.score == pytest.approx(other.score, rel=1e-4, abs=1e-4)
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_transformers(name, seed):
     model = tiny_marian(seed)
     prompt = torch.full((5, 1), BOS)
-    theirs = stock(model, SOURCES, prompt, CASES[name])
+    theirs = stock_generate(model, SOURCES, CASES[name], prompt=prompt)
     state = StockState(model, SOURCES)
     ours = decode(state, prompt, BASE.updated(**CASES[name]))
     assert_same(ours, theirs)
@@ -107,7 +66,7 @@ def test_longer_prompts_equal_transformers(name):
     prompt = torch.cat((torch.full((5, 1), BOS), SOURCES[:, :3]), dim=1)
     assert_same(
         decode(StockState(model, SOURCES), prompt, BASE.updated(**CASES[name])),
-        stock(model, SOURCES, prompt, CASES[name]),
+        stock_generate(model, SOURCES, CASES[name], prompt=prompt),
     )
 
 
@@ -116,7 +75,7 @@ def test_texts_that_share_a_context(name):
     model = tiny_marian(5)
     words = torch.randint(4, VOCAB, (6, 2), generator=torch.Generator().manual_seed(7))
     prompts = torch.cat((torch.full((6, 1), BOS), words), dim=1)
-    theirs = stock(model, SOURCES[:2].repeat_interleave(3, dim=0), prompts, CASES[name])
+    theirs = stock_generate(model, SOURCES[:2].repeat_interleave(3, dim=0), CASES[name], prompt=prompts)
     state = StockState(model, SOURCES[:2], texts_per_context=3)
     assert_same(decode(state, prompts, BASE.updated(**CASES[name]), texts_per_context=3), theirs)
 
@@ -153,7 +112,7 @@ def test_sampling_draws_what_transformers_draws(arguments):
     model = tiny_marian(6)
     prompt = torch.full((5, 1), BOS)
     torch.manual_seed(11)
-    theirs = stock(model, SOURCES, prompt, arguments)
+    theirs = stock_generate(model, SOURCES, arguments, prompt=prompt)
     generator = torch.Generator().manual_seed(11)
     ours = decode(StockState(model, SOURCES), prompt, BASE.updated(**arguments), generator=generator)
     assert_same(ours, theirs)

@@ -8,7 +8,8 @@ import torch
 
 from mmattn.errors import UsageError
 from mmattn.inference.decode.beam import beam_search
-from mmattn.inference.decode.greedy import greedy, likeliest, row_steps
+from mmattn.inference.decode.greedy import greedy, row_steps
+from mmattn.inference.decode.logits import likeliest
 from mmattn.inference.decode.sample import drawing, sample
 from mmattn.inference.decode.settings import DecodeSettings
 from mmattn.inference.decode.state import DecoderState, DecodeTask, Generated

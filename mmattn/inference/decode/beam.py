@@ -73,11 +73,12 @@ def beam_search(
     """
     prompt, settings, max_length = task.prompt, task.settings, task.max_length
     num_texts, start = prompt.shape
-    scorer = Scorer(settings, task.base, prompt.device)
+    scorer = Scorer(settings, task.base, prompt.device, num_forced=task.num_forced)
     fill = settings.pad_token_id or (settings.eos_ids[0] if settings.eos_ids else 0)
     beams = _Beams.start(task, fill)
     if start >= max_length:  # nothing but the forced tokens
-        return [[_taken(beams.running[text, 0], None, 0.0, task)] for text in range(num_texts)]
+        alike = range(settings.num_return_sequences)
+        return [[_taken(beams.running[text, 0], None, 0.0, task) for _ in alike] for text in range(num_texts)]
     roster = Roster(num_texts, task.texts_per_context)
     results: dict[int, list[Generated]] = {}
 
@@ -88,6 +89,7 @@ def beam_search(
     # The prompt is read by one row a text; the rows become beams at the first reordering.
     logits = state.logits(prompt)
     for length in range(start, max_length):
+        before = beams.running
         origin, tokens = _advance(beams, logits, length, task, scorer, generator)
         if length + 1 == max_length:
             break
@@ -105,7 +107,7 @@ def beam_search(
         num_contexts = len(flags) // roster.per_context
         kept = roster.retire(flags)
         if kept is None:
-            _reorder(state, rows.flatten(), logits.shape[0])
+            _reorder(state, rows.flatten(), logits.shape[0], before[:, :, :length].flatten(0, 1))
         else:
             slots = tokens.new_tensor(kept.slots)
             shrink(state, rows[slots].flatten(), kept.contexts, num_contexts, logits.shape[0])
@@ -115,11 +117,16 @@ def beam_search(
     return [results[text] for text in range(num_texts)]
 
 
-def _reorder(state: DecoderState, rows: torch.Tensor, num_rows: int) -> None:
-    # Beams often keep their order; to notice that costs nothing where the rows are at hand.
-    in_place = rows.device.type == "cpu" and rows.tolist() == list(range(num_rows))
-    if not in_place:
+def _reorder(state: DecoderState, rows: torch.Tensor, num_rows: int, sequences: torch.Tensor) -> None:
+    """Let row i continue what row `rows[i]` was; `sequences [R, L]` are the tokens that the rows have now."""
+    if rows.device.type != "cpu" or len(rows) != num_rows:
         state.reorder(rows)
+        return
+    # Beams often keep their order, and mostly part ways late: to find out costs little where the rows are at hand.
+    if rows.tolist() != list(range(num_rows)):
+        differs = (sequences != sequences[rows]).any(dim=0)
+        unchanged = int(differs.int().argmax()) if bool(differs.any()) else sequences.shape[1]
+        state.reorder(rows, unchanged=unchanged)
 
 
 def _advance(

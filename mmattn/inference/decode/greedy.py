@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from mmattn.inference.decode.logits import build_processors
+from mmattn.inference.decode.logits import build_processors, likeliest
 from mmattn.inference.decode.state import DecoderState, DecodeTask, Generated
 from mmattn.inference.decode.stopping import Roster, cut, ends, shrink
 
@@ -18,11 +18,6 @@ Choose = Callable[[torch.Tensor], torch.Tensor]
 def greedy(state: DecoderState, task: DecodeTask) -> list[list[Generated]]:
     """The likeliest token at every step. See `decode` for arguments and result."""
     return decode_rows(state, task, likeliest)
-
-
-def likeliest(scores: torch.Tensor) -> torch.Tensor:
-    """Scores `[R, V]` to the token with the largest one, `[R]`."""
-    return scores.argmax(dim=-1)
 
 
 def decode_rows(state: DecoderState, task: DecodeTask, choose: Choose, *, copies: int = 1) -> list[list[Generated]]:
@@ -49,7 +44,7 @@ def row_steps(
     prompt, eos_ids = task.prompt, task.settings.eos_ids
     num_texts, start = prompt.shape
     max_length = task.max_length
-    processors = build_processors(task.settings, task.base, prompt.device)
+    processors = build_processors(task.settings, task.base, prompt.device, num_forced=task.num_forced)
     rows_kept = _Rows(task, num_texts * copies, copies, {} if results is None else results)
     if start >= max_length:
         rows_kept.collect(range(num_texts * copies), start)

@@ -20,8 +20,11 @@ class DecoderState(Protocol):
         """Append `input_ids [R, L]` and return the scores `[R, V]` of the token that follows the last one."""
         ...
 
-    def reorder(self, rows: torch.Tensor) -> None:
-        """Keep these rows, in this order; a row may be repeated or dropped, but stays with its context."""
+    def reorder(self, rows: torch.Tensor, *, unchanged: int = 0) -> None:
+        """Keep these rows, in this order; a row may be repeated or dropped, but stays with its context.
+
+        The first `unchanged` tokens are the same in row i and row `rows[i]`, so that what is kept of them may stay.
+        """
         ...
 
     def select_contexts(self, contexts: torch.Tensor) -> None:

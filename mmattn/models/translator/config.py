@@ -106,12 +106,14 @@ class TranslatorConfig:
             raise ConfigError(f"positions=tensor2tensor needs an even embed_dim, not {self.embed_dim}")
         if not 0 <= self.chosen_alignment_layer < self.decoder_layers:
             raise ConfigError(f"alignment_layer {self.alignment_layer}: there are {self.decoder_layers} decoder layers")
+        if self.alignment_heads is not None and not self.alignment_heads:
+            raise ConfigError("alignment_heads is []: name at least one head, or leave it out for all")
         if any(not 0 <= head < self.decoder_heads for head in self.alignment_heads or ()):
             raise ConfigError(f"alignment_heads {self.alignment_heads}: there are {self.decoder_heads} heads")
         for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
-            token = getattr(self, name)
-            if not 0 <= token < min(self.vocab_size, self.output_size):
-                raise ConfigError(f"{name} {token} is outside the vocabulary of {self.vocab_size}")
+            token, size = getattr(self, name), min(self.vocab_size, self.output_size)
+            if not 0 <= token < size:
+                raise ConfigError(f"{name} {token} is outside the vocabulary of {size}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""

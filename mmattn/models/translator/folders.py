@@ -58,7 +58,7 @@ def open_network(
 
 
 def save_network(network: TranslatorNetwork, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors`: as Marian or M2M100, under the stock class name, where they can say it.
+    """Write `config.json` and `model.safetensors`: as Marian or M2M100 where they can say it, under the stock name.
 
     Raises:
         CheckpointError: a network that is no longer what its config says, or a disk that refuses.

@@ -186,9 +186,12 @@ def weight_table(config: TranslatorConfig) -> WeightTable:
     """The weights of a network of either family, stock names beside ours."""
     weights: list[Weight] = []
     copies: dict[str, str] = {}
+    also_written: dict[str, str] = {}
     if config.shares_embedding:
         weights.append(Weight(("decoder.embedding.words.weight",), _SHARED))
         copies = {_SOURCE: _SHARED, _TARGET: _SHARED}
+        if not config.tie_word_embeddings:  # then transformers 5 ties none of the three either
+            also_written = copies.copy()
     else:
         weights.append(Weight(("encoder.embedding.words.weight",), _SOURCE))
         weights.append(Weight(("decoder.embedding.words.weight",), _TARGET))
@@ -205,7 +208,7 @@ def weight_table(config: TranslatorConfig) -> WeightTable:
             weights += _pairs(f"{side}.norm", f"model.{side}.layer_norm")
     # Position tables follow from the config; older files hold them.
     ignored = (r"model\.(encoder|decoder)\.embed_positions\.weights?",)
-    return WeightTable(tuple(weights), copies, ignored=ignored)
+    return WeightTable(tuple(weights), copies, also_written, ignored)
 
 
 def _layer_weights(side: str, index: int) -> list[Weight]:

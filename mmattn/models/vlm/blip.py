@@ -214,7 +214,7 @@ def weight_table(config: VLMConfig) -> WeightTable:
     """The weights of a BLIP network, stock names beside ours."""
     weights = _vision_weights(config.image.num_layers)
     copies: dict[str, str] = {}
-    unused: dict[str, str] = {}
+    also_written: dict[str, str] = {}
     if config.task == "captioning":
         weights += _text_weights("decoder.body", "text_decoder.bert", config.text.num_layers)
     elif config.task == "question_answering":
@@ -232,9 +232,9 @@ def weight_table(config: VLMConfig) -> WeightTable:
             copies = {f"{_HEAD}.decoder.bias": f"{_HEAD}.bias", f"{_HEAD}.decoder.weight": _WORDS}
         else:
             weights += _pairs("decoder.head", f"{_HEAD}.decoder")
-            unused = {f"{_HEAD}.bias": f"{_HEAD}.decoder.bias"}
+            also_written = {f"{_HEAD}.bias": f"{_HEAD}.decoder.bias"}
     # Older versions of transformers stored the row of position numbers.
-    return WeightTable(tuple(weights), copies, unused, ignored=(r".*\.position_ids",))
+    return WeightTable(tuple(weights), copies, also_written, ignored=(r".*\.position_ids",))
 
 
 def _pairs(ours: str, stock: str) -> list[Weight]:
