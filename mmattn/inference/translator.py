@@ -28,7 +28,7 @@ from mmattn.inference.sources import (
     token_batches,
 )
 from mmattn.inference.translation import Piece, TargetSide, Translated, assemble
-from mmattn.inference.translator_setup import check_vocabulary, generation_defaults
+from mmattn.inference.translator_checks import check_vocabulary, generation_defaults
 from mmattn.models.sources import find_folder
 from mmattn.models.translator import TranslatorNetwork, family_of, open_network, save_network
 from mmattn.nn import fuse

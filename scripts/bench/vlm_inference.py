@@ -4,7 +4,7 @@
 
 Random weights in BLIP base's shape are saved to a temporary folder and opened by both. The variants of a row alternate
 in one process; a row is the ratio of medians. Stock gets its best form: batched, and its fastest attention that works.
-Both must give the same tokens. The last rows count the products made with the weights of image keys and values.
+Both must give the same tokens. The last rows count how often image keys and values are projected.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
 from results import finish
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertTokenizer,
     BlipConfig,
@@ -65,23 +65,6 @@ class Row:
     def is_ok(self) -> bool:
         """Whether the goal is reached, with equal tokens."""
         return self.same_tokens and (self.value == self.goal if self.exact else self.value >= self.goal)
-
-
-class ProductCounter(TorchDispatchMode):
-    """Counts matrix products made with given weights, and the rows that went through them."""
-
-    def __init__(self, weights: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.storages = {weight.untyped_storage().data_ptr() for weight in weights}
-        self.rows: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in ("addmm", "mm", "linear", "bmm", "mkldnn_linear", "_mkl_linear"):
-            tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-            if any(tensor.untyped_storage().data_ptr() in self.storages for tensor in tensors):
-                self.rows.append(result.numel() // result.shape[-1])
-        return result
 
 
 def compare(
@@ -286,18 +269,21 @@ def question_rows(size: str, repeats: int, tokens: int) -> list[Row]:
 
 
 def count_row(name: str, ours: VisionLanguageModel, run: Callable[[], Any]) -> Row:
-    """How often a picture's features go through a layer's key and value weights: once when nothing is repeated.
-
-    A layer has two products, or one when its projections are packed.
-    """
+    """How often a picture's features are projected to a layer's keys and values: once when nothing is repeated."""
     side = ours.network.config.image.num_features
     body = getattr(ours.network, "question_encoder", None) or ours.network.decoder.body
     layers = [module for module in body.modules() if isinstance(module, CrossAttention)]
-    weights = [weight for layer in layers for weight in (layer.k_proj.weight, layer.v_proj.weight)]
-    with ProductCounter(weights) as counter:
+    rows: list[int] = []
+    project = CrossAttention._project
+
+    def counted(layer: CrossAttention, context: torch.Tensor, key_mask: torch.Tensor | None) -> Any:
+        if layer in layers:
+            rows.append(context.shape[0] * context.shape[1])
+        return project(layer, context, key_mask)
+
+    with mock.patch.object(CrossAttention, "_project", counted):
         run()
-    products = len({weight.untyped_storage().data_ptr() for weight in weights})
-    row = Row(name, sum(counter.rows) / side / products * 1.0, 1.0, exact=True)
+    row = Row(name, sum(rows) / side / len(layers) * 1.0, 1.0, exact=True)
     show(row)
     return row
 
