@@ -231,7 +231,7 @@ class Translator:
         Args:
             texts: one text or a list, or what `encode` returned.
             src_lang: their language, one code or one for each text, where the model has several (`languages`).
-            tgt_lang: the language to translate into, likewise.
+            tgt_lang: the language to translate into, likewise; it comes before a `forced_bos_token_id`.
             return_scores: give `Translated` objects with the score: log-probability of the tokens, with beams divided
                 by `length ** length_penalty`; that of a text of several lines is their sum.
             return_alignment: give `Translated` objects with the word alignment, read from the cross-attention while
@@ -296,6 +296,9 @@ class Translator:
         window: int | None = None,
     ) -> MemoryUse:
         """Bytes that decoding takes beside the weights: it grows with `target_length` and beams, the context does not.
+
+        This is what the keys and values of the tokens take. Storage for targets starts at 32 tokens and doubles when
+        full, up to the longest that may be asked for, so a run's peak may be up to twice its part.
 
         Args:
             source_length: tokens of a source, Ls.
