@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import M2M100Tokenizer, NllbTokenizer
+from transformers import M2M100Tokenizer, MarianTokenizer, NllbTokenizer
+from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 
@@ -38,4 +40,44 @@ def tiny_m2m100(texts: Sequence[str], folder: Path) -> M2M100Tokenizer:
     pieces = [spm.id_to_piece(number) for number in range(3, len(spm))]
     vocab = {piece: number for number, piece in enumerate([*SPECIAL, *pieces])}
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    return M2M100Tokenizer(str(folder / "vocab.json"), str(folder / "spm.model"))
+    # The public folders name them in special_tokens_map.json.
+    special = [f"__{code}__" for code in FAIRSEQ_LANGUAGE_CODES["m2m100"]]
+    files = (str(folder / "vocab.json"), str(folder / "spm.model"))
+    return M2M100Tokenizer(*files, additional_special_tokens=special)
+
+
+def tiny_opus(
+    sources: Sequence[str],
+    targets: Sequence[str],
+    folder: Path,
+    *,
+    tags: Sequence[str] = (),
+    separate_vocabs: bool = False,
+) -> MarianTokenizer:
+    """A sentencepiece model for each side, as OPUS-MT's; their pieces in one vocabulary, or in one for each side."""
+    pieces = []
+    for name, texts in (("source.spm", sources), ("target.spm", targets)):
+        stream = io.BytesIO()
+        options = {"vocab_size": 90, "hard_vocab_limit": False, "character_coverage": 1.0, "minloglevel": 2}
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=stream, **options)
+        (folder / name).write_bytes(stream.getvalue())
+        spm = sentencepiece.SentencePieceProcessor(model_proto=stream.getvalue())
+        pieces.append([spm.id_to_piece(number) for number in range(3, len(spm))])
+    first = ["</s>", "<unk>"]
+    if separate_vocabs:
+        # The padding has one number for both sides, so the shorter vocabulary is filled up.
+        length = max(map(len, pieces))
+        filled = [[*side, *(f"unused{number}" for number in range(length - len(side)))] for side in pieces]
+        entries = {"vocab.json": filled[0], "target_vocab.json": filled[1]}
+    else:
+        entries = {"vocab.json": [*dict.fromkeys([*pieces[0], *pieces[1]]), *(f">>{tag}<<" for tag in tags)]}
+    for name, names in entries.items():
+        vocab = {entry: number for number, entry in enumerate([*first, *names, "<pad>"])}
+        (folder / name).write_text(json.dumps(vocab), encoding="utf-8")
+    return MarianTokenizer(
+        *(str(folder / name) for name in ("source.spm", "target.spm", "vocab.json")),
+        target_vocab_file=str(folder / "target_vocab.json") if separate_vocabs else None,
+        separate_vocabs=separate_vocabs,
+        source_lang="en",
+        target_lang="de",
+    )
