@@ -18,19 +18,17 @@ from mmattn.data.scenes import SceneDataset
 from mmattn.data.skipping import preview
 from mmattn.data.spec import DataConfig
 from mmattn.data.tokenizer import item_texts
-from mmattn.errors import ConfigError
 from mmattn.inference import showcase
+from mmattn.inference.trained import check_train_what, trained_model
 from mmattn.inference.vlm import VisionLanguageModel
 from mmattn.inference.vlm_scores import EvalConfig, PictureBlindBaseline, sample_items, score_splits
 from mmattn.inference.vlm_setup import (
-    TRAIN_WHAT,
     ExampleConfig,
     ModelConfig,
     choose_trained,
     make_collator,
     make_vlm,
     save_trained,
-    trained_model,
 )
 from mmattn.training import Batch, Draw, Loss, Task, TrainingConfig, TrainingResult
 from mmattn.training import train as run_loop
@@ -53,8 +51,7 @@ class Config:
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(output_dir="runs/vlm"))
 
     def __post_init__(self) -> None:
-        if self.train_what not in TRAIN_WHAT:
-            raise ConfigError(f"train_what is {self.train_what!r}: choose one of {', '.join(TRAIN_WHAT)}")
+        check_train_what(self.train_what)
 
 
 class VLMTask(Task):

@@ -16,6 +16,10 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option("--data", metavar="CONFIG", help="Score on this config's data, not the trained one's.")
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="JSONL", help="Write translations beside their references."),
+    ] = None,
     json_lines: JsonOption = False,
 ) -> None:
     """Score a trained model on held-out data."""
@@ -23,10 +27,10 @@ def evaluate(
 
     from mmattn.cli.recipe_main import evaluate_folder
 
-    scores = evaluate_folder(folder, data, overrides or ())
+    scores = evaluate_folder(folder, data, overrides or (), output)
     if json_lines:
         print(json.dumps(scores))
         return
     width = max(map(len, scores), default=0)
     for name, value in scores.items():
-        print(f"{name:<{width}}  {value:.4f}")
+        print(f"{name:<{width}}  {value if isinstance(value, str) else f'{value:.4f}'}")

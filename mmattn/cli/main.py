@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mmattn import __version__
-from mmattn.cli import ask, caption, check, cp, demo, doctor, eval, ls, show, swap, train
+from mmattn.cli import ask, caption, check, cp, demo, doctor, eval, ls, show, swap, train, translate
 from mmattn.cli.guard import run_guarded, split_debug
 from mmattn.cli.options import OVERRIDES_CONTEXT
 
@@ -27,6 +27,7 @@ app.command("show", context_settings=OVERRIDES_CONTEXT)(show.show)
 app.command("check", context_settings=OVERRIDES_CONTEXT)(check.check)
 app.command("train", context_settings=OVERRIDES_CONTEXT)(train.train)
 app.command("eval", context_settings=OVERRIDES_CONTEXT)(eval.evaluate)
+app.command("translate")(translate.translate)
 app.command("caption")(caption.caption)
 app.command("ask")(ask.ask)
 app.command("swap")(swap.swap)

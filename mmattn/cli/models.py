@@ -1,18 +1,25 @@
-"""Opens what `--model` names."""
+"""Opens what the model argument or `--model` names: a training run's folder, a model's own folder, or a hub id."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mmattn.inference.translator import Translator
     from mmattn.inference.vlm import VisionLanguageModel
 
 
 def open_vlm(model: str) -> VisionLanguageModel:
-    """The vision-language model in a training run's folder, in a model's own folder, or on the hub."""
+    """A vision-language model."""
+    from mmattn.inference.trained import model_source
     from mmattn.inference.vlm import VisionLanguageModel
-    from mmattn.inference.vlm_setup import trained_model
 
-    folder = Path(model)
-    return VisionLanguageModel.from_pretrained(trained_model(folder) if folder.is_dir() else model)
+    return VisionLanguageModel.from_pretrained(model_source(model))
+
+
+def open_translator(model: str, quantize: str | None = None) -> Translator:
+    """A translator."""
+    from mmattn.inference.trained import model_source
+    from mmattn.inference.translator import Translator
+
+    return Translator.from_pretrained(model_source(model), quantize=quantize)

@@ -5,6 +5,7 @@ accelerate launch recipes/vlm.py --config my.yaml [--resume] [key.path=value ...
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -55,15 +56,29 @@ def train_recipe(module: ModuleType, source: str, overrides: Sequence[str], *, r
         print(f"done: step {result.step}; written to {result.output_dir}")
 
 
-def evaluate_folder(folder: Path, data: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+def evaluate_folder(
+    folder: Path, data: str | None, overrides: Sequence[str], hypotheses: Path | None = None
+) -> dict[str, Any]:
     """Scores of a trained folder, on the data that it was trained for or on those of the config `data`.
 
+    Args:
+        folder: the `output_dir` of a run, or a folder inside it.
+        data: a config; None: the one beside the model.
+        overrides: `key.path=value` strings.
+        hypotheses: a file for what the model says, beside what is right.
+
     Raises:
-        UsageError: no such folder.
+        UsageError: no such folder, or a recipe that writes no hypotheses.
         ConfigError: a folder that does not say which recipe made it.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; give the output_dir of a training run")
     source = data if data is not None else str(trained_config(folder))
-    recipe = load_recipe(recipe_of(source))
-    return recipe.evaluate(folder, load_config(recipe.Config, source, overrides))
+    name = recipe_of(source)
+    recipe = load_recipe(name)
+    config = load_config(recipe.Config, source, overrides)
+    if hypotheses is None:
+        return recipe.evaluate(folder, config)
+    if "hypotheses" not in inspect.signature(recipe.evaluate).parameters:
+        raise UsageError(f"--output {hypotheses}: the recipe {name!r} writes no hypotheses, leave it out")
+    return recipe.evaluate(folder, config, hypotheses=hypotheses)

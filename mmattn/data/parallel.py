@@ -6,14 +6,12 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from mmattn.data.gettext_catalogs import read_catalogs
 from mmattn.data.office_help import open_office_help
 from mmattn.data.pair_table import PairBuilder, PairFilter, PairTable
 from mmattn.data.parallel_spec import OFFICE_HELP_WORDS, SPLITS, ParallelColumns, ParallelConfig, ParallelPart
 from mmattn.data.scenes.translation import SceneTranslations
-from mmattn.data.sentence_pairs import JoinedPairs, ParallelSource
+from mmattn.data.sentence_pairs import JoinedPairs, ParallelSource, spread
 from mmattn.data.tables import hub_split, load_hub, missing_column, read_table, table_files
 from mmattn.data.text_rows import aligned_lines, delimited_rows, json_rows, require_file
 from mmattn.errors import DataError
@@ -82,7 +80,7 @@ def _limited(table: PairTable, spec: ParallelPart, split: str) -> PairTable:
     if spec.limit is not None and spec.limit < len(table):
         table = table.keep(range(spec.limit))
     if split != "train" and spec.eval_limit is not None and spec.eval_limit < len(table):
-        table = table.keep(np.linspace(0, len(table) - 1, spec.eval_limit).round())
+        table = table.keep(spread(len(table), spec.eval_limit))
     return table
 
 

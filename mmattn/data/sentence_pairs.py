@@ -66,6 +66,13 @@ def read_pairs(source: ParallelSource, indices: Sequence[int]) -> list[SentenceP
     return [source[index] for index in indices]
 
 
+def spread(size: int, limit: int | None) -> np.ndarray:
+    """At most `limit` of `size` numbers, int64, evenly spread from the first to the last; all of them for None."""
+    if limit is None or limit >= size:
+        return np.arange(size)
+    return np.linspace(0, size - 1, limit).round().astype(np.int64)
+
+
 class SelectedPairs:
     """Some pairs of a source, in a given order.
 

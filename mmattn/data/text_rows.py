@@ -26,11 +26,16 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, str | DataError]]:
     require_file(path)
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
-            line = raw.removeprefix(_BOM) if number == 1 else raw
-            try:
-                yield number, line.rstrip(b"\n").removesuffix(b"\r").decode()
-            except UnicodeDecodeError as error:
-                yield number, DataError(_not_utf8(line[error.start]))
+            yield number, decoded_line(number, raw)
+
+
+def decoded_line(number: int, raw: bytes) -> str | DataError:
+    """Line `number` (from 1) of a UTF-8 file without its end, or what is wrong with it."""
+    line = raw.removeprefix(_BOM) if number == 1 else raw
+    try:
+        return line.removesuffix(b"\n").removesuffix(b"\r").decode()
+    except UnicodeDecodeError as error:
+        return DataError(_not_utf8(line[error.start]))
 
 
 def require_file(path: str | Path) -> None:

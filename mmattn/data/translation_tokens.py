@@ -65,7 +65,7 @@ class PairTokenizer:
         Raises:
             DataError: a pair whose language the tokenizer needs and does not get, or does not know.
         """
-        named = [self._with_codes(pair) for pair in pairs]
+        named = [self.with_codes(pair) for pair in pairs]
         sources = _by_group(named, lambda pair: (pair.src_lang, pair.tgt_lang), self._source_ids)
         targets = self._target_ids(named)
         return [
@@ -103,8 +103,12 @@ class PairTokenizer:
             )
         return places
 
-    def _with_codes(self, pair: SentencePair) -> SentencePair:
-        """The pair, with the languages that its tokenizer asks for under their names there, and no others."""
+    def with_codes(self, pair: SentencePair) -> SentencePair:
+        """The pair, with the languages that its tokenizer asks for under their names there, and no others.
+
+        Raises:
+            DataError: one that the tokenizer needs and the pair does not name, or that the tokenizer does not know.
+        """
         kind = self.languages.kind
         has_tag = kind == "tag" and self.languages.has_tag(pair.source)
         src_lang = self._code(pair, "src_lang") if kind == "token" else None

@@ -37,18 +37,25 @@ class Alignment:
 
 
 def align_words(
-    source_pieces: Sequence[str], target_pieces: Sequence[str], weights: np.ndarray, special: frozenset[str]
+    source_pieces: Sequence[str],
+    target_pieces: Sequence[str],
+    weights: np.ndarray,
+    special: frozenset[str],
+    *,
+    unknown: str | None = None,
 ) -> Alignment:
     """Token weights `[Lt tokens, Ls tokens]` to words, special tokens left out.
 
     Args:
         source_pieces: sentencepiece pieces of the source.
-        target_pieces: of the translation.
+        target_pieces: of the translation, "" for a token without a spelling.
         weights: attention of each target token.
         special: tokens that belong to no word: end, padding, language codes.
+        unknown: what stands for a word that the vocabulary lacks. The source has that word; a translation's text leaves
+            it out.
     """
-    source, source_of = _words(source_pieces, special)
-    target, target_of = _words(target_pieces, special)
+    source, source_of = _words(source_pieces, special - {unknown})
+    target, target_of = _words(target_pieces, special if unknown is None else special | {unknown})
     to_source = np.zeros((len(source_pieces), len(source)), dtype=np.float32)
     for token, word in enumerate(source_of):
         if word is not None:
@@ -80,9 +87,8 @@ def _words(pieces: Sequence[str], special: frozenset[str]) -> tuple[list[str], l
     of_piece: list[int | None] = []
     is_open = False
     for piece in pieces:
-        if piece in special:
+        if piece in special or not piece:
             of_piece.append(None)
-            is_open = False
             continue
         if piece.startswith(_SPACE) or not is_open:
             words.append("")

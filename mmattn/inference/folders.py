@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from mmattn.errors import CheckpointError
@@ -15,8 +15,13 @@ from mmattn.errors import CheckpointError
 GENERATION_FILE = "generation_config.json"
 
 
-def open_tokenizer(folder: Path, *, is_stock: bool) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer: of the class that its files name for BLIP, a plain fast one for our own networks.
+def open_tokenizer(folder: Path, *, is_stock: bool, has_stock_config: bool = True) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer.
+
+    Args:
+        folder: of a model.
+        is_stock: the tokenizer is of the class that the files name, else a plain fast one.
+        has_stock_config: transformers knows the folder's `config.json` too; else the tokenizer's own files say all.
 
     Raises:
         CheckpointError: no tokenizer there, or a damaged one.
@@ -25,7 +30,9 @@ def open_tokenizer(folder: Path, *, is_stock: bool) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer.model", "vocab.json")):
         raise CheckpointError(f"{folder}: no tokenizer: the folder needs tokenizer.json beside the weights")
     try:
-        return opener.from_pretrained(folder, local_files_only=True)
+        # A config given here keeps transformers from reading, and warning of, one that it does not know.
+        options: dict[str, Any] = {} if has_stock_config else {"config": PreTrainedConfig()}
+        return opener.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # whatever a damaged file makes the tokenizer library raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{folder}: the tokenizer cannot be opened: {reason}") from error

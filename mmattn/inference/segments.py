@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from mmattn.errors import UsageError
 
-# After a sentence's end mark, with closing quotes and brackets, where white space follows; after an ideographic one.
-_SENTENCE_END = re.compile(r"(?:(?<=[.!?…])|(?<=[.!?…][\"'”’»)\]]))\s+|(?<=[。！？])")
+# After a sentence's end mark, with closing quotes (of any language) and brackets, where white space follows; after an
+# ideographic one.
+_SENTENCE_END = re.compile(r"(?:(?<=[.!?…])|(?<=[.!?…][\"'”“’»«)\]]))\s+|(?<=[。！？])")
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,7 @@ class TargetSide:
         self.network, self.tokenizer, self.settings, self.window = network, codes.tokenizer, settings, window
         self.with_alignment, self.with_scores = with_alignment, with_scores
         self.cache_bytes = 0
-        # A word that the vocabulary lacks is a word all the same.
-        self._special = (frozenset(self.tokenizer.all_special_tokens) | codes.tokens) - {self.tokenizer.unk_token}
+        self._special = frozenset(self.tokenizer.all_special_tokens) | codes.tokens
 
     def decode(
         self,
@@ -151,8 +150,10 @@ class TargetSide:
         weights = np.zeros((len(one.tokens), length), dtype=np.float32)
         for place, row in enumerate(one.rows[first:]):
             weights[first + place] = state.steps[place][row, :length].float().cpu().numpy()
-        target = self.tokenizer.convert_ids_to_tokens(one.tokens)
-        return align_words(self._source_pieces(segment.ids), target, weights, self._special)
+        # Weights often have a few more entries than the vocabulary: tokens without a spelling.
+        target = [piece or "" for piece in self.tokenizer.convert_ids_to_tokens(one.tokens)]
+        source = self._source_pieces(segment.ids)
+        return align_words(source, target, weights, self._special, unknown=self.tokenizer.unk_token)
 
     def _source_pieces(self, ids: Sequence[int]) -> list[str]:
         if not getattr(self.tokenizer, "separate_vocabs", False):

@@ -134,7 +134,9 @@ class Translator:
         device = folders.default_device() if device is None else torch.device(device)
         dtype = folders.default_dtype(device) if dtype is None else dtype
         network = open_network(folder, variant=variant, dtype=dtype, device=device)
-        tokenizer = folders.open_tokenizer(folder, is_stock=True)
+        tokenizer = folders.open_tokenizer(
+            folder, is_stock=True, has_stock_config=family_of(network.config) is not None
+        )
         translator = cls(network, tokenizer, generation_defaults(folder, network.config))
         translator._prepare(quantize)
         return translator

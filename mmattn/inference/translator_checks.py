@@ -5,23 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mmattn.errors import CheckpointError
 from mmattn.inference import folders
 from mmattn.models.translator import TranslatorConfig
-
-# Where `generation_config.json` is missing, as in older folders, these stand in `config.json`.
-_IN_CONFIG = (
-    "bad_words_ids",
-    "early_stopping",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "length_penalty",
-    "max_length",
-    "no_repeat_ngram_size",
-    "num_beams",
-)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: TranslatorConfig) -> None:
@@ -48,7 +36,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: TranslatorConfi
 
 
 def generation_defaults(folder: Path, config: TranslatorConfig) -> dict[str, Any]:
-    """The folder's `generation_config.json`, or what an older folder's `config.json` says about generating."""
+    """The folder's `generation_config.json`; without one what `config.json` says of it, as transformers does."""
     if (folder / folders.GENERATION_FILE).is_file():
         return folders.read_generation_config(folder)
-    return {name: config.stock[name] for name in _IN_CONFIG if config.stock.get(name) is not None}
+    plain = GenerationConfig().to_dict()
+    return {name: value for name, value in config.stock.items() if name in plain and value != plain[name]}

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from mmattn.data.collate import ImageTextCollator
 from mmattn.data.images import PixelTransform, RandomView
 from mmattn.data.tokenizer import train_tokenizer
-from mmattn.errors import CheckpointError, ConfigError
-from mmattn.inference import folders
+from mmattn.errors import ConfigError
+from mmattn.inference import folders, trained
 from mmattn.inference.vlm import VisionLanguageModel
 from mmattn.models.sources import find_folder
 from mmattn.models.vlm import (
@@ -30,9 +27,7 @@ from mmattn.models.vlm import (
     open_network,
 )
 from mmattn.models.vlm.blip import is_blip, weight_table
-from mmattn.training.selection import LoRAConfig, adapter_state, add_lora, lora_config, merged_copy, train_only
-
-TRAIN_WHAT = ("all", "lora", "cross_attention")
+from mmattn.training.selection import LoRAConfig, lora_config, merged_copy
 
 
 @dataclass
@@ -144,18 +139,6 @@ def make_collator(vlm: VisionLanguageModel, examples: ExampleConfig, seed: int) 
     )
 
 
-def trained_model(folder: Path) -> Path:
-    """The model in a training run's folder: `best/`, else `final/`; a model's own folder is returned as it is.
-
-    Raises:
-        CheckpointError: none of them is there.
-    """
-    for candidate in (folder, folder / "best", folder / "final"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise CheckpointError(f"{folder}: no model here: neither config.json nor best/ nor final/; did training finish?")
-
-
 def choose_trained(network: VisionLanguageNetwork, what: str, lora: LoRAConfig) -> None:
     """Freeze what is not to be trained.
 
@@ -167,51 +150,30 @@ def choose_trained(network: VisionLanguageNetwork, what: str, lora: LoRAConfig) 
     Raises:
         ConfigError: nothing is left to train.
     """
-    if what == "lora":
-        add_lora(network, lora)
-        known = _stock_module_names(network)
-        adapted = {name.partition(".lora_")[0] for name in adapter_state(network)}
-        joined = sorted(adapted - set(known))
-        if joined:
-            raise ConfigError(
-                f"lora.targets: {joined[0]} is joined with others in the stock checkpoint, so that an adapter on it "
-                "could not be opened there: name modules of the text decoder only"
-            )
-    elif what == "cross_attention":
-        train_only(network, cross_attention_parameters(network))
+    trained.choose_trained(
+        network,
+        what,
+        lora,
+        cross_attention=cross_attention_parameters(network),
+        stock_names=_stock_module_names(network),
+        refusal="is joined with others in the stock checkpoint, so that an adapter on it could not be opened there: "
+        "name modules of the text decoder only",
+    )
 
 
 def save_trained(vlm: VisionLanguageModel, folder: Path) -> None:
     """Save a trained model; one with LoRA merged, with the adapter beside it in `adapter/` (PEFT's format)."""
     network = vlm.network
-    lora = lora_config(network)
-    if lora is None:
+    if lora_config(network) is None:
         vlm.save_pretrained(folder)
         return
     merged = VisionLanguageModel(merged_copy(network), vlm.tokenizer, vlm.processor, vlm.generation_config)
     merged.save_pretrained(folder)
-    _save_adapter(network, lora, folder / "adapter")
-
-
-def _save_adapter(network: VisionLanguageNetwork, lora: Any, folder: Path) -> None:
-    """Write a PEFT adapter folder, for the stock class (BLIP) or for our network."""
-    renamed = _stock_module_names(network)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in adapter_state(network).items():
-        module, dot, rest = name.partition(".lora_")
-        tensors[f"base_model.model.{renamed[module]}{dot}{rest}"] = tensor.contiguous()
-    targets = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors})
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    values = {**lora.to_dict(), "target_modules": targets, "peft_type": "LORA", "inference_mode": True}
-    (folder / "adapter_config.json").write_text(json.dumps(values, indent=2, default=sorted) + "\n", encoding="utf-8")
+    trained.save_adapter(network, folder / "adapter", _stock_module_names(network))
 
 
 def _stock_module_names(network: VisionLanguageNetwork) -> dict[str, str]:
     """Our module names to those of the checkpoint's own format, for modules that are one and the same in both."""
     if not is_blip(network.config):
         return {name: name for name, _ in network.named_modules()}
-    pairs = [(row.ours[0], row.stock) for row in weight_table(network.config).weights if len(row.ours) == 1]
-    return {
-        ours.removesuffix(".weight"): stock.removesuffix(".weight") for ours, stock in pairs if ours.endswith(".weight")
-    }
+    return trained.stock_module_names(weight_table(network.config))

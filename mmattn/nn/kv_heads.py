@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from mmattn.nn.packed_linears import packing_refusals
 from mmattn.nn.projected_attention import ProjectedAttention
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+KVHeadSource = Literal["mean", "first", "random"]
 
 
-def convert_kv_heads(module: ModuleT, num_kv_heads: int) -> ModuleT:
+def convert_kv_heads(module: ModuleT, num_kv_heads: int, *, how: KVHeadSource = "mean") -> ModuleT:
     """Reduce the key/value heads of every attention in a module to `num_kv_heads`, in place.
 
     Neighbouring heads are mean-pooled (arXiv 2305.13245, section 2.1). The output is unchanged when the heads pooled
@@ -24,21 +25,25 @@ def convert_kv_heads(module: ModuleT, num_kv_heads: int) -> ModuleT:
     Args:
         module: `SelfAttention`, `CrossAttention`, a layer or a whole network.
         num_kv_heads: A divisor of each attention's present number.
+        how: What a head is made from: the "mean" of its group, the "first" of it, or "random" (Xavier weights and zero
+            bias from torch's global generator): figure 4 of the paper compares them.
 
     Returns:
         The same module.
 
     Raises:
-        UsageError: When there is no attention in the module, the number does not divide, or a projection is not a plain
-            Linear (adapter, quantised weight).
+        UsageError: When there is no attention in the module, the number does not divide, `how` is unknown, or a
+            projection is not a plain Linear (adapter, quantised weight).
     """
+    if how not in get_args(KVHeadSource):
+        raise UsageError(f"convert_kv_heads: how={how!r} is unknown: use {', '.join(get_args(KVHeadSource))}")
     attentions = {name: child for name, child in module.named_modules() if isinstance(child, ProjectedAttention)}
     if not attentions:
         raise UsageError(f"convert_kv_heads: {type(module).__name__} holds no attention of mmattn.nn")
     for name, child in attentions.items():
         _check_convertible(name or type(child).__name__, child, num_kv_heads)
     for child in attentions.values():
-        _convert(child, num_kv_heads)
+        _convert(child, num_kv_heads, how)
     return module
 
 
@@ -56,22 +61,29 @@ def _check_convertible(name: str, module: ProjectedAttention, num_kv_heads: int)
         raise UsageError(f"convert_kv_heads: {name} cannot be converted: {'; '.join(reasons)}")
 
 
-def _convert(module: ProjectedAttention, num_kv_heads: int) -> None:
+def _convert(module: ProjectedAttention, num_kv_heads: int, how: KVHeadSource) -> None:
     was_fused = module.is_fused
     module.unfuse()
     for linear in (module.k_proj, module.v_proj):
-        linear.weight = _pooled(linear.weight, num_kv_heads, module.head_dim)
+        linear.weight = _reduced(linear.weight, num_kv_heads, module.head_dim, how)
         if linear.bias is not None:
-            linear.bias = _pooled(linear.bias, num_kv_heads, module.head_dim)
+            linear.bias = _reduced(linear.bias, num_kv_heads, module.head_dim, how)
         linear.out_features = num_kv_heads * module.head_dim
     module.num_kv_heads = num_kv_heads
     if was_fused:
         module.fuse()
 
 
-def _pooled(parameter: Tensor, num_kv_heads: int, head_dim: int) -> nn.Parameter:
-    # [G, D, ...] to [G', G / G', D, ...]; summed in at least float32.
+def _reduced(parameter: Tensor, num_kv_heads: int, head_dim: int, how: KVHeadSource) -> nn.Parameter:
+    # [G, D, ...] to [G', G / G', D, ...].
     heads = parameter.detach().unflatten(0, (num_kv_heads, -1, head_dim))
-    wide = torch.promote_types(parameter.dtype, torch.float32)
-    pooled = heads.to(wide).mean(dim=1).to(parameter.dtype)
-    return nn.Parameter(pooled.flatten(0, 1), requires_grad=parameter.requires_grad)
+    if how == "first":
+        reduced = heads[:, 0].flatten(0, 1).clone()
+    elif how == "mean":
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        reduced = heads.to(wide).mean(dim=1).to(parameter.dtype).flatten(0, 1)
+    else:
+        reduced = torch.zeros_like(heads[:, 0].flatten(0, 1))
+        if reduced.ndim > 1:
+            nn.init.xavier_uniform_(reduced)
+    return nn.Parameter(reduced, requires_grad=parameter.requires_grad)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mmattn.cli.main import main
-from tests.toy_recipe import CONFIG
+from tests.toy_recipe import CONFIG, RECIPE
 
 
 def test_ls(toy_tree: Path, capsys):
@@ -71,6 +71,20 @@ def test_eval_uses_the_config_beside_the_model(toy_tree: Path, capsys):
     assert capsys.readouterr().out == "accuracy  0.7500\nsteps     13.0000\n"
     assert main(["eval", "run", "--json", "--data", "toy/debug", "training.max_steps=3"]) == 0
     assert capsys.readouterr().out == '{"accuracy": 0.75, "steps": 3.0}\n'
+
+
+def test_eval_writes_hypotheses_where_the_recipe_has_any(toy_tree: Path, capsys):
+    arguments = ["eval", "run", "--data", "toy/debug", "--output", "said.jsonl"]
+    Path("run").mkdir()
+    assert main(arguments) == 2
+    expected = "mmattn: --output said.jsonl: the recipe 'toy' writes no hypotheses, leave it out\n"
+    assert capsys.readouterr().err == expected
+    recipe = toy_tree / "recipes" / "toy.py"
+    writes = "def evaluate(folder, config, *, hypotheses=None):\n    return {'said': str(hypotheses), 'accuracy': 1.0}"
+    recipe.write_text(RECIPE.replace("def evaluate(folder, config):", f"{writes}\n\n\ndef unused(folder, config):"))
+    sys.modules.pop("mmattn._recipes.toy")
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == "said      said.jsonl\naccuracy  1.0000\n"
 
 
 def test_eval_names_what_is_wrong(toy_tree: Path, capsys):

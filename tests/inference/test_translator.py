@@ -1,121 +1,320 @@
-"""The translation façade: equal to stock `generate` on a Marian folder, in any shape in which texts are given."""
+"""The translation façade: equal to stock transformers text by text, in whatever shape texts are given."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianConfig, MarianMTModel
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from mmattn.data.translation_tokenizer import train_marian_tokenizer
-from mmattn.errors import CheckpointError, UsageError
+from mmattn.errors import UsageError
 from mmattn.inference.translator import Translator
+from tests.inference.tiny_translators import (
+    ENGLISH,
+    KINDS,
+    LANGUAGES,
+    POSITIONS,
+    stock_translate,
+)
 
-TEXTS = ["a red ring", "the blue square is small and the red ring is large", "a ring", "the small red square"]
+
+@dataclass
+class Pair:
+    """A folder opened by us and by transformers."""
+
+    ours: Translator
+    model: Any
+    tokenizer: Any
+    languages: dict[str, Any]
+
+    def stock(self, text: str, **arguments: Any) -> list[str]:
+        if "src_lang" in self.languages:
+            tokenizer = self.tokenizer
+            target = self.languages["tgt_lang"]
+            token = tokenizer.get_lang_id(target) if hasattr(tokenizer, "get_lang_id") else None
+            forced = tokenizer.convert_tokens_to_ids(target) if token is None else token
+            return stock_translate(self.model, tokenizer, text, **{"forced_bos_token_id": forced, **arguments})
+        tag = f">>{self.languages['tgt_lang']}<< " if self.languages else ""
+        return stock_translate(self.model, self.tokenizer, tag + text, **arguments)
+
+    def translate(self, texts: Any, **arguments: Any) -> Any:
+        return self.ours.translate(texts, **{**self.languages, **arguments})
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("marian")
-    tokenizer = train_marian_tokenizer(TEXTS, "word", 100)
-    size = len(tokenizer.get_vocab())
-    torch.manual_seed(0)
-    config = MarianConfig(
-        vocab_size=size,
-        d_model=24,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=3,
-        decoder_attention_heads=3,
-        encoder_ffn_dim=37,
-        decoder_ffn_dim=37,
-        max_position_embeddings=19,
-        activation_function="swish",
-        scale_embedding=True,
-        pad_token_id=size - 1,
-        eos_token_id=0,
-        decoder_start_token_id=size - 1,
-        init_std=0.5,
-    )
-    model = MarianMTModel(config).eval()
-    model.final_logits_bias[0, 0] = 2.0
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+def pairs(translators, translator_folders):
+    return {
+        kind: Pair(
+            translators[kind],
+            AutoModelForSeq2SeqLM.from_pretrained(translator_folders[kind]).eval(),
+            AutoTokenizer.from_pretrained(translator_folders[kind]),
+            LANGUAGES[kind],
+        )
+        for kind in KINDS
+    }
 
 
-def stock(folder: Path, text: str, **arguments: object) -> str:
-    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    out = model.generate(**tokenizer(text, return_tensors="pt"), **{"max_length": 19, "num_beams": 1, **arguments})
-    return tokenizer.decode(out[0], skip_special_tokens=True).strip()
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_beams": 4},
+        {"num_beams": 4, "length_penalty": 0.4, "early_stopping": True, "max_length": 31},
+        {"min_new_tokens": 7, "max_new_tokens": 19, "no_repeat_ngram_size": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_stock_text_by_text(pairs, kind, arguments):
+    pair = pairs[kind]
+    expected = [pair.stock(text, **arguments)[0] for text in ENGLISH]
+    assert pair.translate(ENGLISH, **arguments) == expected
+    assert pair.translate(ENGLISH[1], **arguments) == expected[1]
+    assert len(set(expected)) == len(ENGLISH), "equal texts would hide a wrong order"
 
 
-@pytest.mark.parametrize("arguments", [{}, {"num_beams": 4, "length_penalty": 0.6}])
-def test_equals_stock_text_by_text(folder, arguments):
-    translator = Translator.from_pretrained(folder, device="cpu")
-    expected = [stock(folder, text, **arguments) for text in TEXTS]
-    assert len(set(expected)) > 1
-    for batch_tokens in (1, 11, None):
-        assert translator.translate(TEXTS, batch_tokens=batch_tokens, max_length=19, **arguments) == expected
-    assert translator.translate(TEXTS[1], max_length=19, **arguments) == expected[1]
-    assert translator.translate(translator.encode(TEXTS), max_length=19, **arguments) == expected
-    assert translator.peak_memory is not None
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_sequences_are_stocks(pairs, kind):
+    pair, arguments = pairs[kind], {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 13}
+    expected = [pair.stock(text, **arguments) for text in ENGLISH[:3]]
+    assert pair.translate(ENGLISH[:3], **arguments) == expected
+    assert pair.translate(ENGLISH[2], **arguments) == expected[2]
 
 
-def test_lines_blanks_and_streams(folder):
-    translator = Translator.from_pretrained(folder, device="cpu")
-    first, second = translator.translate(TEXTS[:2])
-    document = f"{TEXTS[0]}\n\n{TEXTS[1]}"
-    assert translator.translate(document) == f"{first}\n\n{second}"
-    assert translator.translate(["", " "]) == ["", ""]
-    assert "".join(translator.translate(document, stream=True)) == f"{first}\n\n{second}"
-    with pytest.raises(UsageError, match="use num_beams=1"):
-        translator.translate(document, stream=True, num_beams=2)
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_many_texts_in_any_batches_come_back_in_their_order(pairs, num_beams):
+    pair = pairs["marian"]
+    texts = [" ".join(ENGLISH[(i + j) % 5] for j in range(i % 3 + 1)) for i in range(23)]
+    one_by_one = [pair.translate(text, num_beams=num_beams, max_new_tokens=17) for text in texts]
+    assert len(set(one_by_one)) > 10
+    for batch_tokens in (1, 37, 200, 100_000, None):
+        found = pair.translate(texts, num_beams=num_beams, max_new_tokens=17, batch_tokens=batch_tokens)
+        assert found == one_by_one
+    assert pair.translate(tuple(texts[:3]), num_beams=num_beams, max_new_tokens=17) == one_by_one[:3]
+    assert pair.translate((text for text in texts[:2]), num_beams=num_beams, max_new_tokens=17) == one_by_one[:2]
 
 
-def test_scores_and_alignment(folder):
-    translator = Translator.from_pretrained(folder, device="cpu")
-    found = translator.translate(TEXTS[1], num_beams=3, return_scores=True, return_alignment=True)
-    assert found.score < 0
-    assert found.alignment.source == TEXTS[1].split()
-    assert found.alignment.weights.shape == (len(found.alignment.target), len(found.alignment.source))
-    assert 0 < found.alignment.weights.sum(axis=1).max() <= 1 + 1e-5
+def test_shapes_of_results(pairs):
+    pair = pairs["marian"]
+    assert isinstance(pair.translate(ENGLISH[0]), str)
+    assert [type(text) for text in pair.translate(ENGLISH[:1])] == [str]
+    assert pair.translate([]) == []
+    sampled = pair.translate(ENGLISH[:2], do_sample=True, num_return_sequences=3, max_new_tokens=7)
+    assert [len(texts) for texts in sampled] == [3, 3]
 
 
-def test_long_lines_are_split_or_refused(folder):
-    translator = Translator.from_pretrained(folder, device="cpu")
-    sentences = [f"{TEXTS[1]} ." for _ in range(3)]
-    parts = translator.translate(sentences)
-    assert translator.translate(" ".join(sentences)) == " ".join(parts)
-    with pytest.raises(UsageError, match=r"text 1 has 37 tokens, this model takes 19"):
-        translator.translate(" ".join(sentences), on_long="error")
-    with pytest.raises(UsageError, match="holds a sentence of"):
-        translator.translate(" ".join(TEXTS * 3))
+def test_lines_stay_lines_and_blank_ones_blank(pairs):
+    pair = pairs["nllb"]
+    first, second = pair.translate(ENGLISH[:2])
+    assert pair.translate(f"{ENGLISH[0]}\n{ENGLISH[1]}") == f"{first}\n{second}"
+    assert pair.translate(f"\n{ENGLISH[0]}\n\n  \n{ENGLISH[1]}\n") == f"\n{first}\n\n\n{second}\n"
+    assert pair.translate(["", ENGLISH[1], " \t", "\n\n"]) == ["", second, "", "\n\n"]
+    assert pair.translate("") == ""
+    assert pair.translate("", num_beams=2, num_return_sequences=2) == ["", ""]
+    assert pair.translate(f"{ENGLISH[0]}\n{ENGLISH[1]}", num_beams=2, num_return_sequences=2) == [
+        "\n".join(lines)
+        for lines in zip(*pair.translate(ENGLISH[:2], num_beams=2, num_return_sequences=2), strict=True)
+    ]
 
 
-def test_int8_and_saving(folder, tmp_path):
-    translator = Translator.from_pretrained(folder, device="cpu")
-    translator.save_pretrained(tmp_path)
-    assert stock(tmp_path, TEXTS[1]) == stock(folder, TEXTS[1])
-    quantised = Translator.from_pretrained(folder, device="cpu", quantize="int8")
-    assert isinstance(quantised.translate(TEXTS[0]), str)
-    with pytest.raises(UsageError, match="is quantised"):
-        quantised.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="quantize='int4' is unknown"):
-        Translator.from_pretrained(folder, quantize="int4")
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_lines_are_cut_at_sentence_ends(pairs, kind):
+    pair = pairs[kind]
+    line = " ".join(ENGLISH)
+    ids = pair.ours.codes.source_ids([line], None, None)[0]
+    assert len(ids) > POSITIONS
+    found = pair.translate(line)
+    plan = pair.ours.encode(line, **pair.languages).plan
+    parts = [segment.text for segment in plan.segments]
+    assert " ".join(parts) == line
+    assert 1 < len(parts) < len(ENGLISH), "as few parts as fit"
+    assert max(len(segment.ids) for segment in plan.segments) <= POSITIONS
+    assert found == " ".join(pair.translate(parts))
 
 
-def test_wrong_arguments(folder, tmp_path):
-    translator = Translator.from_pretrained(folder, device="cpu")
-    with pytest.raises(UsageError, match="one pair of languages"):
-        translator.translate("a ring", tgt_lang="de")
-    with pytest.raises(UsageError, match="knows its source language"):
-        translator.translate("a ring", src_lang="en")
-    with pytest.raises(UsageError, match="unknown generation argument 'beams'"):
-        translator.translate("a ring", beams=3)
-    with pytest.raises(UsageError, match=r"text 2 of 2 is a int"):
-        translator.translate(["a ring", 3])
-    other = train_marian_tokenizer([*TEXTS, "one more word"], "word", 100)
-    with pytest.raises(CheckpointError, match="they are not of one model"):
-        Translator(translator.network, other)
+def test_long_lines_that_cannot_be_cut_are_refused(pairs):
+    pair = pairs["marian"]
+    line, count = " ".join(ENGLISH), len(pair.tokenizer(" ".join(ENGLISH)).input_ids)
+    with pytest.raises(UsageError, match=rf"text 2 has {count} tokens, this model takes 53: shorten it, or let it be"):
+        pair.translate([ENGLISH[0], line], on_long="error")
+    with pytest.raises(UsageError, match=rf"text 1, line 3 has {count} tokens"):
+        pair.translate(f"{ENGLISH[0]}\n\n{line}", on_long="error")
+    sentence = "cat " * 60
+    with pytest.raises(UsageError, match=r"text 1 holds a sentence of \d+ tokens, this model takes 53: cut it \('cat"):
+        pair.translate(f"{ENGLISH[0]} {sentence}")
+    with pytest.raises(UsageError, match="on_long='cut' is unknown: use 'split' or 'error'"):
+        pair.translate("a cat", on_long="cut")
+    assert pair.translate(ENGLISH[0], on_long="error") == pair.translate(ENGLISH[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoded_once_translated_often(pairs, kind, monkeypatch):
+    pair = pairs[kind]
+    network, calls = pair.ours.network, []
+    encode, project = network.encode, network.project_context
+    monkeypatch.setattr(network, "encode", lambda *a: calls.append("encode") or encode(*a))
+    monkeypatch.setattr(network, "project_context", lambda *a: calls.append("project") or project(*a))
+    greedy, beams = pair.translate(ENGLISH), pair.translate(ENGLISH, num_beams=4)
+    assert calls == ["encode", "project"] * 2, "once for all beams"
+    encoded = pair.ours.encode([*ENGLISH, ""], **pair.languages, batch_tokens=40)
+    assert len(encoded) == 6
+    calls.clear()
+    assert pair.ours.translate(encoded) == [*greedy, ""]
+    assert pair.ours.translate(encoded, num_beams=4) == [*beams, ""]
+    assert calls == []
+    with pytest.raises(UsageError, match="src_lang, on_long and batch_tokens belong to encode"):
+        pair.ours.translate(encoded, batch_tokens=3)
+    with pytest.raises(UsageError, match="src_lang, on_long and batch_tokens belong to encode"):
+        pair.ours.translate(encoded, on_long="error")
+
+
+def test_encoded_sources_say_what_they_hold(pairs):
+    pair = pairs["marian"]
+    encoded = pair.ours.encode(ENGLISH[0])
+    length = len(pair.tokenizer(ENGLISH[0]).input_ids)
+    assert encoded.nbytes == 3 * 2 * length * 30 * 4  # layers, keys and values, tokens, channels, bytes
+    assert pair.ours.translate(encoded) == pair.translate(ENGLISH[0]), "one text, so a str"
+
+
+def test_the_target_language_of_encoded_sources_can_be_said_later(pairs):
+    pair = pairs["nllb"]
+    into = {code: pair.translate(ENGLISH, tgt_lang=code) for code in ("deu_Latn", "fra_Latn")}
+    assert into["deu_Latn"] != into["fra_Latn"]
+    encoded = pair.ours.encode(ENGLISH, src_lang="eng_Latn")
+    for code, expected in into.items():
+        assert pair.ours.translate(encoded, tgt_lang=code) == expected
+    mixed = ["deu_Latn", "fra_Latn", "fra_Latn", "deu_Latn", "fra_Latn"]
+    expected = [into[code][number] for number, code in enumerate(mixed)]
+    assert pair.ours.translate(encoded, tgt_lang=mixed) == expected
+    assert pair.translate(ENGLISH, tgt_lang=mixed) == expected
+    assert pair.translate(ENGLISH, tgt_lang=mixed, num_beams=3, batch_tokens=30) == [
+        pair.translate(text, tgt_lang=code, num_beams=3) for text, code in zip(ENGLISH, mixed, strict=True)
+    ]
+    with pytest.raises(UsageError, match="this model translates into 3 languages: give tgt_lang, such as deu_Latn"):
+        pair.ours.translate(encoded)
+    with pytest.raises(UsageError, match="tgt_lang='deu' is no language of this model; nearest: deu_Latn"):
+        pair.ours.translate(encoded, tgt_lang="deu")
+    with pytest.raises(UsageError, match="2 tgt_lang for 5 texts"):
+        pair.ours.translate(encoded, tgt_lang=["deu_Latn", "fra_Latn"])
+    tagged = pairs["tags"].ours.encode(ENGLISH, tgt_lang="deu")
+    with pytest.raises(UsageError, match="tgt_lang belongs to encode"):
+        pairs["tags"].ours.translate(tagged, tgt_lang="fra")
+
+
+def test_languages_of_the_sources_may_differ(pairs):
+    pair = pairs["m2m100"]
+    texts, languages = [ENGLISH[0], "Nein.", "Non."], ["en", "de", "fr"]
+    mixed = pair.ours.translate(texts, src_lang=languages, tgt_lang="es")
+    alone = [
+        pair.ours.translate(text, src_lang=code, tgt_lang="es") for text, code in zip(texts, languages, strict=True)
+    ]
+    assert mixed == alone
+    assert pair.ours.translate(texts[1], src_lang="en", tgt_lang="es") != alone[1], "the source's language counts"
+    assert pair.ours.tokenizer.src_lang == "en"
+
+
+def test_tags_say_the_target(pairs):
+    pair = pairs["tags"]
+    german, french = pair.translate(ENGLISH[0], tgt_lang="deu"), pair.translate(ENGLISH[0], tgt_lang="fra")
+    assert german != french
+    assert pair.ours.translate(f">>deu<< {ENGLISH[0]}") == german
+    assert pair.ours.translate([ENGLISH[0]] * 2, tgt_lang=["deu", "fra"]) == [german, french]
+    assert pair.ours.translate([f">>deu<< {ENGLISH[0]}", ENGLISH[0]], tgt_lang=[None, "fra"]) == [german, french]
+    for untagged in ({}, {"tgt_lang": ["deu", None]}):
+        with pytest.raises(UsageError, match="this model translates into 2 languages: give tgt_lang, one of deu, fra"):
+            pair.ours.translate([f">>deu<< {ENGLISH[0]}", ENGLISH[1]], **untagged)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streamed_pieces_are_the_translation(pairs, kind):
+    pair = pairs[kind]
+    document = f"{ENGLISH[0]}\n\n{' '.join(ENGLISH)}\n{ENGLISH[3]}"
+    expected = pair.translate(document)
+    pieces = list(pair.translate(document, stream=True))
+    assert "".join(pieces) == expected
+    assert len(pieces) > 5
+    assert "".join(pair.ours.translate(pair.ours.encode(document, **pair.languages), stream=True)) == expected
+    assert list(pair.translate("", stream=True)) == []
+
+
+def test_a_stream_comes_before_the_end_and_draws_as_asked(pairs):
+    pair = pairs["nllb"]
+    steps = []
+    decoder = pair.ours.network.decoder
+    hook = decoder.register_forward_hook(lambda *_: steps.append(1))
+    stream = pair.translate(ENGLISH[0], stream=True, max_new_tokens=40, min_new_tokens=40)
+    assert not steps
+    next(stream)
+    before = len(steps)
+    list(stream)
+    hook.remove()
+    assert 0 < before < len(steps)
+    draws = [
+        "".join(
+            pair.translate(
+                ENGLISH[0],
+                stream=True,
+                do_sample=True,
+                temperature=2.0,
+                generator=torch.Generator().manual_seed(seed),
+            )
+        )
+        for seed in (1, 1, 2)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_a_stream_keeps_up_with_a_tokenizer_that_cleans_spaces_up(pairs):
+    pair = pairs["nllb"]
+    tokenizer = pair.ours.tokenizer
+    tokenizer.clean_up_tokenization_spaces = True
+    try:
+        for text in ENGLISH:
+            for seed in range(5):
+                draw = {"do_sample": True, "temperature": 3.0, "max_new_tokens": 30}
+                generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+                expected = pair.translate(text, **draw, generator=generators[0])
+                assert "".join(pair.translate(text, stream=True, **draw, generator=generators[1])) == expected
+    finally:
+        tokenizer.clean_up_tokenization_spaces = False
+
+
+@pytest.mark.parametrize(
+    ("texts", "arguments", "message"),
+    [
+        (ENGLISH, {}, "stream=True takes one text, not a list"),
+        (ENGLISH[0], {"num_beams": 2}, "use num_beams=1 and num_return_sequences=1"),
+        (ENGLISH[0], {"do_sample": True, "num_return_sequences": 2}, "use num_beams=1 and num_return_sequences=1"),
+        (ENGLISH[0], {"return_scores": True}, "stream=True gives text only"),
+        (ENGLISH[0], {"return_alignment": True}, "stream=True gives text only"),
+        (ENGLISH[0], {"batch_tokens": 3}, "leave batch_tokens and progress out"),
+        (ENGLISH[0], {"progress": True}, "leave batch_tokens and progress out"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused_at_once(pairs, texts, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        pairs["marian"].translate(texts, stream=True, **arguments)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_our_own_form_does_not_depend_on_company(translators, num_beams):
+    own = translators["own"]
+    alone = [own.translate(text, num_beams=num_beams) for text in ENGLISH]
+    assert own.translate(ENGLISH, num_beams=num_beams) == alone
+    assert len(set(alone)) > 2
+    assert not own.is_stock
+    assert "".join(own.translate(ENGLISH[1], stream=True)) == own.translate(ENGLISH[1])
+
+
+def test_a_training_network_goes_on_training(pairs):
+    pair = pairs["marian"]
+    expected = pair.translate(ENGLISH[:2])
+    pair.ours.network.train()
+    try:
+        assert pair.translate(ENGLISH[:2]) == expected
+        assert "".join(pair.translate(ENGLISH[0], stream=True)) == expected[0]
+        assert pair.ours.network.training
+    finally:
+        pair.ours.network.eval()

@@ -87,6 +87,37 @@ def test_mean_pooling_by_hand() -> None:
 
 
 @torch.no_grad()
+def test_the_first_head_of_a_group_by_hand() -> None:
+    module = SelfAttention(2, 4, head_dim=1)
+    module.v_proj.weight.copy_(torch.tensor([[0.0, 8.0], [4.0, 0.0], [2.0, 3.0], [4.0, 6.0]]))
+    module.v_proj.bias.copy_(torch.tensor([1.0, 2.0, -4.0, 8.0]))
+    before = module.v_proj.weight
+    convert_kv_heads(module, 2, how="first")
+    assert module.v_proj.weight.tolist() == [[0.0, 8.0], [2.0, 3.0]]
+    assert module.v_proj.bias.tolist() == [1.0, -4.0]
+    module.v_proj.weight.zero_()
+    assert before.any()
+
+
+@torch.no_grad()
+def test_random_heads_are_new_and_seeded() -> None:
+    def converted(seed: int) -> SelfAttention:
+        torch.manual_seed(37)
+        module = SelfAttention(EMBED_DIM, NUM_HEADS)
+        torch.manual_seed(seed)
+        return convert_kv_heads(module, 2, how="random")
+
+    one, again, other = converted(1), converted(1), converted(2)
+    assert torch.equal(one.k_proj.weight, again.k_proj.weight)
+    assert not torch.equal(one.k_proj.weight, other.k_proj.weight)
+    assert not torch.equal(one.k_proj.weight, one.v_proj.weight)
+    bound = (6 / (2 * HEAD_DIM + EMBED_DIM)) ** 0.5  # Xavier's
+    assert 0.8 * bound < one.k_proj.weight.abs().max() <= bound
+    assert not one.k_proj.bias.any()
+    assert one(torch.randn(2, 5, EMBED_DIM)).shape == (2, 5, EMBED_DIM)
+
+
+@torch.no_grad()
 def test_grouped_heads_are_pooled_further() -> None:
     torch.manual_seed(34)
     once = SelfAttention(EMBED_DIM, NUM_HEADS, bias=False).double()
@@ -118,6 +149,8 @@ def test_narrow_weights_are_pooled_in_float32() -> None:
 def test_errors_change_nothing() -> None:
     with pytest.raises(UsageError, match=r"convert_kv_heads: Linear holds no attention of mmattn\.nn"):
         convert_kv_heads(nn.Linear(2, 2), 1)
+    with pytest.raises(UsageError, match="how='last' is unknown: use mean, first, random"):
+        convert_kv_heads(SelfAttention(EMBED_DIM, NUM_HEADS), 2, how="last")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="SelfAttention has 6 key/value heads, not divisible into 4"):
         convert_kv_heads(SelfAttention(EMBED_DIM, NUM_HEADS), 4)
     layers = nn.ModuleList([SelfAttention(EMBED_DIM, NUM_HEADS), SelfAttention(EMBED_DIM, NUM_HEADS, num_kv_heads=1)])

@@ -54,5 +54,6 @@ def test_it_runs_without_the_source_tree(wheel: Path, tmp_path: Path):
     for path in (ROOT / "configs").glob("*/*.yaml"):
         name = f"{path.parent.name}/{path.stem}"
         assert f"  {name} " in shown
-        assert run("cp", name, f"{path.stem}.yaml").startswith(f"wrote {path.stem}.yaml")
-        assert (tmp_path / f"{path.stem}.yaml").read_bytes() == path.read_bytes()
+        copied = f"{path.parent.name}-{path.name}"
+        assert run("cp", name, copied).startswith(f"wrote {copied}")
+        assert (tmp_path / copied).read_bytes() == path.read_bytes()

@@ -41,7 +41,7 @@ def test_scores_are_stocks(pair):
 @torch.no_grad()
 def test_cosines_of_all_pairs_are_stocks(pair):
     ours, stock, exact = pair
-    ids = tokens(5, 7)
+    ids = tokens(47, 7)  # many pairs: the largest error of a few is a matter of luck
     own = ours.embed_images(ours.encode_images(pixels(3))) @ ours.embed_texts(ids).T
     assert_as_exact_as_stock(
         own,

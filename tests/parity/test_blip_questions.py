@@ -32,15 +32,20 @@ def _stock_question_states(model: nn.Module, pictures, ids, mask):
 @torch.no_grad()
 def test_question_states_are_stocks(pair):
     ours, stock, exact = pair
-    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask = torch.ones(2, 9, dtype=torch.long)
     mask[0, 6:] = 0
-    own = ours.encode_questions(ours.encode_images(pixels(2)), ids, mask).hidden
-    states = [
-        own,
-        _stock_question_states(stock, pixels(2), ids, mask),
-        _stock_question_states(exact, pixels(2).double(), ids, mask),
-    ]
-    assert_as_exact_as_stock(*[state[mask.bool()] for state in states])
+    found: list[list[torch.Tensor]] = [[], [], []]
+    # Several draws: the largest error of one is a matter of luck with a processor's order of summing.
+    for seed in range(4):
+        ids = tokens(2, 9, seed=seed)
+        states = [
+            ours.encode_questions(ours.encode_images(pixels(2)), ids, mask).hidden,
+            _stock_question_states(stock, pixels(2), ids, mask),
+            _stock_question_states(exact, pixels(2).double(), ids, mask),
+        ]
+        for of_all, state in zip(found, states, strict=True):
+            of_all.append(state[mask.bool()])
+    assert_as_exact_as_stock(*map(torch.cat, found))
 
 
 @torch.no_grad()

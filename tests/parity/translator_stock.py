@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import M2M100Config, M2M100ForConditionalGeneration, MarianConfig, MarianMTModel
 
 from mmattn.models.translator import TranslatorNetwork, open_network
+from mmattn.models.translator.stock import weight_table
 from mmattn.ops.tolerance import BACKWARD_FACTOR, FORWARD_FACTOR
 from tests.tolerance import check_within
 
@@ -192,8 +193,6 @@ def stock_labels(config: Any) -> tuple[Tensor, Tensor]:
 
 def check_gradients(models: Trio) -> None:
     """The mean loss and the gradient of every weight, by stock's names."""
-    from mmattn.models.translator.stock import weight_table
-
     config = models.stock.config
     ids, mask = sources(config)
     target, labels = stock_labels(config)

@@ -1,0 +1,40 @@
+"""Results as files: nothing is overwritten, and a file that is there is complete."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from mmattn.errors import MmattnError, RunError, UsageError
+
+
+def check_new_file(path: Path) -> None:
+    """Raise `UsageError` unless a file can be made there: nothing is overwritten."""
+    if path.exists():
+        raise UsageError(f"{path}: exists already; nothing was written. Choose another name")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: the folder {path.parent} does not exist; make it first")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file for bytes that is there when it is complete; until then, and after an error, it is called `PATH.part`.
+
+    Raises:
+        RunError: the disk refuses.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            yield file
+        os.replace(part, path)
+    except OSError as error:
+        raise RunError(f"{path}: not complete ({error.strerror}); what is done is in {part}") from error
+    except MmattnError as error:
+        if part.stat().st_size:
+            raise type(error)(f"{error}; what is done is in {part}") from error
+        part.unlink()
+        raise

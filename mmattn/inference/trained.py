@@ -1,0 +1,99 @@
+"""What recipes do to a model around training: which part is trained, where the result lies, LoRA in PEFT's format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmattn.errors import CheckpointError, ConfigError
+from mmattn.models.checkpoints import WeightTable
+from mmattn.training.selection import LoRAConfig, adapter_state, add_lora, lora_config, train_only
+
+TRAIN_WHAT = ("all", "lora", "cross_attention")
+
+
+def check_train_what(what: str) -> None:
+    """Raise `ConfigError` unless `what` is one of `TRAIN_WHAT`."""
+    if what not in TRAIN_WHAT:
+        raise ConfigError(f"train_what is {what!r}: choose one of {', '.join(TRAIN_WHAT)}")
+
+
+def trained_model(folder: Path) -> Path:
+    """The model in a training run's folder: `best/`, else `final/`; a model's own folder is returned as it is.
+
+    Raises:
+        CheckpointError: none of them is there.
+    """
+    for candidate in (folder, folder / "best", folder / "final"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise CheckpointError(f"{folder}: no model here: neither config.json nor best/ nor final/; did training finish?")
+
+
+def model_source(name: str) -> str | Path:
+    """What `from_pretrained` opens for a name given by hand: a run's or a model's own folder, else a hub id."""
+    folder = Path(name)
+    return trained_model(folder) if folder.is_dir() else name
+
+
+def choose_trained(
+    network: nn.Module,
+    what: str,
+    lora: LoRAConfig,
+    *,
+    cross_attention: Collection[str],
+    stock_names: Mapping[str, str],
+    refusal: str,
+) -> None:
+    """Freeze what is not to be trained.
+
+    Args:
+        network: the network, changed in place.
+        what: one of `TRAIN_WHAT`.
+        lora: used for "lora".
+        cross_attention: names of the parameters that "cross_attention" trains.
+        stock_names: the modules that can hold an adapter, and their names in the checkpoint's own format.
+        refusal: said of a module that cannot, after its name.
+
+    Raises:
+        ConfigError: nothing is left to train, or an adapter on a module that cannot hold one.
+    """
+    if what == "lora":
+        add_lora(network, lora)
+        adapted = {name.partition(".lora_")[0] for name in adapter_state(network)}
+        others = sorted(adapted - set(stock_names))
+        if others:
+            raise ConfigError(f"lora.targets: {others[0]} {refusal}")
+    elif what == "cross_attention":
+        train_only(network, cross_attention)
+
+
+def stock_module_names(table: WeightTable) -> dict[str, str]:
+    """Our module names to those of the checkpoint's own format, for modules that are one and the same in both."""
+    pairs = [(row.ours[0], row.stock) for row in table.weights if len(row.ours) == 1]
+    return {
+        ours.removesuffix(".weight"): stock.removesuffix(".weight") for ours, stock in pairs if ours.endswith(".weight")
+    }
+
+
+def save_adapter(network: nn.Module, folder: Path, stock_names: Mapping[str, str]) -> None:
+    """Write the LoRA adapters of a network as a PEFT folder, under the stock class's module names.
+
+    Args:
+        network: with adapters from `add_lora`.
+        folder: made when it is not there.
+        stock_names: as in `choose_trained`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in adapter_state(network).items():
+        module, dot, rest = name.partition(".lora_")
+        tensors[f"base_model.model.{stock_names[module]}{dot}{rest}"] = tensor.contiguous()
+    targets = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors})
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    values = {**lora_config(network).to_dict(), "target_modules": targets, "peft_type": "LORA", "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(values, indent=2, default=sorted) + "\n", encoding="utf-8")

@@ -1,0 +1,138 @@
+"""Translation: Marian-shaped models from scratch, or fine-tuned OPUS-MT, M2M100 and NLLB checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmattn.data.parallel import open_parallel
+from mmattn.data.parallel_spec import ParallelConfig
+from mmattn.inference.trained import check_train_what, trained_model
+from mmattn.inference.translator import Translator
+from mmattn.inference.translator_scores import EvalConfig, full_report, sample_pairs, score_splits
+from mmattn.inference.translator_setup import (
+    ExampleConfig,
+    ModelConfig,
+    choose_trained,
+    make_translator,
+    preview_pairs,
+    save_trained,
+    training_pairs,
+)
+from mmattn.training import Batch, Draw, Loss, Task, TrainingConfig, TrainingResult
+from mmattn.training import train as run_loop
+from mmattn.training.memory import estimate_run
+from mmattn.training.selection import LoRAConfig, selection
+
+
+@dataclass
+class Config:
+    """The whole configuration of the recipe."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: ParallelConfig = field(default_factory=ParallelConfig)
+    train_what: str = "all"  # or "lora", "cross_attention"
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    examples: ExampleConfig = field(default_factory=ExampleConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(output_dir="runs/translate"))
+
+    def __post_init__(self) -> None:
+        check_train_what(self.train_what)
+
+
+class TranslateTask(Task):
+    """Translations as next-token prediction, and where gold alignments are to be learned, where to look for them."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        source = open_parallel(config.data, "train")
+        codes = config.data.language_codes
+        with torch.random.fork_rng(devices=[]):  # new weights and adapters are a function of the seed
+            torch.manual_seed(config.training.seed)
+            self.translator = make_translator(config.model, config.examples, sample_pairs(source), codes)
+            choose_trained(self.translator.network, config.train_what, config.lora)
+        self.model = self.translator.network
+        self.best = config.evaluation.best
+        self.pairs = training_pairs(self.translator, source, config.examples, codes)
+        self.lengths = self.pairs.lengths
+
+    def __len__(self) -> int:
+        return len(self.pairs.source)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("model", "translator")}
+
+    def collate(self, draws: Sequence[Draw]) -> Batch:
+        batch: Batch = dict(self.pairs.collate(self.pairs.source, draws))
+        if batch["source_mask"].all():  # attention is faster without a mask
+            del batch["source_mask"]
+        return batch
+
+    def count(self, batch: Batch) -> int:
+        return int((batch["labels"] >= 0).sum())
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        output = model(
+            batch["source_ids"],
+            batch["target_in"],
+            source_mask=batch.get("source_mask"),
+            labels=batch["labels"],
+            alignment=batch.get("alignment"),
+        )
+        if output.alignment_sum is None:
+            return Loss(output.loss_sum, len(output.logits))
+        total = output.loss_sum + self.config.examples.guided_alignment_weight * output.alignment_sum
+        return Loss(total, len(output.logits), {"alignment": (output.alignment_sum, int(output.num_aligned))})
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return score_splits(self.translator, self.config.data, self.config.evaluation)[0]
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        save_trained(self.translator, folder)
+
+    def describe(self) -> str:
+        pairs, config = self.pairs, self.translator.network.config
+        left_out = f" ({pairs.num_left_out:,} too long, left out)" if pairs.num_left_out else ""
+        return (
+            f"{pairs.source.name}: {len(self):,} pairs{left_out}; vocabulary of {config.vocab_size:,}; "
+            f"training {self.config.train_what}: {selection(self.model)}"
+        )
+
+
+def train(config: Config, *, resume: bool | str = False) -> TrainingResult:
+    """Train as the config says; the result opens with `Translator.from_pretrained(output_dir / "final")`."""
+    values = {"recipe": "translate", **dataclasses.asdict(config)}
+    task = TranslateTask(config)
+    return run_loop(task, config.training, resume=resume, command=" ".join(sys.argv), resolved_config=values)
+
+
+def check(config: Config) -> list[str]:
+    """What training with this config would do: data, parameters, memory. Reads data, trains nothing."""
+    config.training.validate()
+    task = TranslateTask(config)
+    lines = [task.describe()]
+    for split in config.evaluation.splits:
+        source = open_parallel(config.data, split)
+        lines.append(f"{source.name}: {len(source):,} pairs for scores ({split})")
+    memory = estimate_run(task, config.training)
+    return [*lines, *preview_pairs(task.pairs), f"memory of training, float32, one process: {memory}"]
+
+
+def evaluate(folder: str | Path, config: Config, *, hypotheses: Path | None = None) -> dict[str, Any]:
+    """Scores of a trained folder (its `best/` or else `final/`, or a model folder itself) on the config's data."""
+    translator = Translator.from_pretrained(trained_model(Path(folder)))
+    return full_report(translator, config.data, config.evaluation, hypotheses=hypotheses)
+
+
+if __name__ == "__main__":
+    from mmattn.cli.recipe_main import run_recipe
+
+    sys.exit(run_recipe(sys.modules[__name__]))
