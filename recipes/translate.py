@@ -14,6 +14,8 @@ from torch import nn
 
 from mmattn.data.parallel import open_parallel
 from mmattn.data.parallel_spec import ParallelConfig
+from mmattn.errors import ConfigError
+from mmattn.inference.alignment_choice import choose_alignment_heads
 from mmattn.inference.trained import check_train_what, trained_model
 from mmattn.inference.translator import Translator
 from mmattn.inference.translator_scores import EvalConfig, full_report, sample_pairs, score_splits
@@ -52,6 +54,8 @@ class TranslateTask(Task):
     """Translations as next-token prediction, and where gold alignments are to be learned, where to look for them."""
 
     def __init__(self, config: Config) -> None:
+        if config.evaluation.quantize is not None:
+            raise ConfigError("evaluation.quantize is for `mmattn eval`: leave it out of training")
         self.config = config
         source = open_parallel(config.data, "train")
         codes = config.data.language_codes
@@ -60,6 +64,7 @@ class TranslateTask(Task):
             self.translator = make_translator(config.model, config.examples, sample_pairs(source), codes)
             choose_trained(self.translator.network, config.train_what, config.lora)
         self.model = self.translator.network
+        self.chooses_heads = self.model.config.alignment_layer is None
         self.best = config.evaluation.best
         self.pairs = training_pairs(self.translator, source, config.examples, codes)
         self.lengths = self.pairs.lengths
@@ -93,9 +98,13 @@ class TranslateTask(Task):
         return Loss(total, len(output.logits), {"alignment": (output.alignment_sum, int(output.num_aligned))})
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
+        if self.chooses_heads:
+            choose_alignment_heads(self.translator, self.config.data)
         return score_splits(self.translator, self.config.data, self.config.evaluation)[0]
 
     def save(self, model: nn.Module, folder: Path) -> None:
+        if self.chooses_heads:
+            choose_alignment_heads(self.translator, self.config.data)
         save_trained(self.translator, folder)
 
     def describe(self) -> str:
@@ -128,7 +137,7 @@ def check(config: Config) -> list[str]:
 
 def evaluate(folder: str | Path, config: Config, *, hypotheses: Path | None = None) -> dict[str, Any]:
     """Scores of a trained folder (its `best/` or else `final/`, or a model folder itself) on the config's data."""
-    translator = Translator.from_pretrained(trained_model(Path(folder)))
+    translator = Translator.from_pretrained(trained_model(Path(folder)), quantize=config.evaluation.quantize)
     return full_report(translator, config.data, config.evaluation, hypotheses=hypotheses)
 
 

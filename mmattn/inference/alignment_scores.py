@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from mmattn.errors import DataError
 from mmattn.inference.hub import evaluating
 from mmattn.inference.sources import token_batches
 from mmattn.models.translator import TranslatorNetwork
+from mmattn.models.translator.alignment import AlignmentReader
 
 _BATCH_TOKENS = 4096
 
@@ -39,39 +42,73 @@ def alignment_scores(
         `alignment/precision`, `alignment/recall`, `alignment/f1`, and `alignment/left_out` where pairs were longer than
         the model has positions, or of words that the tokenizer does not keep apart; empty where nothing is aligned.
     """
+    return scores_by_reader(network, tokenizer, pairs, [network.alignment_reader()])[0]
+
+
+def scores_by_reader(
+    network: TranslatorNetwork,
+    tokenizer: PairTokenizer,
+    pairs: Sequence[SentencePair],
+    readers: Sequence[AlignmentReader],
+) -> list[dict[str, float]]:
+    """As `alignment_scores`, for each of several readers of the network's attention, in one pass over the pairs."""
     aligned = [pair for pair in pairs if pair.alignment]
     if not aligned:
-        return {}
+        return [{} for _ in readers]
     rows = tokenizer(aligned)
     limit = network.config.max_positions
     usable = [number for number, row in enumerate(rows) if max(row.lengths) <= limit]
-    num_right = num_given = num_gold = 0
-    left_out = len(aligned) - len(usable)
+    counts = [_Counts(left_out=len(aligned) - len(usable)) for _ in readers]
     for batch in token_batches([max(rows[number].lengths) for number in usable], _BATCH_TOKENS):
         chosen = [usable[place] for place in batch]
-        weights = _read_weights(network, tokenizer, [aligned[number] for number in chosen])
-        for number, of_pair in zip(chosen, weights, strict=True):
-            try:
-                links = _links(aligned[number], rows[number], of_pair, tokenizer)
-            except DataError:
-                left_out += 1
-                continue
-            gold = set(aligned[number].alignment or ())
-            num_right += len(links & gold)
-            num_given += len(links)
-            num_gold += len(gold)
-    if not num_given:
-        return {}
-    scores = {
-        "alignment/precision": num_right / num_given,
-        "alignment/recall": num_right / num_gold,
-        "alignment/f1": 2 * num_right / (num_given + num_gold),
-    }
-    return scores | ({"alignment/left_out": float(left_out)} if left_out else {})
+        for count, weights in zip(
+            counts, _read_weights(network, tokenizer, [aligned[number] for number in chosen], readers), strict=True
+        ):
+            for number, of_pair in zip(chosen, weights, strict=True):
+                count.add(aligned[number], rows[number], of_pair, tokenizer)
+    return [count.scores() for count in counts]
 
 
-def _read_weights(network: TranslatorNetwork, tokenizer: PairTokenizer, pairs: Sequence[SentencePair]) -> np.ndarray:
-    """Attention [B, Lt, Ls] from the place at which each target token is predicted."""
+@dataclass
+class _Counts:
+    """Links over all pairs."""
+
+    right: int = 0
+    given: int = 0
+    gold: int = 0
+    left_out: int = 0
+
+    def add(self, pair: SentencePair, row: TokenizedPair, weights: np.ndarray, tokenizer: PairTokenizer) -> None:
+        """One pair's, from attention [Lt, Ls]."""
+        try:
+            links = _links(pair, row, weights, tokenizer)
+        except DataError:
+            self.left_out += 1
+            return
+        gold = set(pair.alignment or ())
+        self.right += len(links & gold)
+        self.given += len(links)
+        self.gold += len(gold)
+
+    def scores(self) -> dict[str, float]:
+        """See `alignment_scores`."""
+        if not self.given:
+            return {}
+        scores = {
+            "alignment/precision": self.right / self.given,
+            "alignment/recall": self.right / self.gold,
+            "alignment/f1": 2 * self.right / (self.given + self.gold),
+        }
+        return scores | ({"alignment/left_out": float(self.left_out)} if self.left_out else {})
+
+
+def _read_weights(
+    network: TranslatorNetwork,
+    tokenizer: PairTokenizer,
+    pairs: Sequence[SentencePair],
+    readers: Sequence[AlignmentReader],
+) -> list[np.ndarray]:
+    """For each reader attention [B, Lt, Ls] from the place at which each target token is predicted."""
     config = network.config
     collate = TranslationCollator(
         tokenizer,
@@ -82,13 +119,13 @@ def _read_weights(network: TranslatorNetwork, tokenizer: PairTokenizer, pairs: S
     )
     device = next(network.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in collate.collate(pairs).items()}
-    with evaluating(network):
+    with evaluating(network), contextlib.ExitStack() as reading:
         states = network.encode(batch["source_ids"], batch["source_mask"])
         contexts = network.project_context(states, batch["source_mask"])
-        reader = network.alignment_reader()
-        with reader.reading():
-            network.decoder(batch["target_in"], contexts)
-        return reader.take().float().cpu().numpy()
+        for reader in readers:
+            reading.enter_context(reader.reading())
+        network.decoder(batch["target_in"], contexts)
+        return [reader.take().float().cpu().numpy() for reader in readers]
 
 
 def _links(pair: SentencePair, row: TokenizedPair, weights: np.ndarray, tokenizer: PairTokenizer) -> Links:

@@ -36,6 +36,7 @@ class EvalConfig:
         num_beams: Beams of the decoding; None: as the model's generation settings say.
         max_new_tokens: Longest translation in tokens; None: as the model's generation settings say.
         batch_tokens: Source tokens translated at a time; None: as `Translator.translate` does.
+        quantize: Score in this precision, as `Translator.from_pretrained` takes it; for `mmattn eval`, not in training.
         bleu_tokenize: sacreBLEU's tokenizer, such as "13a", "zh" or "flores200"; None for its default.
         best: The metric that chooses the best checkpoint, such as "validation/chrf"; None keeps no best.
     """
@@ -45,6 +46,7 @@ class EvalConfig:
     num_beams: int | None = 1
     max_new_tokens: int | None = None
     batch_tokens: int | None = None
+    quantize: str | None = None
     bleu_tokenize: str | None = None
     best: str | None = None
 

@@ -27,16 +27,15 @@ import ctranslate2
 import torch
 import transformers
 from ctranslate2.converters.transformers import MarianMTLoader
+from opus_mt import PAD, VOCAB, Texts, decoder_bytes, our_texts, random_opus_mt, stock_texts
 from results import finish
-from transformers import MarianConfig, MarianMTModel
+from transformers import MarianMTModel
 
 import mmattn
-from mmattn.inference.decode import DecodeSettings, decode
 from mmattn.inference.linear import chosen_forms, copied_bytes, use_fast_products
 from mmattn.inference.quantized import quantize_linears
 from mmattn.models.translator import TranslatorNetwork, open_network
 
-VOCAB, PAD, EOS = 58101, 58100, 0
 SOURCE_LENGTH = 32
 CELLS = [(batch, beams) for beams in (1, 4) for batch in (1, 8, 32)]
 PAUSE = 0.3  # seconds between variants: the threads of one library spin for a while after its last product
@@ -69,26 +68,7 @@ class Marks:
 
 def save_models(folder: Path) -> None:
     """The stock folder, and CTranslate2's of the same weights in float32 and int8."""
-    torch.manual_seed(0)
-    config = MarianConfig(
-        vocab_size=VOCAB,
-        d_model=512,
-        encoder_layers=6,
-        decoder_layers=6,
-        encoder_attention_heads=8,
-        decoder_attention_heads=8,
-        encoder_ffn_dim=2048,
-        decoder_ffn_dim=2048,
-        max_position_embeddings=512,
-        activation_function="swish",
-        scale_embedding=True,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        decoder_start_token_id=PAD,
-        forced_eos_token_id=None,
-        init_std=0.05,
-    )
-    model = MarianMTModel(config).eval()
+    model = random_opus_mt()
     model.save_pretrained(folder / "stock")
     with torch.no_grad():
         model.model.shared.weight[PAD] = 0  # CTranslate2 starts from a zero embedding, as OPUS-MT's padding row is
@@ -120,48 +100,20 @@ class Variants:
             for name in ("float32", "int8")
         }
 
-    def transformers(self, sources: torch.Tensor, beams: int) -> tuple[list[list[int]], list[float]]:
+    def transformers(self, sources: torch.Tensor, beams: int) -> Texts:
         """Stock `generate`."""
-        out = self.stock.generate(
-            input_ids=sources,
-            attention_mask=torch.ones_like(sources),
-            max_new_tokens=self.new_tokens,
-            min_new_tokens=self.new_tokens,
-            num_beams=beams,
-            do_sample=False,
-            bad_words_ids=[[PAD]],
-            return_dict_in_generate=True,
-            output_scores=beams > 1,  # stock gives the hypotheses' scores only with them
-        )
-        scores = getattr(out, "sequences_scores", None)
-        return out.sequences[:, 1:].tolist(), [] if scores is None else scores.tolist()
+        return stock_texts(self.stock, sources, beams, self.new_tokens)
 
-    def ours(self, name: str) -> Callable[[torch.Tensor, int], tuple[list[list[int]], list[float]]]:
+    def ours(self, name: str) -> Callable[[torch.Tensor, int], Texts]:
         """Our decoding in float32 or int8."""
         network: TranslatorNetwork = self.networks[name]
+        return lambda sources, beams: our_texts(network, sources, beams, self.new_tokens)
 
-        def run(sources: torch.Tensor, beams: int) -> tuple[list[list[int]], list[float]]:
-            settings = DecodeSettings(
-                max_new_tokens=self.new_tokens,
-                min_new_tokens=self.new_tokens,
-                num_beams=beams,
-                bad_words_ids=[[PAD]],
-                eos_token_id=EOS,
-                pad_token_id=PAD,
-            )
-            with torch.no_grad():
-                contexts = network.project_context(network.encode(sources))
-            state = network.start(contexts, max_length=1 + self.new_tokens)
-            found = decode(state, torch.full((len(sources), 1), PAD), settings, with_scores=beams > 1)
-            return [texts[0].tokens for texts in found], [texts[0].score for texts in found]
-
-        return run
-
-    def peer(self, name: str) -> Callable[[torch.Tensor, int], tuple[list[list[int]], list[float]]]:
+    def peer(self, name: str) -> Callable[[torch.Tensor, int], Texts]:
         """CTranslate2 in float32 or int8."""
         translator = self.peers[name]
 
-        def run(sources: torch.Tensor, beams: int) -> tuple[list[list[int]], list[float]]:
+        def run(sources: torch.Tensor, beams: int) -> Texts:
             rows = [[str(token + 1) for token in row] for row in sources.tolist()]
             found = translator.translate_batch(
                 rows,
@@ -208,12 +160,7 @@ def agreement(variants: Variants, sources: torch.Tensor, beams: int) -> str:
 
 def floor_tokens_per_s(variants: Variants, rows: int) -> float:
     """Tokens a second if a step did nothing but read the decoder's weights once."""
-    network = variants.networks["float32"]
-    decoder = network.decoder
-    skipped = [
-        name for name, _ in decoder.named_parameters() if ".cross_attn.k_proj" in name or ".cross_attn.v_proj" in name
-    ]
-    used = sum(p.nbytes for name, p in decoder.named_parameters() if name not in skipped)
+    used = decoder_bytes(variants.networks["float32"])
     block = torch.ones(2**26)
     speeds = []
     for _ in range(5):

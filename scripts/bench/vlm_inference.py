@@ -47,6 +47,38 @@ QUESTIONS = [" ".join(f"word{number}" for number in range(first, first + 7)) for
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where both run, and in what dtype."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def open_ours(self, folder: Path) -> VisionLanguageModel:
+        """Our model."""
+        return VisionLanguageModel.from_pretrained(folder, device=self.device, dtype=self.dtype)
+
+    def open_stock(self, model_class: Any, folder: Path) -> tuple[Any, str]:
+        """The stock model with SDPA where it can, else eager."""
+        for implementation in ("sdpa", "eager"):
+            try:
+                model = model_class.from_pretrained(folder, attn_implementation=implementation, dtype=self.dtype)
+            except ValueError:
+                continue
+            return model.eval().to(self.device), implementation
+        raise RuntimeError("stock BLIP opens with neither attention")
+
+    def inputs(self, made: Any) -> dict[str, torch.Tensor]:
+        """What a processor made, moved there."""
+        return {
+            name: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+            for name, value in made.items()
+        }
+
+
+CPU = Place()
+
+
 @dataclass
 class Row:
     """One comparison: `value` must reach `goal` (or equal it, for counts)."""
@@ -127,17 +159,6 @@ def save_random(model_class: type, folder: Path, size: str) -> BlipProcessor:
     return processor
 
 
-def open_stock(model_class: type, folder: Path) -> tuple[Any, str]:
-    """The stock model with SDPA where it can, else eager."""
-    for implementation in ("sdpa", "eager"):
-        try:
-            model = model_class.from_pretrained(folder, attn_implementation=implementation).eval()
-        except ValueError:
-            continue
-        return model, implementation
-    raise RuntimeError("stock BLIP opens with neither attention")
-
-
 def pictures(count: int) -> list[Image.Image]:
     """Noise in the size of a photograph."""
     random = np.random.default_rng(0)
@@ -149,20 +170,20 @@ def fixed_length(tokens: int) -> dict[str, int]:
     return {"min_new_tokens": tokens, "max_new_tokens": tokens}
 
 
-def caption_rows(size: str, repeats: int, tokens: int) -> tuple[list[Row], dict[str, Any]]:
+def caption_rows(size: str, repeats: int, tokens: int, place: Place = CPU) -> tuple[list[Row], dict[str, Any]]:
     """Decoding apart from the image encoder, and whole captions."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processor = save_random(BlipForConditionalGeneration, folder, size)
-        stock, implementation = open_stock(BlipForConditionalGeneration, folder)
-        ours = VisionLanguageModel.from_pretrained(folder, device="cpu", dtype=torch.float32)
+        stock, implementation = place.open_stock(BlipForConditionalGeneration, folder)
+        ours = place.open_ours(folder)
     rows = [decoding_row(stock, ours, beams, goal, repeats, tokens) for beams, goal in ((1, 1.2), (3, 1.5))]
     for batch, beams in ((1, 1), (4, 1), (1, 3)):
         images = pictures(batch)
         arguments = {"num_beams": beams, **fixed_length(tokens)}
 
         def whole(images: list[Image.Image] = images, arguments: dict[str, int] = arguments) -> list[str]:
-            inputs = processor(images=images, return_tensors="pt")
+            inputs = place.inputs(processor(images=images, return_tensors="pt"))
             generated = stock.generate(**inputs, **arguments)
             bos = stock.config.text_config.bos_token_id
             return [processor.decode(row[row != bos], skip_special_tokens=True) for row in generated]
@@ -187,11 +208,11 @@ def caption_rows(size: str, repeats: int, tokens: int) -> tuple[list[Row], dict[
 def decoding_row(stock: Any, ours: VisionLanguageModel, beams: int, goal: float, repeats: int, tokens: int) -> Row:
     """Image features in, tokens out."""
     network = ours.network
-    pixel_values = ours.processor(pictures(1), return_tensors="pt")["pixel_values"]
+    pixel_values = ours.processor(pictures(1), return_tensors="pt")["pixel_values"].to(ours.device, ours.dtype)
     with torch.no_grad():
         features = network.encode_images(pixel_values)
     text = stock.config.text_config
-    prompt = torch.tensor([[text.bos_token_id]])
+    prompt = torch.tensor([[text.bos_token_id]], device=ours.device)
     arguments = {"num_beams": beams, **fixed_length(tokens)}
     settings = ours.settings.updated(**arguments)
 
@@ -202,7 +223,7 @@ def decoding_row(stock: Any, ours: VisionLanguageModel, beams: int, goal: float,
                 eos_token_id=text.sep_token_id,
                 pad_token_id=text.pad_token_id,
                 encoder_hidden_states=features,
-                encoder_attention_mask=torch.ones(features.shape[:2], dtype=torch.long),
+                encoder_attention_mask=prompt.new_ones(features.shape[:2]),
                 **arguments,
             )
         return generated[0, 1:].tolist()
@@ -217,13 +238,13 @@ def decoding_row(stock: Any, ours: VisionLanguageModel, beams: int, goal: float,
     return compare(f"decoding {tokens} tokens on image features, {kind}", goal, theirs, mine, repeats)
 
 
-def question_rows(size: str, repeats: int, tokens: int) -> list[Row]:
+def question_rows(size: str, repeats: int, tokens: int, place: Place = CPU) -> list[Row]:
     """Five questions on one picture."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processor = save_random(BlipForQuestionAnswering, folder, size)
-        stock, _ = open_stock(BlipForQuestionAnswering, folder)
-        ours = VisionLanguageModel.from_pretrained(folder, device="cpu", dtype=torch.float32)
+        stock, _ = place.open_stock(BlipForQuestionAnswering, folder)
+        ours = place.open_ours(folder)
     image, arguments = pictures(1)[0], fixed_length(tokens)
 
     def decoded(generated: torch.Tensor) -> list[str]:
@@ -231,11 +252,11 @@ def question_rows(size: str, repeats: int, tokens: int) -> list[Row]:
         return [processor.decode(row[row != bos], skip_special_tokens=True) for row in generated]
 
     def encoder_per_question() -> list[str]:
-        inputs = processor(images=[image] * len(QUESTIONS), text=QUESTIONS, return_tensors="pt")
+        inputs = place.inputs(processor(images=[image] * len(QUESTIONS), text=QUESTIONS, return_tensors="pt"))
         return decoded(stock.generate(**inputs, **arguments))
 
     def features_by_hand() -> list[str]:
-        inputs = processor(images=image, text=QUESTIONS, return_tensors="pt")
+        inputs = place.inputs(processor(images=image, text=QUESTIONS, return_tensors="pt"))
         text = stock.config.text_config
         with torch.no_grad():
             features = stock.vision_model(inputs["pixel_values"])[0].expand(len(QUESTIONS), -1, -1)
@@ -243,14 +264,14 @@ def question_rows(size: str, repeats: int, tokens: int) -> list[Row]:
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 encoder_hidden_states=features,
-                encoder_attention_mask=torch.ones(features.shape[:2], dtype=torch.long),
+                encoder_attention_mask=inputs["input_ids"].new_ones(features.shape[:2]),
             )[0]
             generated = stock.text_decoder.generate(
-                input_ids=torch.full((len(QUESTIONS), 1), text.bos_token_id),
+                input_ids=inputs["input_ids"].new_full((len(QUESTIONS), 1), text.bos_token_id),
                 eos_token_id=text.sep_token_id,
                 pad_token_id=text.pad_token_id,
                 encoder_hidden_states=states,
-                encoder_attention_mask=torch.ones(states.shape[:2], dtype=torch.long),
+                encoder_attention_mask=inputs["input_ids"].new_ones(states.shape[:2]),
                 **arguments,
             )
         return decoded(generated)

@@ -15,6 +15,7 @@ from mmattn.data.sentence_pairs import SentencePair, spread
 from mmattn.data.translation_tokens import PairTokenizer
 from mmattn.errors import DataError, UsageError
 from mmattn.inference import alignment_scores as alignments
+from mmattn.inference.alignment_choice import rank_alignment_heads
 from mmattn.inference.nearest_sentence import NearestSentence, TranslationMemory
 from mmattn.inference.translator_scores import (
     EvalConfig,
@@ -208,7 +209,7 @@ def test_attention_is_read_as_it_is_while_translating(translators, kind):
     languages = ("eng_Latn", "deu_Latn") if kind == "nllb" else (None, None)
     pair = SentencePair("0", ENGLISH[1], GERMAN[1], *languages)
     row = tokenizer([pair])[0]
-    read = alignments._read_weights(network, tokenizer, [pair])[0]
+    read = alignments._read_weights(network, tokenizer, [pair], [network.alignment_reader()])[0][0]
     state = network.start(
         network.project_context(network.encode(torch.tensor([row.source]))), max_length=53, reads_alignment=True
     )
@@ -251,3 +252,23 @@ def test_translation_memory_looks_up_each_pair_of_languages():
         SentencePair("c", "two red rings", "", "en", "es"),
     ]
     assert TranslationMemory(pairs).translate(asked) == ["zwei blaue Ringe", "un cercle rouge", ""]
+
+
+def test_the_best_head_is_named(translators):
+    translator = translators["marian"]
+    network, tokenizer = translator.network, PairTokenizer(translator.tokenizer)
+    links = ((0, 0), (1, 1), (2, 1), (2, 2))
+    aligned = [dataclasses.replace(pair, alignment=links) for pair in PAIRS]
+    config = network.config
+    ranking = rank_alignment_heads(network, tokenizer, aligned)
+    assert (config.alignment_layer, config.alignment_heads) == (None, None)
+    assert len(ranking) == config.decoder_layers * (config.decoder_heads + 1)
+    assert {each.layer for each in ranking} == set(range(config.decoder_layers))
+    assert [each.f1 for each in ranking] == sorted((each.f1 for each in ranking), reverse=True)
+    assert ranking[0].f1 > ranking[-1].f1
+    assert rank_alignment_heads(network, tokenizer, PAIRS) == []
+    try:
+        config.alignment_layer, config.alignment_heads = ranking[0].layer, ranking[0].heads
+        assert alignments.alignment_scores(network, tokenizer, aligned)["alignment/f1"] == ranking[0].f1
+    finally:
+        config.alignment_layer = config.alignment_heads = None

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from mmattn.config import load_config, load_recipe
-from mmattn.errors import ConfigError, DataError
+from mmattn.errors import ConfigError, DataError, UsageError
 from mmattn.inference.translator import Translator
 from mmattn.models.translator import open_network
 from mmattn.training.metrics import read_metrics
@@ -70,6 +70,15 @@ def test_debug_config_trains_and_evaluates(trained: Path, tmp_path: Path):
     said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
     assert len(said) == 8
     assert said[0].keys() == {"split", "id", "kind", "source", "reference", "hypothesis"}
+
+
+def test_scores_of_the_model_in_8_bits(trained: Path, tmp_path: Path):
+    exact, rounded = (
+        recipe.evaluate(trained, _debug_config(trained, f"evaluation.quantize={kind}")) for kind in ("null", "int8")
+    )
+    assert rounded["validation/chrf"] == pytest.approx(exact["validation/chrf"], abs=20)
+    with pytest.raises(UsageError, match="quantize='int4' is unknown"):
+        recipe.evaluate(trained, _debug_config(trained, "evaluation.quantize=int4"))
 
 
 @torch.no_grad()
@@ -313,6 +322,7 @@ def test_messages_of_wrong_configs(trained: Path, tmp_path: Path):
     fails(ConfigError, r"model.kv_heads: .*4 key/value heads, not divisible into 3", opened, "model.kv_heads.decoder=3")
     fails(ConfigError, r"how='last' is unknown", opened, "model.kv_heads.encoder=1", "model.kv_heads.how=last")
     fails(ConfigError, r"alignment_layer 2: there are 2 decoder layers", "model.alignment_layer=2")
+    fails(ConfigError, "evaluation.quantize is for `mmattn eval`", "evaluation.quantize=int8")
     long = ["examples.max_source_length=9", "examples.refuse_long=true"]
     fails(DataError, r"pairs are too long, such as scenes/train/", *long)
 

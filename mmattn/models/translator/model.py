@@ -230,11 +230,14 @@ class TranslatorNetwork(nn.Module):
             alignment=reader,
         )
 
-    def alignment_reader(self) -> AlignmentReader:
-        """Reads the weights of the layer and heads that the config names for alignments."""
-        layer = cast(TransformerLayer, self.decoder.layers[self.config.chosen_alignment_layer])
-        assert layer.cross_attn is not None
-        return AlignmentReader(layer.cross_attn, self.config.alignment_heads)
+    def alignment_reader(self, layer: int | None = None, heads: Sequence[int] | None = None) -> AlignmentReader:
+        """Reads the weights of a decoder layer's heads, all when `heads` is None; those that the config names for
+        alignments when `layer` is None."""
+        if layer is None:
+            layer, heads = self.config.chosen_alignment_layer, self.config.alignment_heads
+        cross_attn = cast(TransformerLayer, self.decoder.layers[layer]).cross_attn
+        assert cross_attn is not None
+        return AlignmentReader(cross_attn, heads)
 
     def forward(
         self,

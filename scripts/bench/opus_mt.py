@@ -1,0 +1,81 @@
+"""A translation model of OPUS-MT's real size with random weights, decoded to a forced length by stock and by us."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import MarianConfig, MarianMTModel
+
+from mmattn.inference.decode import DecodeSettings, decode
+from mmattn.models.translator import TranslatorNetwork
+
+VOCAB, PAD, EOS = 58101, 58100, 0
+TINY = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+Texts = tuple[list[list[int]], list[float]]
+"""Tokens `[B][T]`, and with beams a score for each text."""
+
+
+def random_opus_mt(**sizes: Any) -> MarianMTModel:
+    """In the shape of Helsinki-NLP/opus-mt-en-de; `sizes` changes it."""
+    torch.manual_seed(0)
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "d_model": 512,
+        "encoder_layers": 6,
+        "decoder_layers": 6,
+        "encoder_attention_heads": 8,
+        "decoder_attention_heads": 8,
+        "encoder_ffn_dim": 2048,
+        "decoder_ffn_dim": 2048,
+        "max_position_embeddings": 512,
+        "activation_function": "swish",
+        "scale_embedding": True,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "decoder_start_token_id": PAD,
+        "forced_eos_token_id": None,
+        "init_std": 0.05,
+    }
+    return MarianMTModel(MarianConfig(**values | sizes)).eval()
+
+
+def stock_texts(model: MarianMTModel, sources: torch.Tensor, beams: int, new_tokens: int) -> Texts:
+    """Stock `generate` on sources `[B, L]`."""
+    out = model.generate(
+        input_ids=sources,
+        attention_mask=torch.ones_like(sources),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        num_beams=beams,
+        do_sample=False,
+        bad_words_ids=[[PAD]],
+        return_dict_in_generate=True,
+        output_scores=beams > 1,  # stock gives the hypotheses' scores only with them
+    )
+    scores = getattr(out, "sequences_scores", None)
+    return out.sequences[:, 1:].tolist(), [] if scores is None else scores.tolist()
+
+
+def our_texts(network: TranslatorNetwork, sources: torch.Tensor, beams: int, new_tokens: int) -> Texts:
+    """Our decoding of the same."""
+    settings = DecodeSettings(
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        num_beams=beams,
+        bad_words_ids=[[PAD]],
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    with torch.no_grad():
+        contexts = network.project_context(network.encode(sources))
+    state = network.start(contexts, max_length=1 + new_tokens)
+    prompt = torch.full((len(sources), 1), PAD, device=sources.device)
+    found = decode(state, prompt, settings, with_scores=beams > 1, stop_every=state.stop_every)
+    return [texts[0].tokens for texts in found], [texts[0].score for texts in found]
+
+
+def decoder_bytes(network: TranslatorNetwork) -> int:
+    """Bytes of the weights that a decoding step needs; the context's keys and values are there already."""
+    skipped = (".cross_attn.k_proj", ".cross_attn.v_proj")
+    return sum(p.nbytes for name, p in network.decoder.named_parameters() if not any(part in name for part in skipped))
