@@ -6,7 +6,8 @@ twice, `state_dict` keeps its keys and values, and a weight changed in place is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import cast
 
 import torch
@@ -49,6 +50,14 @@ def _addresses(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
     return weight.data_ptr(), 0 if bias is None else bias.data_ptr()
 
 
+@contextlib.contextmanager
+def _as_made(weight: Tensor) -> Iterator[None]:
+    """Inference mode only where the weight was made in it: as the storage of another, an inference tensor could never
+    be trained again, and an ordinary tensor in the place of an inference one is neither."""
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        yield
+
+
 class PackedLinears:
     """One product for several Linears of the same input width.
 
@@ -63,9 +72,8 @@ class PackedLinears:
     product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 
     def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
-        # An inference tensor as the weights' storage could never be trained again.
-        with torch.inference_mode(False), torch.no_grad():
-            parts = list(linears.values())
+        parts = list(linears.values())
+        with _as_made(parts[0].weight):
             self.weight = torch.cat([linear.weight for linear in parts])
             self.bias = None if parts[0].bias is None else torch.cat([linear.bias for linear in parts])
             first = 0
@@ -108,7 +116,7 @@ class PackedLinears:
         storages = {self.weight.untyped_storage().data_ptr()}
         if self.bias is not None:
             storages.add(self.bias.untyped_storage().data_ptr())
-        with torch.inference_mode(False), torch.no_grad():
+        with _as_made(self.weight):
             for _, _, weight, bias, _ in self._parts:
                 for parameter in (weight, bias):
                     if parameter is not None and parameter.untyped_storage().data_ptr() in storages:

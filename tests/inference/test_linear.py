@@ -11,7 +11,7 @@ from torch import nn
 from mmattn.errors import UsageError
 from mmattn.inference.linear import FastHead, FastLinear, FastProduct, chosen_forms, copied_bytes, use_fast_products
 from mmattn.inference.quantized import Int8Linear, quantize_linears
-from mmattn.nn import SelfAttention
+from mmattn.nn import SelfAttention, TransformerLayer
 from mmattn.nn.vocabulary_head import VocabularyHead
 
 
@@ -119,3 +119,12 @@ def test_int8_is_near_and_for_inference_only():
         assert (ours - exact).norm() < 0.05 * exact.norm()
     with pytest.raises(UsageError, match="a quantised network is for inference only"):
         network.train()
+
+
+def test_a_network_made_in_inference_mode():
+    with torch.inference_mode():
+        layer = TransformerLayer(32, 2, 64, is_causal=True).eval()
+        x = torch.randn(1, 1, 32)
+        expected = layer(x)
+        use_fast_products(layer)
+        torch.testing.assert_close(layer(x), expected)
