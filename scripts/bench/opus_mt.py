@@ -1,4 +1,4 @@
-"""Translation models of OPUS-MT's and NLLB's size with random weights, decoded to a forced length by stock and by us."""
+"""Translation models of OPUS-MT's and NLLB's size with random weights, decoded to a forced length by both."""
 
 from __future__ import annotations
 

@@ -45,8 +45,8 @@ def forward_rows(stock: M2M100ForConditionalGeneration, network: TranslatorNetwo
     """Largest differences of one forward pass, in the form in which the network was opened."""
     mask = torch.ones_like(ids)
     mask[0, -7:] = 0
+    target = ids.flip(1)
     ids = ids.masked_fill(mask == 0, stock.config.pad_token_id)
-    target = ids.flip(1).roll(1, dims=1)
     theirs = stock(input_ids=ids, attention_mask=mask, decoder_input_ids=target)
     states = network.encode(ids, mask.bool())
     logits = network.decoder.logits(network.decoder(target, network.project_context(states, mask.bool())))
