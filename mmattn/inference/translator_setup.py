@@ -41,7 +41,8 @@ class KVHeadsConfig:
     Args:
         encoder, decoder: Of every attention of that side, self and cross; None leaves them as they are. Only the
             decoder's are cached while translating.
-        how: What a head is made from: the "mean" of the heads that it replaces, the "first" of them, or "random".
+        how: What a head is made from: the "mean" of the heads that it replaces, the "first" of them, "random", or by
+            "svd" what is nearest to them (queries and outputs change as well).
     """
 
     encoder: int | None = None

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from mmattn.errors import UsageError
+from mmattn.nn.kv_heads_svd import merge_by_svd, svd_refusals
 from mmattn.nn.packed_linears import packing_refusals
 from mmattn.nn.projected_attention import ProjectedAttention
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-KVHeadSource = Literal["mean", "first", "random"]
+KVHeadSource = Literal["mean", "svd", "first", "random"]
 
 
 def convert_kv_heads(module: ModuleT, num_kv_heads: int, *, how: KVHeadSource = "mean") -> ModuleT:
@@ -26,14 +27,16 @@ def convert_kv_heads(module: ModuleT, num_kv_heads: int, *, how: KVHeadSource = 
         module: `SelfAttention`, `CrossAttention`, a layer or a whole network.
         num_kv_heads: A divisor of each attention's present number.
         how: What a head is made from: the "mean" of its group, the "first" of it, or "random" (Xavier weights and zero
-            bias from torch's global generator): figure 4 of the paper compares them.
+            bias from torch's global generator): figure 4 of the paper compares them. "svd" comes closer: the heads
+            nearest in least squares, with queries and outputs changed to suit (see `kv_heads_svd`).
 
     Returns:
         The same module.
 
     Raises:
         UsageError: When there is no attention in the module, the number does not divide, `how` is unknown, or a
-            projection is not a plain Linear (adapter, quantised weight).
+            projection is not a plain Linear (adapter, quantised weight), or with "svd" one that norms or rotates its
+            keys.
     """
     if how not in get_args(KVHeadSource):
         raise UsageError(f"convert_kv_heads: how={how!r} is unknown: use {', '.join(get_args(KVHeadSource))}")
@@ -41,22 +44,21 @@ def convert_kv_heads(module: ModuleT, num_kv_heads: int, *, how: KVHeadSource = 
     if not attentions:
         raise UsageError(f"convert_kv_heads: {type(module).__name__} holds no attention of mmattn.nn")
     for name, child in attentions.items():
-        _check_convertible(name or type(child).__name__, child, num_kv_heads)
+        _check_convertible(name or type(child).__name__, child, num_kv_heads, how)
     for child in attentions.values():
         _convert(child, num_kv_heads, how)
     return module
 
 
-def _check_convertible(name: str, module: ProjectedAttention, num_kv_heads: int) -> None:
+def _check_convertible(name: str, module: ProjectedAttention, num_kv_heads: int, how: KVHeadSource) -> None:
     if num_kv_heads < 1 or module.num_kv_heads % num_kv_heads:
         raise UsageError(
             f"convert_kv_heads: {name} has {module.num_kv_heads} key/value heads, not divisible into {num_kv_heads}"
         )
-    reasons = [
-        reason
-        for projection in ("k_proj", "v_proj")
-        for reason in packing_refusals({projection: getattr(module, projection)})
-    ]
+    changed = ("q_proj", "k_proj", "v_proj", "out_proj") if how == "svd" else ("k_proj", "v_proj")
+    reasons = [reason for each in changed for reason in packing_refusals({each: getattr(module, each)})]
+    if how == "svd":
+        reasons += svd_refusals(module)
     if reasons:
         raise UsageError(f"convert_kv_heads: {name} cannot be converted: {'; '.join(reasons)}")
 
@@ -64,11 +66,14 @@ def _check_convertible(name: str, module: ProjectedAttention, num_kv_heads: int)
 def _convert(module: ProjectedAttention, num_kv_heads: int, how: KVHeadSource) -> None:
     was_fused = module.is_fused
     module.unfuse()
-    for linear in (module.k_proj, module.v_proj):
-        linear.weight = _reduced(linear.weight, num_kv_heads, module.head_dim, how)
-        if linear.bias is not None:
-            linear.bias = _reduced(linear.bias, num_kv_heads, module.head_dim, how)
-        linear.out_features = num_kv_heads * module.head_dim
+    if how == "svd":
+        merge_by_svd(module, num_kv_heads)
+    else:
+        for linear in (module.k_proj, module.v_proj):
+            linear.weight = _reduced(linear.weight, num_kv_heads, module.head_dim, how)
+            if linear.bias is not None:
+                linear.bias = _reduced(linear.bias, num_kv_heads, module.head_dim, how)
+            linear.out_features = num_kv_heads * module.head_dim
     module.num_kv_heads = num_kv_heads
     if was_fused:
         module.fuse()

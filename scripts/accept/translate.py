@@ -114,15 +114,15 @@ def fewer_heads() -> None:
         return
     before = evaluate(SCENES, WHOLE).get("heldout/exact", float("nan"))
     for heads in (2, 1):
-        for how in ("mean", "first", "random"):
+        for how in ("svd", "mean", "first", "random"):
             folder = RUNS / f"translate-scenes-{heads}-{how}"
             overrides = (f"model.kv_heads.decoder={heads}", f"model.kv_heads.how={how}")
             if not train(4, "translate/scenes-gqa", folder, None, f"model.from_pretrained={SCENES}", *overrides):
                 continue
             after = evaluate(folder, WHOLE).get("heldout/exact", float("nan"))
-            goal = f"at least {before - 0.01:.3f}" if how == "mean" else "beside it"
+            goal = f"at least {before - 0.01:.3f}" if how == "svd" else "beside it"
             what = f"4 exact match, {heads} of 4 K/V heads, {how}"
-            report(what, f"{after:.3f}", goal, how != "mean" or after >= before - 0.01)
+            report(what, f"{after:.3f}", goal, how != "svd" or after >= before - 0.01)
         cache(heads)
 
 
@@ -132,7 +132,7 @@ def cache(heads: int) -> None:
 
     text = ["A red circle is above a blue square."] * 7
     peaks = []
-    for folder in (SCENES / "final", RUNS / f"translate-scenes-{heads}-mean" / "final"):
+    for folder in (SCENES / "final", RUNS / f"translate-scenes-{heads}-svd" / "final"):
         translator = Translator.from_pretrained(folder)
         translator.translate(text, num_beams=3, max_new_tokens=40, min_new_tokens=40)
         assert translator.peak_memory is not None

@@ -149,7 +149,7 @@ def test_narrow_weights_are_pooled_in_float32() -> None:
 def test_errors_change_nothing() -> None:
     with pytest.raises(UsageError, match=r"convert_kv_heads: Linear holds no attention of mmattn\.nn"):
         convert_kv_heads(nn.Linear(2, 2), 1)
-    with pytest.raises(UsageError, match="how='last' is unknown: use mean, first, random"):
+    with pytest.raises(UsageError, match="how='last' is unknown: use mean, svd, first, random"):
         convert_kv_heads(SelfAttention(EMBED_DIM, NUM_HEADS), 2, how="last")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="SelfAttention has 6 key/value heads, not divisible into 4"):
         convert_kv_heads(SelfAttention(EMBED_DIM, NUM_HEADS), 4)
