@@ -56,7 +56,9 @@ def stock_context_bytes(model: MarianMTModel, sources: torch.Tensor) -> int:
     found: list[EncoderDecoderCache] = []
 
     def keep(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
-        found.append(keywords["past_key_values"])
+        # Its name was past_key_values before transformers 5.24.
+        if isinstance(cache := keywords.get("cache", keywords.get("past_key_values")), EncoderDecoderCache):
+            found.append(cache)
 
     handle = model.model.decoder.register_forward_pre_hook(keep, with_kwargs=True)
     try:
