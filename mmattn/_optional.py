@@ -17,6 +17,7 @@ _EXTRA_OF = {
     "polib": "recipes",
     "matplotlib": "plot",
     "tensorboard": "all",
+    "triton": "triton",
 }
 
 

@@ -105,7 +105,7 @@ def check_attention(
     low_dtype = torch.float32 if query.dtype is torch.float64 else query.dtype
     low = run_with_gradients(eager, {n: t.to(low_dtype) for n, t in tensors.items()}, cotangent, **arguments)
     sums = largest_sums({n: t.double() for n, t in tensors.items()}, cotangent, **arguments)
-    scale = arguments.get("scale") or query.shape[-1] ** -0.5
+    scale = abs(arguments.get("scale") or query.shape[-1] ** -0.5)
     largest_score = scale * (query.double().norm(dim=-1).max() * key.double().nan_to_num().norm(dim=-1).max()).item()
     eps = torch.finfo(query.dtype).eps
     roundings = min(eps, torch.finfo(torch.float32).eps) * (1 + largest_score) + (eps if has_rounded_products else 0)
@@ -126,7 +126,7 @@ def largest_sums(tensors: Mapping[str, Tensor], cotangent: Tensor | None, **argu
     key, value = (t.nan_to_num().abs().repeat_interleave(group, dim=1) for t in (key, value))
     sums = {"output": weights @ value}
     if cotangent is not None:
-        scale = arguments.get("scale") or key.shape[-1] ** -0.5
+        scale = abs(arguments.get("scale") or key.shape[-1] ** -0.5)
         cotangent = cotangent.double().abs()
         products = cotangent @ value.transpose(-1, -2)
         scores = weights * (products + (weights * products).sum(-1, keepdim=True))

@@ -17,9 +17,9 @@ def open_vlm(model: str) -> VisionLanguageModel:
     return VisionLanguageModel.from_pretrained(model_source(model))
 
 
-def open_translator(model: str, quantize: str | None = None) -> Translator:
+def open_translator(model: str, quantize: str | None = None, *, compile: bool = False) -> Translator:
     """A translator."""
     from mmattn.inference.trained import model_source
     from mmattn.inference.translator import Translator
 
-    return Translator.from_pretrained(model_source(model), quantize=quantize)
+    return Translator.from_pretrained(model_source(model), quantize=quantize, compile=compile)

@@ -27,6 +27,7 @@ TokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, hel
 AlignmentOption = Annotated[bool, typer.Option("--alignment", help="Add word alignments, as 0-0 1-2.")]
 ScoresOption = Annotated[bool, typer.Option("--scores", help="Add log-probabilities.")]
 QuantizeOption = Annotated[Literal["int8"] | None, typer.Option("--quantize", help="Faster on a CPU, not exact.")]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the step: pays for many texts.")]
 BadOption = Annotated[Literal["skip", "stop"], typer.Option("--on-bad", help="Leave bad lines empty, or stop.")]
 
 
@@ -42,6 +43,7 @@ def translate(
     alignment: AlignmentOption = False,
     scores: ScoresOption = False,
     quantize: QuantizeOption = None,
+    compile: CompileOption = False,
     on_bad: BadOption = "skip",
     json_lines: JsonOption = False,
 ) -> None:
@@ -51,7 +53,7 @@ def translate(
     from mmattn.cli.models import open_translator
     from mmattn.inference.line_translation import LineTranslator, OutputFormat
 
-    translator = open_translator(model, quantize)
+    translator = open_translator(model, quantize, compile=compile)
     for argument, code in (("src_lang", src_lang), ("tgt_lang", tgt_lang)):
         if code is not None:  # known before a line is read
             translator.codes.check(code, argument)

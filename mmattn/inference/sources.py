@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mmattn.data.languages import LanguageCodes
 from mmattn.errors import UsageError
@@ -181,3 +182,15 @@ def encode_batch(network: TranslatorNetwork, segments: Sequence[Segment], number
     device = next(network.parameters()).device
     ids, mask = padded([segments[number].ids for number in numbers], network.config.pad_token_id, device)
     return EncodedBatch(numbers, network.project_context(network.encode(ids, mask), mask))
+
+
+def with_bar(
+    batches: Iterable[EncodedBatch], plan: Plan, progress: bool | None, label: str, num_batches: int
+) -> Iterator[EncodedBatch]:
+    """The batches, with a bar that moves as each is done with."""
+    # tqdm leaves a bar out by itself, with None, where there is no terminal.
+    hidden = (None if num_batches > 1 else True) if progress is None else not progress
+    with tqdm(total=len(plan.segments), desc=label, unit="line", disable=hidden) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch.numbers))

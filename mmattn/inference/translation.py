@@ -16,7 +16,8 @@ from mmattn.inference.decode import DecodeSettings, Generated, decode, stream
 from mmattn.inference.hub import evaluating
 from mmattn.inference.segments import Segment
 from mmattn.inference.sources import EncodedBatch, Plan
-from mmattn.models.translator import TranslationState, TranslatorNetwork
+from mmattn.models.static_decoding import StaticState
+from mmattn.models.translator import CompiledDecoder, TranslationState, TranslatorNetwork
 
 
 class Translated(NamedTuple):
@@ -31,6 +32,24 @@ class Translated(NamedTuple):
     text: str
     score: float | None = None
     alignment: Alignment | None = None
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes that decoding takes beside the weights.
+
+    Attributes:
+        context: keys and values of the sources, once per source however many beams there are.
+        cache: keys and values of the tokens decoded so far, for every beam.
+    """
+
+    context: int
+    cache: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.context + self.cache
 
 
 @dataclass(frozen=True)
@@ -51,9 +70,11 @@ class TargetSide:
         settings: how to decode.
         window: of the self-attention cache.
         with_alignment, with_scores: what a `Piece` shall hold.
+        compiled: takes the steps, where they are compiled.
 
     Attributes:
-        cache_bytes: the self-attention caches of the last batch, as large as they grew.
+        memory: what the last batch took: the sources' keys and values, with their copy where steps are compiled, and
+            the caches as large as they grew.
     """
 
     def __init__(
@@ -64,10 +85,12 @@ class TargetSide:
         window: int | None = None,
         with_alignment: bool = False,
         with_scores: bool = False,
+        compiled: CompiledDecoder | None = None,
     ) -> None:
+        self.compiled = compiled
         self.network, self.tokenizer, self.settings, self.window = network, codes.tokenizer, settings, window
         self.with_alignment, self.with_scores = with_alignment, with_scores
-        self.cache_bytes = 0
+        self.memory = MemoryUse(0, 0)
         self._special = frozenset(self.tokenizer.all_special_tokens) | codes.tokens
 
     def decode(
@@ -88,8 +111,10 @@ class TargetSide:
             generator=generator,
             with_scores=self.with_scores,
             keep_rows=self.with_alignment,
+            stop_every=1 if settings.do_sample else state.stop_every,
         )
-        self.cache_bytes = state.peak_cache_bytes
+        copied = state.context_bytes if isinstance(state, StaticState) else 0
+        self.memory = MemoryUse(batch.nbytes + copied, state.peak_cache_bytes)
         return [
             [self._piece(segments[number], one, state) for one in candidates]
             for number, candidates in zip(batch.numbers, generated, strict=True)
@@ -122,10 +147,20 @@ class TargetSide:
         if text[len(done) :]:
             yield text[len(done) :]
 
-    def _start(self, batch: EncodedBatch, *, reads_alignment: bool = False) -> TranslationState:
+    def _start(self, batch: EncodedBatch, *, reads_alignment: bool = False) -> TranslationState | StaticState:
         start = 1
-        total = self.settings.total_length(start)
-        return self.network.start(batch.contexts, max_length=total, window=self.window, reads_alignment=reads_alignment)
+        total, settings = self.settings.total_length(start), self.settings
+        if self.compiled is None:
+            return self.network.start(
+                batch.contexts, max_length=total, window=self.window, reads_alignment=reads_alignment
+            )
+        return self.compiled.start(
+            batch.contexts,
+            most_rows=max(settings.num_beams, settings.num_return_sequences),
+            max_length=total,
+            window=self.window,
+            reads_alignment=reads_alignment,
+        )
 
     def _prompt(self, targets: Sequence[int | None]) -> tuple[torch.Tensor, int, DecodeSettings]:
         """Prompts `[B, L]`, how many of their tokens are forced, and settings that do not force them again."""
@@ -139,11 +174,11 @@ class TargetSide:
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
-    def _piece(self, segment: Segment, one: Generated, state: TranslationState) -> Piece:
+    def _piece(self, segment: Segment, one: Generated, state: TranslationState | StaticState) -> Piece:
         alignment = self._alignment(segment, one, state) if self.with_alignment else None
         return Piece(self._text(one.tokens), one.score if self.with_scores else None, alignment)
 
-    def _alignment(self, segment: Segment, one: Generated, state: TranslationState) -> Alignment:
+    def _alignment(self, segment: Segment, one: Generated, state: TranslationState | StaticState) -> Alignment:
         assert one.rows is not None
         first = sum(row < 0 for row in one.rows)
         length = len(segment.ids)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mmattn.data.languages import LanguageCodes
@@ -26,35 +24,19 @@ from mmattn.inference.sources import (
     encode_batch,
     make_plan,
     token_batches,
+    with_bar,
 )
-from mmattn.inference.translation import Piece, TargetSide, Translated, assemble
+from mmattn.inference.traced_products import trace_products
+from mmattn.inference.translation import MemoryUse, Piece, TargetSide, Translated, assemble
 from mmattn.inference.translator_checks import check_vocabulary, generation_defaults
 from mmattn.models.sources import find_folder
-from mmattn.models.translator import TranslatorNetwork, family_of, open_network, save_network
+from mmattn.models.translator import CompiledDecoder, TranslatorNetwork, family_of, open_network, save_network
 from mmattn.nn import fuse
 
 Texts = str | Sequence[str]
 QUANTIZATIONS = ("int8",)
 _BATCH_TOKENS = {"cpu": 1024}
 _BATCH_TOKENS_ELSEWHERE = 8192
-
-
-@dataclass(frozen=True)
-class MemoryUse:
-    """Bytes that decoding takes beside the weights.
-
-    Attributes:
-        context: keys and values of the sources, once per source however many beams there are.
-        cache: keys and values of the tokens decoded so far, for every beam.
-    """
-
-    context: int
-    cache: int
-
-    @property
-    def total(self) -> int:
-        """Both."""
-        return self.context + self.cache
 
 
 class Translator:
@@ -72,6 +54,7 @@ class Translator:
     Attributes:
         settings: defaults of the generation arguments.
         peak_memory: `MemoryUse` of the batch that took most in the last call of `translate`; None before the first.
+        compiled: takes the steps of decoding where they are compiled; None: they are not.
 
     Raises:
         CheckpointError: a tokenizer that does not fit the network.
@@ -89,6 +72,7 @@ class Translator:
         self.generation_config = dict(generation_config or {})
         self.peak_memory: MemoryUse | None = None
         self.quantization: str | None = None
+        self.compiled: CompiledDecoder | None = None
         config = network.config
         check_vocabulary(tokenizer, config)
         special = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
@@ -109,6 +93,7 @@ class Translator:
         device: torch.device | str | None = None,
         local_files_only: bool = False,
         quantize: str | None = None,
+        compile: bool = False,
     ) -> Translator:
         """Open a Marian (OPUS-MT), M2M100 or NLLB checkpoint, or one of ours, for inference.
 
@@ -121,11 +106,15 @@ class Translator:
             device: None: the first accelerator, else the CPU.
             local_files_only: never go to the network.
             quantize: "int8": weights of the products in 8 bits, their inputs quantised as they come; CPU only.
+            compile: decode in steps of static shape, compiled at first use (for each number of beams, and again for
+                single texts and for alignments) and replayed as CUDA graphs on a CUDA device. Results stay the same.
 
         Raises:
             CheckpointError: nothing there, a model of another kind, or files that do not fit together.
-            UsageError: an unknown quantisation, or one that the device cannot do.
+            UsageError: an unknown quantisation, one that the device cannot do, or one together with `compile`.
         """
+        if quantize is not None and compile:
+            raise UsageError(f"compile=True does not go with quantize={quantize!r}: leave one of them out")
         if quantize is not None and quantize not in QUANTIZATIONS:
             raise UsageError(f"quantize={quantize!r} is unknown: use {', '.join(map(repr, QUANTIZATIONS))} or None")
         folder = find_folder(
@@ -138,10 +127,10 @@ class Translator:
             folder, is_stock=True, has_stock_config=family_of(network.config) is not None
         )
         translator = cls(network, tokenizer, generation_defaults(folder, network.config))
-        translator._prepare(quantize)
+        translator._prepare(quantize, compile=compile)
         return translator
 
-    def _prepare(self, quantize: str | None) -> None:
+    def _prepare(self, quantize: str | None, *, compile: bool) -> None:
         """Put the products into the form that suits the device."""
         if quantize is not None:
             quantize_linears(self.network)
@@ -150,6 +139,9 @@ class Translator:
             use_fast_products(self.network)
         else:
             fuse(self.network)
+        if compile:
+            trace_products(self.network)
+            self.compiled = CompiledDecoder(self.network)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, tokenizer and generation settings; stock classes open a Marian or M2M100 folder.
@@ -271,7 +263,7 @@ class Translator:
             if batch_tokens is not None or progress:
                 raise UsageError("stream=True gives tokens as they come: leave batch_tokens and progress out")
             return self._stream(plan, ready, targets, settings, generator, window)
-        side = TargetSide(self.network, self.codes, settings, window, return_alignment, return_scores)
+        side = TargetSide(self.network, self.codes, settings, window, return_alignment, return_scores, self.compiled)
         pieces: dict[int, list[Piece]] = {}
         self.peak_memory = None
         with evaluating(self.network):
@@ -279,11 +271,11 @@ class Translator:
             if ready is None:
                 batches = self._encoded(plan, batch_tokens, progress, label)
             else:
-                batches = _with_bar(ready.batches, plan, progress, label, len(ready.batches))
+                batches = with_bar(ready.batches, plan, progress, label, len(ready.batches))
             for batch in batches:
                 found = side.decode(plan.segments, batch, targets, generator)
                 pieces.update(zip(batch.numbers, found, strict=True))
-                self._note_memory(batch, side.cache_bytes)
+                self._note_memory(side.memory)
         count = settings.num_return_sequences
         results = assemble(plan, pieces, count, with_scores=return_scores, with_alignment=return_alignment)
         return results[0] if plan.is_single else results
@@ -300,7 +292,8 @@ class Translator:
         """Bytes that decoding takes beside the weights: it grows with `target_length` and beams, the context does not.
 
         This is what the keys and values of the tokens take. Storage for targets starts at 32 tokens and doubles when
-        full, up to the longest that may be asked for, so a run's peak may be up to twice its part.
+        full, up to the longest that may be asked for, so a run's peak may be up to twice its part. With `compile` sizes
+        are rounded up to buckets, and the sources are held twice.
 
         Args:
             source_length: tokens of a source, Ls.
@@ -363,10 +356,9 @@ class Translator:
             raise UsageError(f"batch_tokens is {batch_tokens}; it must be at least 1")
         batches = list(token_batches([len(segment.ids) for segment in plan.segments], budget))
         encoded = (encode_batch(self.network, plan.segments, numbers) for numbers in batches)
-        return _with_bar(encoded, plan, progress, label, len(batches))
+        return with_bar(encoded, plan, progress, label, len(batches))
 
-    def _note_memory(self, batch: EncodedBatch, cache_bytes: int) -> None:
-        use = MemoryUse(batch.nbytes, cache_bytes)
+    def _note_memory(self, use: MemoryUse) -> None:
         if self.peak_memory is None or use.total > self.peak_memory.total:
             self.peak_memory = use
 
@@ -379,7 +371,7 @@ class Translator:
         generator: torch.Generator | None,
         window: int | None,
     ) -> Iterator[str]:
-        side = TargetSide(self.network, self.codes, settings, window)
+        side = TargetSide(self.network, self.codes, settings, window, compiled=self.compiled)
         side.check_streaming()
         return self._streamed(plan, ready, targets, side, generator)
 
@@ -403,18 +395,6 @@ class Translator:
                     assert ready is not None
                     batch = ready.segment(number)
                 yield from side.stream(batch, targets[number], generator)
-
-
-def _with_bar(
-    batches: Iterable[EncodedBatch], plan: Plan, progress: bool | None, label: str, num_batches: int
-) -> Iterator[EncodedBatch]:
-    """The batches, with a bar that moves as each is done with."""
-    # tqdm leaves a bar out by itself, with None, where there is no terminal.
-    hidden = (None if num_batches > 1 else True) if progress is None else not progress
-    with tqdm(total=len(plan.segments), desc=label, unit="line", disable=hidden) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch.numbers))
 
 
 __all__ = ["MemoryUse", "Translated", "Translator"]

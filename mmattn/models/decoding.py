@@ -45,6 +45,11 @@ class StepDecoder(Protocol):
         ...
 
 
+def weight_of(layer: TransformerLayer) -> Tensor:
+    """A weight that says where the layer is and in which dtype: a norm's, since the Linears may be quantised."""
+    return next(layer.ffn_norm.parameters())
+
+
 class DecoderState:
     """What decoding carries from token to token. The caller holds it; the network keeps nothing.
 
@@ -58,9 +63,14 @@ class DecoderState:
         max_length: most tokens of a row, prompt included.
         window: self-attention sees only so many last tokens (and the cache holds no more); None: all.
 
+    Attributes:
+        stop_every: how often to look for texts that have ended, in steps.
+
     Raises:
         UsageError: `max_length` beyond the model's positions, or contexts that no layer attends to.
     """
+
+    stop_every = 1
 
     def __init__(
         self,
@@ -88,8 +98,7 @@ class DecoderState:
     def _new_caches(self, max_length: int, window: int | None) -> Iterator[KVCache]:
         for layer in cast("Sequence[TransformerLayer]", self._decoder.layers):
             attention = cast(SelfAttention, layer.self_attn)
-            # A norm's weight: the Linears may be quantised.
-            weight = next(layer.ffn_norm.parameters())
+            weight = weight_of(layer)
             autocast = torch.is_autocast_enabled(weight.device.type)
             yield KVCache(
                 self.num_rows,
@@ -144,13 +153,16 @@ class DecoderState:
         Raises:
             UsageError: a number of rows that is not R, or no room left for L more tokens.
         """
+        self._check_rows(input_ids)
+        hidden = self._decoder(input_ids, self._contexts, caches=self._caches)
+        return self._decoder.logits(hidden[:, -1])
+
+    def _check_rows(self, input_ids: Tensor) -> None:
         if input_ids.shape[0] != self.num_rows:
             raise UsageError(
                 f"input_ids has {input_ids.shape[0]} rows, this state has {self.num_rows}"
                 f" ({self._batch_size} contexts with {self._rows_per_context} rows each)"
             )
-        hidden = self._decoder(input_ids, self._contexts, caches=self._caches)
-        return self._decoder.logits(hidden[:, -1])
 
     def reorder(self, rows: Tensor, *, unchanged: int = 0) -> None:
         """Continue from other rows: row i becomes what row `rows[i]` was. Contexts stay where they are.
@@ -165,8 +177,9 @@ class DecoderState:
         """
         if rows.shape[0] % self._batch_size:
             raise UsageError(f"{rows.shape[0]} rows cannot be shared evenly by {self._batch_size} contexts")
-        self._take_rows(rows, unchanged)
-        self._rows_per_context = rows.shape[0] // self._batch_size
+        per_context = rows.shape[0] // self._batch_size
+        self._take_rows(rows, per_context, unchanged)
+        self._rows_per_context = per_context
 
     def select_contexts(self, contexts: Tensor) -> None:
         """Keep some contexts, each with all its rows, in the order given.
@@ -175,11 +188,14 @@ class DecoderState:
             contexts: int64 `[B']`, numbers of the contexts to keep.
         """
         offsets = torch.arange(self._rows_per_context, device=contexts.device)
-        self._take_rows((contexts[:, None] * self._rows_per_context + offsets).flatten())
-        self._contexts = tuple(None if kept is None else kept.select(contexts) for kept in self._contexts)
+        self._take_rows((contexts[:, None] * self._rows_per_context + offsets).flatten(), self._rows_per_context)
+        self._take_contexts(contexts)
         self._batch_size = contexts.shape[0]
 
-    def _take_rows(self, rows: Tensor, unchanged: int = 0) -> None:
+    def _take_contexts(self, contexts: Tensor) -> None:
+        self._contexts = tuple(None if kept is None else kept.select(contexts) for kept in self._contexts)
+
+    def _take_rows(self, rows: Tensor, per_context: int, unchanged: int = 0) -> None:
         self._peak = self.peak_cache_bytes
         for cache in self._caches:
             cache.reorder(rows, unchanged=unchanged)

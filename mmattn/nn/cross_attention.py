@@ -124,6 +124,7 @@ class CrossAttention(ProjectedAttention):
         query = split_heads(query, self.num_heads)
         if self.q_norm is not None:
             query = self.q_norm(query)
+        context.note_query(query)
         attended = self._attend(
             query,
             context.key,

@@ -100,7 +100,7 @@ def attention(
     if backend == "auto":
         backend = selected(role)
     request = prepare(query, key, value, attn_mask, key_mask, is_causal, scale, dropout_p, return_weights)
-    chosen = choose(backend, traits_of(request))
+    chosen = choose(backend, traits_of(request), request)
     output, weights = chosen.run(request)
     # torch.compile cannot trace a context variable, nor what a callback does: compiled calls are not observed.
     observers = () if torch.compiler.is_compiling() else OBSERVERS.get()

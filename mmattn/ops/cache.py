@@ -5,7 +5,7 @@ Shapes: B batch, G key/value heads, Lk keys, D head_dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +56,10 @@ class ContextKV:
         """Bytes held by keys, values and mask."""
         return self.key.nbytes + self.value.nbytes + (0 if self.key_mask is None else self.key_mask.nbytes)
 
+    def note_query(self, query: Tensor) -> None:
+        """Told of the queries `[B, H, Lq, D]` of every attention to this context; a subclass may keep them, in a
+        compiled graph too, which observers don't see."""
+
     def select(self, rows: Tensor) -> ContextKV:
         """The contexts at `rows` (integers [R], repeats allowed), copied."""
         rows = rows.to(self.key.device)
@@ -70,6 +74,17 @@ class ContextKV:
             value=self.value.to(device=device, dtype=dtype),
             key_mask=None if self.key_mask is None else self.key_mask.to(device=device),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedContextKV(ContextKV):
+    """A context that keeps the queries of every attention to it."""
+
+    queries: list[Tensor] = field(default_factory=list)
+
+    def note_query(self, query: Tensor) -> None:
+        """See `ContextKV`."""
+        self.queries.append(query)
 
 
 class KVCache:

@@ -28,6 +28,7 @@ class Limits:
         has_weights: can return the weights.
         min_head_dim: smallest head_dim.
         max_head_dim: largest head_dim; None without a bound.
+        max_keys: most keys; None without a bound.
     """
 
     dtypes: Mapping[str, tuple[torch.dtype, ...]]
@@ -39,6 +40,7 @@ class Limits:
     has_weights: bool = False
     min_head_dim: int = 1
     max_head_dim: int | None = None
+    max_keys: int | None = None
 
     def refusals(self, traits: Traits) -> list[str]:
         """Every reason for which a call with these features cannot be served; empty when it can."""
@@ -69,6 +71,56 @@ class Limits:
             reasons.append("returning the weights")
         return reasons
 
+    def size_refusals(self, request: Request) -> list[str]:
+        """Reasons that lie in sizes which `Traits` leaves out, because they change from call to call."""
+        num_keys = request.key.shape[2]
+        if self.max_keys is not None and num_keys > self.max_keys:
+            return [f"{num_keys} keys (serves at most {self.max_keys})"]
+        return []
+
+
+@dataclass(frozen=True)
+class AutoShape:
+    """Calls for which a backend was measured to be the fastest: "auto" takes it for these. Ranges include both ends.
+
+    Attributes:
+        capabilities: compute capabilities of the cards measured.
+        dtypes: of query, key and value.
+        head_dims: sizes of a head.
+        keys: range of Lk.
+        queries: range of Lq.
+        heads: range of B * H, all heads of the batch.
+        with_grad: calls that need gradients; None with and without.
+    """
+
+    capabilities: tuple[tuple[int, int], ...]
+    dtypes: tuple[torch.dtype, ...]
+    head_dims: tuple[int, ...]
+    keys: tuple[int, int]
+    queries: tuple[int, int]
+    heads: tuple[int, int]
+    with_grad: bool | None = None
+
+    def covers(self, request: Request, traits: Traits) -> bool:
+        """Is this one of those calls? (Calls with masks are not.)"""
+        batch, heads, num_queries, head_dim = request.query.shape
+        return (
+            traits.mask == "none"
+            and not traits.has_key_mask
+            and traits.dtype in self.dtypes
+            and self.with_grad in (None, traits.has_grad)
+            and head_dim in self.head_dims
+            and self.keys[0] <= request.key.shape[2] <= self.keys[1]
+            and self.queries[0] <= num_queries <= self.queries[1]
+            and self.heads[0] <= batch * heads <= self.heads[1]
+            and _capability(request.query.device) in self.capabilities
+        )
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
 
 @dataclass(frozen=True)
 class KnownBad:
@@ -98,6 +150,7 @@ class Backend:
         unusable: why it cannot be used on this machine, per device type of `limits`; None when it can.
         auto_devices: device types where "auto" may choose it.
         auto_note: why "auto" never chooses it elsewhere.
+        auto_shapes: calls for which "auto" may choose it there; all when None.
         known_bad: combinations that it avoids.
         packages: distributions whose versions belong in a report.
     """
@@ -108,6 +161,7 @@ class Backend:
     unusable: Callable[[str], str | None]
     auto_devices: tuple[str, ...]
     auto_note: str = ""
+    auto_shapes: tuple[AutoShape, ...] | None = None
     known_bad: tuple[KnownBad, ...] = ()
     packages: tuple[str, ...] = field(default=("torch",))
 
@@ -119,6 +173,23 @@ class Backend:
             if reason is not None:
                 reasons.append(reason)
         return reasons
+
+    @property
+    def has_size_limits(self) -> bool:
+        """Do sizes of a call decide too, besides its features?"""
+        return self.limits.max_keys is not None or self.auto_shapes is not None
+
+    def auto_refusals(self, traits: Traits) -> list[str]:
+        """Why "auto" does not choose it for calls with these features."""
+        if traits.device in self.auto_devices:
+            return []
+        return [f"auto does not choose it on {traits.device}: {self.auto_note}"]
+
+    def auto_size_refusals(self, request: Request, traits: Traits) -> list[str]:
+        """Why "auto" does not choose it for this call, of which it may choose some."""
+        if self.auto_shapes is None or any(shape.covers(request, traits) for shape in self.auto_shapes):
+            return []
+        return [f"auto chooses it only where it was measured to be the fastest: {self.auto_note}"]
 
 
 def torch_device_missing(device: str) -> str | None:

@@ -100,10 +100,10 @@ def used_keys(allowed: Tensor, num_kv_heads: int) -> Tensor:
 
     Keys outside are set to zero before any product: 0 * NaN is NaN, so a weight of 0 alone does not keep a NaN out.
     """
-    used = allowed.any(dim=-2)
+    used = allowed.any(dim=-2) if allowed.shape[-2] != 1 else allowed.squeeze(-2)
     batch, heads, num_keys = used.shape
     if heads not in (1, num_kv_heads):
-        used = used.view(batch, num_kv_heads, heads // num_kv_heads, num_keys).any(dim=2)
+        used = used.reshape(batch, num_kv_heads, heads // num_kv_heads, num_keys).any(dim=2)
     return used.unsqueeze(-1)
 
 
@@ -116,6 +116,11 @@ def zero_unused(key: Tensor, value: Tensor, allowed: Tensor) -> tuple[Tensor, Te
 def empty_rows(allowed: Tensor) -> Tensor:
     """Rows that may attend to nothing: boolean [b, h, q, 1]. Their output, weights and gradients are zero."""
     return ~allowed.any(dim=-1, keepdim=True)
+
+
+def nothing_for(query: Tensor) -> Tensor:
+    """The output [B, H, Lq, D] where there is nothing to attend to: zeros, whose backward gives the query zeros."""
+    return query.masked_fill(torch.ones((), dtype=torch.bool, device=query.device), 0.0)
 
 
 def key_spans(key_mask: Tensor) -> tuple[list[tuple[int, int]], bool]:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from mmattn.errors import BackendError, UsageError
-from mmattn.ops.backends import eager, flex, sdpa
+from mmattn.ops.backends import eager, flex, sdpa, triton
 from mmattn.ops.limits import Backend
-from mmattn.ops.request import Traits, prepare, traits_of
+from mmattn.ops.request import Request, Traits, prepare, traits_of
 from mmattn.ops.table import BackendTable, Explanation, describe
 
 # Adding a backend is one file in `backends/` and one row here. "auto" takes the first row that can serve.
-TABLE: tuple[Backend, ...] = (sdpa.BACKEND, flex.BACKEND, eager.BACKEND)
+TABLE: tuple[Backend, ...] = (triton.BACKEND, sdpa.BACKEND, flex.BACKEND, eager.BACKEND)
 _BY_NAME = {backend.name: backend for backend in TABLE}
 ROLES = ("self", "cross")
 
@@ -35,8 +35,9 @@ class Selection(NamedTuple):
 
 
 _SELECTION: ContextVar[Selection] = ContextVar("mmattn_backend_selection", default=Selection())  # noqa: B039
-# Filled as calls come; a choice depends on nothing but the call's features and the machine.
-_CHOICES: dict[tuple[str, Traits], Backend] = {}
+# Filled as calls come: those that can serve calls with such features on this machine, in the table's order. Which of
+# them serves a call depends on nothing more than its sizes.
+_CHOICES: dict[tuple[str, Traits], tuple[Backend, ...]] = {}
 
 
 @contextlib.contextmanager
@@ -87,18 +88,25 @@ def check_role(role: str | None) -> None:
         raise UsageError(f'unknown attention role {role!r}; use "self", "cross" or None')
 
 
-def choose(name: str, traits: Traits) -> Backend:
-    """The backend that serves a call with these features.
+def choose(name: str, traits: Traits, request: Request) -> Backend:
+    """The backend that serves a call, whose features are `traits`.
 
     Raises:
         UsageError: for an unknown name.
         BackendError: naming every reason, when the named backend, or with "auto" every backend, must refuse.
     """
-    chosen = _CHOICES.get((name, traits))
-    if chosen is None:
+    # torch.compile would guard on the table, which grows, and compile again: what it compiles chooses once anyway.
+    is_compiling = torch.compiler.is_compiling()
+    candidates = None if is_compiling else _CHOICES.get((name, traits))
+    if candidates is None:
         check_name(name)
-        chosen = _CHOICES[name, traits] = _first_usable(traits) if name == "auto" else _named(name, traits)
-    return chosen
+        candidates = _candidates(name, traits)
+        if not is_compiling:
+            _CHOICES[name, traits] = candidates
+    for backend in candidates:
+        if not backend.has_size_limits or not _size_refusals(backend, traits, request, name):
+            return backend
+    raise _refusal(name, traits, request)
 
 
 def backends() -> BackendTable:
@@ -136,18 +144,33 @@ def explain(
         source = "auto" if backend == "auto" else "use_backend"
     request = prepare(query, key, value, attn_mask, key_mask, is_causal, scale, dropout_p, return_weights)
     traits = traits_of(request)
-    reasons = {row.name: _against(row, traits, backend) for row in TABLE}
+    reasons = {row.name: _against(row, traits, request, backend) for row in TABLE}
     chosen = next((name for name, against in reasons.items() if not against), None)
     return Explanation(backend, source, chosen, reasons, traits)
 
 
-def _against(backend: Backend, traits: Traits, asked: str) -> list[str]:
+def _candidates(name: str, traits: Traits) -> tuple[Backend, ...]:
+    """Those that serve calls with these features, sizes aside."""
+    if name != "auto":
+        return () if _BY_NAME[name].refusals(traits) else (_BY_NAME[name],)
+    # The cheap question first: the other one may import what a backend is made with.
+    return tuple(row for row in TABLE if not row.auto_refusals(traits) and not row.refusals(traits))
+
+
+def _size_refusals(backend: Backend, traits: Traits, request: Request, asked: str) -> list[str]:
+    reasons = backend.limits.size_refusals(request)
+    return reasons + backend.auto_size_refusals(request, traits) if asked == "auto" else reasons
+
+
+def _against(backend: Backend, traits: Traits, request: Request, asked: str) -> list[str]:
+    """Every reason for which a backend does not serve a call."""
     reasons = backend.refusals(traits)
-    if asked == "auto" and traits.device not in backend.auto_devices:
-        reasons.append(f"auto does not choose it on {traits.device}: {backend.auto_note}")
     if asked not in ("auto", backend.name):
-        reasons.append(f"{asked} was asked for")
-    return reasons
+        return [*reasons, *backend.limits.size_refusals(request), f"{asked} was asked for"]
+    by_auto = backend.auto_refusals(traits) if asked == "auto" else []
+    # Where it is not chosen for any call, the sizes for which it would be are beside the point.
+    by_size = backend.limits.size_refusals(request) if by_auto else _size_refusals(backend, traits, request, asked)
+    return [*reasons, *by_size, *by_auto]
 
 
 def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
@@ -170,19 +193,10 @@ def _selecting(selection: Selection) -> Iterator[None]:
         _SELECTION.reset(token)
 
 
-def _named(name: str, traits: Traits) -> Backend:
-    backend = _BY_NAME[name]
-    reasons = backend.refusals(traits)
-    if reasons:
-        raise BackendError(f"attention backend {name!r} cannot serve this call: {'; '.join(reasons)}")
-    return backend
-
-
-def _first_usable(traits: Traits) -> Backend:
-    refused = []
-    for backend in TABLE:
-        reasons = _against(backend, traits, "auto")
-        if not reasons:
-            return backend
-        refused.append(f"{backend.name}: {'; '.join(reasons)}")
-    raise BackendError(f"no attention backend can serve this call. {'. '.join(refused)}")
+def _refusal(name: str, traits: Traits, request: Request) -> BackendError:
+    """The error for a call that no candidate serves."""
+    if name != "auto":
+        reasons = _against(_BY_NAME[name], traits, request, name)
+        return BackendError(f"attention backend {name!r} cannot serve this call: {'; '.join(reasons)}")
+    refused = [f"{row.name}: {'; '.join(_against(row, traits, request, name))}" for row in TABLE]
+    return BackendError(f"no attention backend can serve this call. {'. '.join(refused)}")

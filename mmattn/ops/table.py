@@ -121,6 +121,8 @@ def _supports(backend: Backend) -> str:
     can = [name for name, is_there in features.items() if is_there]
     cannot = [f"no {name}" for name, is_there in features.items() if not is_there]
     head_dim = f"head_dim {limits.min_head_dim} to {limits.max_head_dim or 'any'}"
+    if limits.max_keys is not None:
+        head_dim += f", at most {limits.max_keys} keys"
     backward = f"backward on {', '.join(limits.grad_devices)}"
     if limits.masks:
         masks = "; ".join(f"{device} {', '.join(limits.masks.get(device, MASKS))}" for device in limits.dtypes)

@@ -13,6 +13,7 @@ import pytest
 
 from mmattn.cli.main import main
 from mmattn.inference.translator import Translator
+from mmattn.models.translator import CompiledDecoder, TranslatorNetwork
 from tests.inference.tiny_translators import ENGLISH, save_stock_translator
 
 
@@ -42,6 +43,21 @@ def _feed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 def test_texts(marian, expected, capsys):
     assert main([*marian, *ENGLISH]) == 0
     assert capsys.readouterr().out == "".join(f"{text}\n" for text in expected)
+
+
+def test_compiled(marian, expected, capsys, monkeypatch):
+    made = []
+
+    def compiled(network: TranslatorNetwork) -> CompiledDecoder:
+        made.append(CompiledDecoder(network, backend="eager"))
+        return made[-1]
+
+    monkeypatch.setattr("mmattn.inference.translator.CompiledDecoder", compiled)
+    assert main([*marian, "--compile", *ENGLISH]) == 0
+    assert capsys.readouterr().out == "".join(f"{text}\n" for text in expected)
+    assert len(made) == 1
+    assert main([*marian, "--compile", "--quantize", "int8", *ENGLISH]) == 2
+    assert "compile=True does not go with quantize='int8': leave one of them out" in capsys.readouterr().err
 
 
 def test_a_filter(marian, expected, capsys, monkeypatch):

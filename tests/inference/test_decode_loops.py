@@ -55,6 +55,18 @@ def test_rows_say_who_chose_each_token(arguments):
     assert plain[0][0].rows is None
 
 
+def test_the_first_token_of_every_sample_was_chosen_by_its_prompts_one_row():
+    state, settings = _Recorder(tiny_marian(0), SOURCES), BASE.updated(do_sample=True, num_return_sequences=3)
+    found = decode(state, PROMPT, settings, generator=torch.Generator().manual_seed(1), keep_rows=True)
+    assert len(state.read[0]) == len(found)
+    for number, candidates in enumerate(found):
+        for one in candidates:
+            assert one.rows is not None
+            assert one.rows[0] == number
+            for step, row in enumerate(one.rows):
+                assert state.read[step][row].tolist() == [BOS, *one.tokens[:step]]
+
+
 class _Recorder(StockState):
     """Keeps what each row had read at each step."""
 

@@ -121,7 +121,7 @@ def stock_translate(model: Any, tokenizer: Any, text: str, **arguments: Any) -> 
     if "max_new_tokens" in arguments:
         del arguments["max_length"]
     values = model.generation_config.to_dict() | arguments
-    inputs = tokenizer(text, return_tensors="pt")
+    inputs = tokenizer(text, return_tensors="pt").to(model.device)
     with torch.no_grad():
         found = model.generate(**inputs, generation_config=GenerationConfig(**values))
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,15 @@ SHAPES = [
 
 KEY_MASKS = ("none", "right", "left", "gaps", "equal", "all", "nothing")
 ATTN_MASKS = ("none", "boolean", "boolean-batch", "boolean-heads", "bias", "bias-heads", "empty-rows")
+
+
+def mask_cases(shift: int, every: int) -> Iterator[tuple[str, str, bool]]:
+    """Combinations of attention mask, key mask and causality: one in `every`, others for each `shift`."""
+    for a, attn_kind in enumerate(ATTN_MASKS):
+        for k, key_kind in enumerate(KEY_MASKS):
+            for is_causal in (False, True):
+                if (a + 2 * k + 3 * is_causal + shift) % every == 0:
+                    yield attn_kind, key_kind, is_causal
 
 
 def generator_for(*numbers: int) -> torch.Generator:

@@ -168,3 +168,16 @@ def test_compiles_into_one_graph(is_causal):
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     got = compiled(QUERY, KEY, VALUE, key_mask=key_mask, is_causal=is_causal)
     torch.testing.assert_close(got, attention(QUERY, KEY, VALUE, key_mask=key_mask, is_causal=is_causal))
+
+
+def test_what_a_card_is_asked_does_not_break_a_compiled_graph(monkeypatch):
+    # As the real one: torch.compile cannot trace it.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", torch.compiler.disable(lambda device: (9, 0)))
+
+    def call(query):
+        with sdpa._safe_kernels(query, query, query, None):  # as for a CUDA tensor: few heads, so the card is asked
+            return F.scaled_dot_product_attention(query, query, query)
+
+    query = draw(2, 3, 7, 5).requires_grad_()
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(query), call(query))

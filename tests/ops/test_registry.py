@@ -4,10 +4,12 @@ import threading
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import mmattn
 from mmattn.errors import BackendError, UsageError
+from mmattn.ops import registry
 from mmattn.ops.attention import attention
 from mmattn.ops.backends import sdpa
 from mmattn.ops.observe import observing
@@ -27,9 +29,24 @@ def backend_used(*args, **kwargs):
     return calls[0].backend
 
 
+def test_what_is_compiled_does_not_depend_on_earlier_choices(inputs, monkeypatch):
+    """The table of choices grows with every kind of call: a guard on it would compile the same call again."""
+    monkeypatch.setattr(registry, "_CHOICES", {})
+    counter = CompileCounter()
+    compiled = torch.compile(attention, backend=counter, fullgraph=True)
+    expected = compiled(*inputs)
+    assert torch.equal(compiled(*inputs), expected)
+    assert registry._CHOICES == {}
+    assert torch.equal(attention(*inputs), expected)
+    attention(*inputs, is_causal=True)
+    assert len(registry._CHOICES) == 2
+    assert torch.equal(compiled(*inputs), expected)
+    assert counter.frame_count == 1
+
+
 def test_table_of_this_machine():
     table = mmattn.backends()
-    assert [row.name for row in table] == ["sdpa", "flex", "eager"]
+    assert [row.name for row in table] == ["triton", "sdpa", "flex", "eager"]
     assert table["sdpa"].is_usable
     assert table["eager"].usable_on[0] == "cpu"
     assert table["sdpa"].versions["torch"] == torch.__version__
@@ -38,7 +55,7 @@ def test_table_of_this_machine():
         assert part in text
     if not torch.cuda.is_available():
         assert "sees no cuda device here" in table["eager"].reasons["cuda"]
-    with pytest.raises(KeyError, match="there are: sdpa, flex, eager"):
+    with pytest.raises(KeyError, match="there are: triton, sdpa, flex, eager"):
         table["flash"]
 
 
@@ -103,7 +120,7 @@ def test_refusal_names_every_reason(inputs):
     ):
         assert reason in message
     meta = torch.empty(1, 1, 1, 8, device="meta")
-    with pytest.raises(BackendError, match="no attention backend can serve this call. sdpa: device meta"):
+    with pytest.raises(BackendError, match="no attention backend can serve this call. triton: device meta"):
         attention(meta, meta, meta)
 
 
@@ -135,7 +152,7 @@ def test_explanation_agrees_with_what_is_done(inputs):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: attention(x, x, x, backend="flash"), "unknown attention backend 'flash'; use one of: auto, sdpa"),
+        (lambda x: attention(x, x, x, backend="flash"), "unknown attention backend 'flash'; use one of: auto, tri"),
         (lambda x: use_backend("flash").__enter__(), "unknown attention backend 'flash'"),
         (lambda x: use_backend("sdpa", role="both").__enter__(), "unknown attention role 'both'"),
         (lambda x: attention(x, x, x, role="both"), "unknown attention role 'both'"),
@@ -168,7 +185,7 @@ def test_recomputation_sees_the_backend_of_the_forward(inputs):
 
 
 def test_every_backend_file_is_a_row():
-    assert {backend.run.__module__.rsplit(".", 1)[-1] for backend in TABLE} == {"sdpa", "flex", "eager"}
+    assert {backend.run.__module__.rsplit(".", 1)[-1] for backend in TABLE} == {"triton", "sdpa", "flex", "eager"}
     assert len(backends()) == len(TABLE)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import mmattn.swap.diffusers.dispatcher  # noqa: F401  (with it diffusers has made its own registrations)
+from mmattn.ops.tolerance import deviation
+from mmattn.swap.attend import computing_reference
 
 from . import zoo_sd
 from .zoo_base import liven, quiet, seeded
@@ -68,6 +71,17 @@ def run_tiny(pipe: Any, *, steps: int = 4, batch: int = 1, scale: float = 5.0, *
     if "image" not in inputs:
         inputs = {"latents": draw(batch * inputs.get("num_images_per_prompt", 1), 4, 8, 8)} | inputs
     return pipe(**texts, **settings, **inputs).images
+
+
+def check_by_the_rule(ours: Tensor, stock: Tensor, run: Callable[[], Tensor]) -> None:
+    """Hold the output of a swapped model, and stock's, to the tolerance rule; `run` runs it, swapped."""
+    with computing_reference("eager"):
+        eager = run()
+    with computing_reference("float64"):
+        reference = run()
+    found = deviation(ours, eager, reference)
+    assert found.is_within, found
+    assert (ours - stock).abs().max() <= 2 * found.bound
 
 
 def attentions(model: nn.Module, ending: str = "") -> dict[str, Attention]:

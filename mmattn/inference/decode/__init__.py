@@ -28,6 +28,7 @@ def decode(
     generator: torch.Generator | None = None,
     with_scores: bool = True,
     keep_rows: bool = False,
+    stop_every: int = 1,
 ) -> list[list[Generated]]:
     """Continue the prompts `[S, L]`, all of one length, in the way the settings say.
 
@@ -41,6 +42,8 @@ def decode(
         generator: source of the draws with `do_sample=True`; torch's global one when None.
         with_scores: False leaves `Generated.score` out where it takes time, without beams: it is NaN.
         keep_rows: fill `Generated.rows`.
+        stop_every: look only every so many steps for texts that have ended; looking waits for an accelerator. The
+            result is the same, but for draws, which depend on how many rows are left: those want 1.
 
     Returns:
         For each prompt its `num_return_sequences` results, best first.
@@ -48,7 +51,7 @@ def decode(
     Raises:
         UsageError: when the prompt leaves no room under `max_length`.
     """
-    task = DecodeTask(prompt, settings, texts_per_context, num_forced, with_scores, keep_rows)
+    task = DecodeTask(prompt, settings, texts_per_context, num_forced, with_scores, keep_rows, stop_every)
     if settings.num_beams > 1:
         return beam_search(state, task, generator)
     if settings.do_sample:
@@ -80,4 +83,4 @@ def stream(
             tokens = next(steps, None)
         if tokens is None:
             return
-        yield tokens[0]
+        yield int(tokens[0])

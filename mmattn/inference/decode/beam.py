@@ -96,7 +96,8 @@ def beam_search(
         is_done = ~beams.can_improve[:, 0]
         if settings.early_stopping is True:
             is_done = is_done | beams.is_finished.all(dim=1)
-        flags = is_done.tolist()
+        is_looked_at = (length + 1 - start) % task.stop_every == 0
+        flags = is_done.tolist() if is_looked_at else [False] * len(is_done)
         if any(flags):
             collect([slot for slot, done in enumerate(flags) if done])
         if all(flags):

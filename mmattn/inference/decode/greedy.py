@@ -39,8 +39,8 @@ def row_steps(
     *,
     copies: int = 1,
     results: dict[int, Generated] | None = None,
-) -> Iterator[list[int]]:
-    """Decode step by step: yields the tokens chosen for the rows still at work, and fills `results` by text."""
+) -> Iterator[torch.Tensor]:
+    """Decode step by step: yields the tokens `[R]` chosen for the rows still at work, and fills `results` by text."""
     prompt, eos_ids = task.prompt, task.settings.eos_ids
     num_texts, start = prompt.shape
     max_length = task.max_length
@@ -58,12 +58,13 @@ def row_steps(
         scores = processors(rows_kept.sequences[:, :length], logits.float())  # type: ignore[arg-type]
         tokens = choose(scores)
         rows_kept.append(length, tokens, scores)
-        chosen = tokens.tolist()
-        yield chosen
+        yield tokens
         if length + 1 == max_length:
             break
         if eos_ids:
-            flags = rows_kept.done_flags(tokens)
+            rows_kept.note_ends(tokens)
+            is_looked_at = (length + 1 - start) % task.stop_every == 0
+            flags = rows_kept.is_done.tolist() if is_looked_at else [False] * len(tokens)
             if any(flags):
                 rows_kept.collect([slot for slot, done in enumerate(flags) if done], length + 1)
             if all(flags):
@@ -77,7 +78,7 @@ class _Rows:
     """The rows of a running decoder: their tokens, scores, and which text each works on."""
 
     def __init__(self, task: DecodeTask, num_rows: int, copies: int, results: dict[int, Generated]) -> None:
-        self.task, self.results = task, results
+        self.task, self.results, self.copies = task, results, copies
         self.roster = Roster(num_rows, task.texts_per_context * copies)
         prompt, device = task.prompt, task.prompt.device
         self.sequences = prompt.new_empty(num_rows, max(task.max_length, prompt.shape[1]))
@@ -90,16 +91,17 @@ class _Rows:
         """Note the tokens chosen at a place, given the scores `[R, V]` that they were chosen by."""
         self.sequences[:, length] = tokens
         if self.rows is not None:
-            self.rows[:, length] = torch.arange(len(tokens), device=tokens.device)
+            # The first scores come from one row a prompt, which only then is copied.
+            shared = self.copies if length == self.task.prompt.shape[1] else 1
+            self.rows[:, length] = torch.arange(len(tokens), device=tokens.device) // shared
         if not self.task.with_scores:
             return
         log_probs = scores.gather(1, tokens[:, None])[:, 0] - scores.logsumexp(dim=-1)
         self.totals = torch.where(self.is_done, self.totals, self.totals + log_probs)
 
-    def done_flags(self, tokens: torch.Tensor) -> list[bool]:
-        """Which rows have reached an end token, by now."""
+    def note_ends(self, tokens: torch.Tensor) -> None:
+        """Keep `is_done`, which rows have reached an end token by now."""
         self.is_done |= ends(tokens, self.task.settings.eos_ids)
-        return self.is_done.tolist()
 
     def collect(self, slots: Iterator[int] | range | list[int], length: int) -> None:
         """Put the texts of these slots, ended at `length`, into the results."""

@@ -112,9 +112,12 @@ class Scorer:
         if not self._strikes_only or sequences.shape[1] == self._forced_at:
             return largest(self.log_probs(sequences, logits), count)
         logits = logits.float()
-        # What log_softmax takes off is the same in every column, and it is the quickest way to it; a few rows at a
-        # time, so that what it writes stays in the cache.
-        total = torch.cat([rows[:, :1] - rows.log_softmax(dim=-1)[:, :1] for rows in logits.split(_ROWS)])
+        if logits.device.type == "cpu":
+            # What log_softmax takes off is the same in every column, and it is the quickest way to it; a few rows at a
+            # time, so that what it writes stays in the cache.
+            total = torch.cat([rows[:, :1] - rows.log_softmax(dim=-1)[:, :1] for rows in logits.split(_ROWS)])
+        else:
+            total = logits.logsumexp(dim=-1, keepdim=True)
         for processor in self._processors:
             if isinstance(processor, NeverTokens):
                 logits = processor(sequences, logits)

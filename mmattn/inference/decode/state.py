@@ -42,6 +42,7 @@ class DecodeTask:
     num_forced: int = 0
     with_scores: bool = True
     keep_rows: bool = False
+    stop_every: int = 1
 
     @property
     def base(self) -> int:

@@ -49,19 +49,21 @@ class AlignmentReader:
         weights, self._last = self._last, None
         return weights
 
-    def _see(self, call: AttentionCall) -> None:
-        if call.caller is not self._layer:
-            return
-        query, key = call.query, call.key
+    def weights(self, query: Tensor, key: Tensor, key_mask: Tensor | None) -> Tensor:
+        """`[B, n * L, Ls]` of the layer's queries `[B, H, n * L, D]` and keys `[B, G, Ls, D]`."""
         if self._heads is not None:
             group = query.shape[1] // key.shape[1]
             query = query[:, self._heads]
             key = key[:, [head // group for head in self._heads]]
         # The values are of no interest, the keys are at hand.
         _, weights = attention(
-            query, key, key, key_mask=call.key_mask, scale=call.scale, backend="eager", return_weights=True
+            query, key, key, key_mask=key_mask, scale=self._layer.scale, backend="eager", return_weights=True
         )
-        self._last = weights.mean(dim=1)
+        return weights.mean(dim=1)
+
+    def _see(self, call: AttentionCall) -> None:
+        if call.caller is self._layer:
+            self._last = self.weights(call.query, call.key, call.key_mask)
 
 
 def alignment_loss(weights: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:

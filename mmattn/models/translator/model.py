@@ -24,6 +24,7 @@ from mmattn.nn import LearnedPositions, RotaryEmbedding, SinusoidalPositions, Tr
 from mmattn.nn.feed_forward import ActivationName
 from mmattn.nn.vocabulary_head import VocabularyHead
 from mmattn.ops.cache import KVCache
+from mmattn.ops.static_cache import StaticKVCache
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,21 @@ class Embedding(nn.Module):
         self.positions = _positions(config)
         self.dropout = nn.Dropout(config.dropout_p)
 
-    def forward(self, input_ids: Tensor, start: int, words: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """`[R, L]` token ids, the first at position `start`, and the table `[V, C]`, to `[R, L, C]`."""
+    def forward(self, input_ids: Tensor, start: int | Tensor, words: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """`[R, L]` token ids, the first at position `start`, and the table `[V, C]`, to `[R, L, C]`.
+
+        A tensor `[1]` is the position of a single token, which only the device knows.
+        """
         hidden = nn.functional.embedding(input_ids, words, self.pad_token_id) * self.scale
         table = self.positions
         first, length = start + self.offset, input_ids.shape[1]
         if isinstance(table, LearnedPositions):
-            hidden = hidden + table(torch.arange(first, first + length, device=input_ids.device))
+            is_known = not isinstance(first, Tensor)
+            hidden = hidden + table(torch.arange(first, first + length, device=input_ids.device) if is_known else first)
         elif isinstance(table, SinusoidalPositions):
-            if self.pads_have_positions or key_mask is None:
+            if isinstance(first, Tensor):
+                hidden = hidden + table(first, hidden.dtype)
+            elif self.pads_have_positions or key_mask is None:
                 hidden = hidden + table.span(first, length, device=hidden.device, dtype=hidden.dtype)
             else:
                 # As fairseq counts: padding has no position, wherever it stands.
@@ -108,6 +115,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TranslatorConfig) -> None:
         super().__init__()
         self.max_positions = config.max_positions
+        self.is_rotary = config.positions == "rotary"
         self.embedding = Embedding(config, config.output_size)
         self.layers = nn.ModuleList(_layer(config, is_decoder=True) for _ in range(config.decoder_layers))
         self.norm = _final_norm(config)
@@ -129,14 +137,20 @@ class Decoder(nn.Module):
         return tuple(cast(TransformerLayer, layer).project_context(states, key_mask) for layer in self.layers)
 
     def forward(
-        self, input_ids: Tensor, contexts: LayerContexts | None = None, *, caches: Sequence[KVCache] | None = None
+        self,
+        input_ids: Tensor,
+        contexts: LayerContexts | None = None,
+        *,
+        caches: Sequence[KVCache] | Sequence[StaticKVCache] | None = None,
+        attn_mask: Tensor | None = None,
     ) -> Tensor:
         """Run the layers.
 
         Args:
-            input_ids: `[R, L]`.
+            input_ids: `[R, L]`; with `StaticKVCache`s L = 1.
             contexts: what `project_context` gave for B sources (R = B * n).
             caches: a self-attention cache per layer; `input_ids` then continue what is cached.
+            attn_mask: bool `[L, Lk]`, what the self-attention may see besides what causality says.
 
         Returns:
             Hidden states `[R, L, C]`.
@@ -147,14 +161,17 @@ class Decoder(nn.Module):
         if contexts is None:
             raise UsageError("the decoder needs the contexts that project_context() returns")
         start = caches[0].position if caches else 0
-        if start + input_ids.shape[1] > self.max_positions:
+        is_known = not isinstance(start, Tensor)
+        if is_known and start + input_ids.shape[1] > self.max_positions:
             raise UsageError(
                 f"{start + input_ids.shape[1]} target tokens, but this model has {self.max_positions} positions: "
                 "generate fewer tokens"
             )
         hidden = self.embedding(input_ids, start, self.words)
+        positions = start if self.is_rotary and not is_known else None
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, context=contexts[index], cache=caches[index] if caches else None)
+            cache = caches[index] if caches else None
+            hidden = layer(hidden, attn_mask=attn_mask, context=contexts[index], cache=cache, positions=positions)
         return self.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:

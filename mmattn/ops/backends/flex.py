@@ -37,8 +37,7 @@ def run(request: Request) -> tuple[Tensor, None]:
     batch, heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
     if query.numel() == 0 or num_keys == 0:
-        # Nothing to compile for: zeros, on which a backward still finds the query and gives it zeros.
-        return query.masked_fill(torch.ones((), dtype=torch.bool, device=query.device), 0.0), None
+        return masks.nothing_for(query), None
     flex_attention, create_block_mask = _compiled()
     mask_mod, bias = None, None
     if request.attn_mask is not None:

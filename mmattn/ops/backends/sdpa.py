@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mmattn.errors import BackendError
 from mmattn.ops import masks
 from mmattn.ops.limits import FLOATS, Backend, KnownBad, Limits, torch_device_missing
 from mmattn.ops.request import Request
@@ -34,10 +35,12 @@ _LOOK_COST = 2
 def run(request: Request) -> tuple[Tensor, None]:
     """Compute output [B, H, Lq, D]."""
     query, key = request.query, request.key
+    if query.numel() == 0 or key.shape[2] == 0:
+        return masks.nothing_for(query), None  # without keys, CUDA kernels may leave their output unwritten
     offset = key.shape[2] - query.shape[2] if request.is_causal else None
     if request.key_mask is None:
         return _attend(request, query, key, request.value, request.attn_mask, None, offset), None
-    if not _may_look(query) or not request.key_mask.numel():
+    if not _may_look(query):
         return _attend(request, query, key, request.value, request.attn_mask, request.key_mask, offset), None
     return _attend_padded(request, request.key_mask, offset), None
 
@@ -150,7 +153,14 @@ def _attend_masked(
     key, value = masks.zero_unused(key, value, allowed)
     empty = masks.empty_rows(allowed)
     mask = mask | empty if mask.dtype is torch.bool else mask.masked_fill(empty, 0.0)
-    return _kernel(request, query, key, value, mask, False).masked_fill(empty, 0.0)
+    output = _kernel(request, query, key, value, mask, False)
+    if allowed.shape[1:3] == (1, 1) and not _wants_grad(query, key, value):
+        return output  # all of an empty row's keys and values are zeros by now, and so is its output
+    return output.masked_fill(empty, 0.0)
+
+
+def _wants_grad(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
 
 
 def _joined(attn_mask: Tensor | None, extra: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -179,7 +189,7 @@ def _kernel(
     """The fused call itself, grouped heads folded into the query axis."""
     shape = query.shape
     heads, kv_heads = shape[1], key.shape[1]
-    is_grouped = heads != kv_heads
+    is_grouped = bool(heads != kv_heads)  # a plain flag when traced, too
     if is_grouped and not is_causal:
         query, mask = _fold(query, mask, kv_heads)
         is_grouped = False
@@ -223,17 +233,45 @@ _CUDNN_GROUPS = KnownBad(
     action="cuDNN is left out of such calls",
     reference="pytorch issue 193893",
 )
-_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_IS_ENABLED = (
+    (SDPBackend.FLASH_ATTENTION, torch.backends.cuda.flash_sdp_enabled),
+    (SDPBackend.EFFICIENT_ATTENTION, torch.backends.cuda.mem_efficient_sdp_enabled),
+    (SDPBackend.MATH, torch.backends.cuda.math_sdp_enabled),
+)
+
+
+@torch.compiler.assume_constant_result
+def _kernels_without_cudnn() -> list[SDPBackend]:
+    """Those that the caller's own `sdpa_kernel` leaves; compiled code keeps what was so when it was compiled."""
+    return [kernel for kernel, is_enabled in _IS_ENABLED if is_enabled()]
+
+
+@torch.compiler.assume_constant_result
+def _compute_capability(device: torch.device) -> int:
+    """Its first number. (torch.compile cannot trace the question: it would break the graph.)"""
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _safe_kernels(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> contextlib.AbstractContextManager[object]:
-    """Kernels without those that are known to be wrong for a CUDA call."""
-    has_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    """Kernels without those that are known to be wrong for a CUDA call.
+
+    Raises:
+        BackendError: when the caller has enabled no other.
+    """
+    has_grad = _wants_grad(query, key, value)
     is_bad = has_grad and (mask is not None or query.shape[2] == 1)
-    is_bad = is_bad or (key.shape[1] < 8 and torch.cuda.get_device_capability(query.device)[0] == 10)
-    return sdpa_kernel(_WITHOUT_CUDNN) if is_bad else contextlib.nullcontext()
+    is_bad = is_bad or (key.shape[1] < 8 and _compute_capability(query.device) == 10)
+    if not is_bad:
+        return contextlib.nullcontext()
+    kernels = _kernels_without_cudnn()
+    if not kernels:
+        raise BackendError(
+            "attention backend 'sdpa': only cuDNN is enabled (sdpa_kernel), and it is known to be wrong for this call "
+            "(see mmattn.backends()); enable another kernel"
+        )
+    return sdpa_kernel(kernels)
 
 
 BACKEND = Backend(

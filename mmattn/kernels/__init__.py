@@ -1,0 +1,1 @@
+"""Triton kernels: tensors in, tensors out. Its modules need triton when imported, so backends import them late."""

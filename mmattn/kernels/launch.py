@@ -1,0 +1,128 @@
+"""What all kernels' launchers share: strides as kernels want them, and a launch as a value that can be run on tensors
+or compiled without a device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from mmattn.kernels.tiles import tiles_of
+
+ACCESS_BYTES = 16
+
+
+class Card(NamedTuple):
+    """What configurations depend on: compute capability, and the number of multiprocessors."""
+
+    capability: tuple[int, int]
+    processors: int
+
+    @property
+    def has_warp_groups(self) -> bool:
+        """Are there matrix instructions of a warp group, and the shared memory that goes with them?"""
+        return self.capability >= (9, 0)
+
+
+# Where there is no card: the interpreter, compiling ahead of time.
+STAND_IN: ContextVar[Card] = ContextVar("mmattn_kernels_stand_in", default=Card((9, 0), 4))  # noqa: B039
+# Kernel arguments that change from call to call: one compiled kernel serves all their values.
+SIZES = (
+    "num_batches", "num_heads", "group", "num_queries", "num_keys", "num_chunks", "num_splits", "num_parts",
+    "num_blocks",
+)  # fmt: skip
+Strides = tuple[int, ...]
+
+
+def is_interpreted() -> bool:
+    """Do kernels run on Triton's CPU interpreter? Decided before the first kernel is defined."""
+    return bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def card_of(device: torch.device) -> Card:
+    """The card that kernels are configured for."""
+    return _card(device) if device.type == "cuda" else STAND_IN.get()
+
+
+@functools.cache
+def _card(device: torch.device) -> Card:
+    return Card(
+        torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count
+    )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        kernel: the function decorated with `triton.jit`.
+        programs: how many programs run.
+        arguments: the kernel's arguments by name.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline of its loops.
+    """
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self, device: torch.device) -> None:
+        """Launch on `device`; nothing to do without programs."""
+        if not self.programs:
+            return
+        # Triton launches on the current device, whatever the tensors' device is.
+        is_other = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if is_other else contextlib.nullcontext():
+            self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+    def compile(self) -> Any:
+        """Compile for the active driver's target without running; the compiled kernel holds its cubin."""
+        return self.kernel.warmup(
+            grid=(self.programs,), **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
+        )
+
+
+def access_unit(*tensors: Tensor) -> int:
+    """How many elements a kernel may move at once: 16 bytes' worth if all strides between rows allow it, else 1."""
+    unit = ACCESS_BYTES // tensors[0].element_size()
+    fits = all(stride % unit == 0 for tensor in tensors for stride in tensor.stride()[:-1])
+    return unit if fits else 1
+
+
+def strides_in_units(tensor: Tensor, unit: int) -> Strides:
+    """Strides of all axes, all but the last counted in units: multiplying by `unit` in the kernel tells the compiler
+    what it could not know of a stride like 40, that rows begin at multiples of 16 bytes."""
+    *outer, last = tensor.stride()
+    return (*(stride // unit for stride in outer), last)
+
+
+def mask_arguments(query: Tensor, key: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None) -> dict[str, object]:
+    """Both masks as kernels take them: bytes and strides, an axis that broadcasts having stride 0. A mask that is not
+    there is another tensor's pointer, never read."""
+    batch, heads, num_queries, _ = query.shape
+    kv_heads, num_keys = key.shape[1:3]
+    arguments: dict[str, object] = {"HAS_KEY_MASK": key_mask is not None, "HAS_ATTN_MASK": attn_mask is not None}
+    arguments |= {"key_mask_ptr": key, "key_mask_strides": (0, 0, 0)}
+    arguments |= {"attn_mask_ptr": key, "attn_mask_strides": (0, 0, 0, 0)}
+    if key_mask is not None:
+        key_mask = key_mask.view(torch.uint8).expand(batch, kv_heads, num_keys)
+        arguments |= {"key_mask_ptr": key_mask, "key_mask_strides": key_mask.stride()}
+    if attn_mask is not None:
+        attn_mask = attn_mask.view(torch.uint8).expand(batch, heads, num_queries, num_keys)
+        arguments |= {"attn_mask_ptr": attn_mask, "attn_mask_strides": attn_mask.stride()}
+    return arguments
+
+
+def walk_over_keys(num_keys: int, block: int) -> dict[str, object]:
+    """Arguments of a kernel that walks over keys in whole blocks, and in finer ones over what is left."""
+    whole, rest = divmod(num_keys, block)
+    return {"WHOLE_BLOCKS": whole, "BLOCK_N": block, "LAST_TILES": tiles_of(rest) if rest else ()}

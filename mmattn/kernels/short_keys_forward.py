@@ -1,0 +1,249 @@
+"""Attention over short keys, forward: softmax(scale * query @ key^T) @ value, and the log-sum-exp of each row.
+
+Long-key kernels walk over key blocks and rescale what they have whenever a larger score turns up, in tiles of 128 keys
+or more. Here all keys of a head (up to `resident_keys`) are held by a program, in blocks of 16 at the smallest: scores
+of a row are complete before its softmax begins, keys and values are read once for several query blocks, and 77 keys
+cost 80. More keys are walked over in blocks of `key_block` with the online softmax (arXiv 1805.02867); only what is
+left over at the end is cut finer.
+
+Shapes: B batch, H query heads, G key/value heads, Lq / Lk lengths, D head_dim.
+"""
+
+# What Triton compiles is not what it looks like to a type checker.
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmattn.kernels.blocks import (
+    LN_2,
+    LOG2_E,
+    add_products,
+    head_of,
+    load_keys,
+    load_rows,
+    masked_scores,
+    place,
+    rows_of,
+    scaled_rows,
+    score_block,
+    store_rows,
+    zero_blocks,
+)
+from mmattn.kernels.launch import SIZES, Launch, access_unit, card_of, mask_arguments, strides_in_units, walk_over_keys
+from mmattn.kernels.short_keys_configs import ForwardConfig, forward_config, head_tiles, key_block, resident_keys
+from mmattn.kernels.tiles import ceil_div, one_tile, padded, tiles_of
+
+
+@triton.jit
+def _finish_rows(
+    output, total, row_max, output_rows, lse_rows, rows, is_row, output_strides,
+    HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Normalise and write; a row without keys has a total of 0, and zeros already."""
+    is_empty = total == 0.0
+    total = tl.where(is_empty, 1.0, total)
+    output = scaled_rows(output, 1.0 / total, DIM_TILES)
+    store_rows(output_rows, output, rows, is_row, output_strides, HEAD_DIM, DIM_TILES, UNIT)
+    lse = tl.where(is_empty, float("-inf"), (row_max + tl.log2(total)) * LN_2)
+    tl.store(lse_rows + rows, lse, mask=is_row)
+
+
+@triton.jit
+def _attend_all(
+    query, key, value, is_key, rows, is_row, attn_mask_rows, attn_mask_strides, scale,
+    BLOCK_M: tl.constexpr, DIM_TILES: tl.constexpr, KEY_TILES: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+):  # fmt: skip
+    """(weighted sum of values, sum of weights, largest score) of each row, over all keys at once."""
+    scores = ()
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    for n in tl.static_range(len(KEY_TILES)):
+        keys = KEY_TILES[n][0] + tl.arange(0, KEY_TILES[n][1])
+        part = masked_scores(
+            query, key[n], scale, rows, is_row, keys, is_key[n], attn_mask_rows, attn_mask_strides,
+            HAS_ATTN_MASK, DIM_TILES,
+        )  # fmt: skip
+        row_max = tl.maximum(row_max, tl.max(part, axis=1))
+        scores = scores + (part,)
+    # Of a row without keys: 0 instead of -inf, whose difference to itself is NaN.
+    row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+    total = tl.full([BLOCK_M], 0.0, dtype=tl.float32)
+    output = zero_blocks(BLOCK_M, DIM_TILES)
+    for n in tl.static_range(len(KEY_TILES)):
+        weights = tl.exp2(scores[n] - row_max[:, None])
+        total += tl.sum(weights, axis=1)
+        output = add_products(output, weights, value[n], DIM_TILES)
+    return output, total, row_max
+
+
+@triton.jit(do_not_specialize=SIZES)
+def resident_fwd_kernel(
+    query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, key_mask_ptr, attn_mask_ptr,
+    query_strides, key_strides, value_strides, output_strides, key_mask_strides, attn_mask_strides,
+    scale, num_heads, group, num_queries, num_keys, num_chunks,
+    HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, KEY_TILES: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, ROW_BLOCKS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+):  # fmt: skip
+    """A program has one head of one batch row, all its keys, and ROW_BLOCKS * BLOCK_M queries."""
+    head, chunk, batch = place(num_heads, num_chunks)
+    batch = batch.to(tl.int64)
+    kv_head = head // group
+    key, value, is_key = load_keys(
+        head_of(key_ptr, key_strides, batch, kv_head, UNIT),
+        head_of(value_ptr, value_strides, batch, kv_head, UNIT),
+        head_of(key_mask_ptr, key_mask_strides, batch, kv_head, 1),
+        key_strides, value_strides, key_mask_strides, 0, num_keys, KEY_TILES, HEAD_DIM, DIM_TILES, UNIT, HAS_KEY_MASK,
+    )  # fmt: skip
+    rows = tl.arange(0, BLOCK_M)
+    for block in tl.range(ROW_BLOCKS):
+        start = ((chunk * ROW_BLOCKS + block) * BLOCK_M).to(tl.int64)
+        is_row = rows < num_queries - start
+        query_rows = rows_of(query_ptr, query_strides, batch, head, start, UNIT)
+        query = load_rows(query_rows, rows, is_row, query_strides, HEAD_DIM, DIM_TILES, UNIT)
+        attn_mask_rows = rows_of(attn_mask_ptr, attn_mask_strides, batch, head, start, 1)
+        output, total, row_max = _attend_all(
+            query, key, value, is_key, rows, is_row, attn_mask_rows, attn_mask_strides, scale,
+            BLOCK_M, DIM_TILES, KEY_TILES, HAS_ATTN_MASK,
+        )  # fmt: skip
+        output_rows = rows_of(output_ptr, output_strides, batch, head, start, UNIT)
+        lse_rows = lse_ptr + (batch * num_heads + head) * num_queries + start
+        _finish_rows(
+            output, total, row_max, output_rows, lse_rows, rows, is_row, output_strides, HEAD_DIM, DIM_TILES, UNIT
+        )
+
+
+@triton.jit
+def _attend_block(
+    output, total, row_max, query, rows, is_row, first,
+    key_base, value_base, key_mask_row, attn_mask_rows,
+    key_strides, value_strides, key_mask_strides, attn_mask_strides, scale, num_keys,
+    NUM_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, UNIT: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over one more block of NUM_KEYS keys from `first`."""
+    scores, _key, keys, is_key = score_block(
+        query, rows, is_row, first, key_base, key_mask_row, attn_mask_rows,
+        key_strides, key_mask_strides, attn_mask_strides, scale, num_keys,
+        NUM_KEYS, HEAD_DIM, DIM_TILES, UNIT, HAS_KEY_MASK, HAS_ATTN_MASK,
+    )  # fmt: skip
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores - safe_max[:, None])
+    # Nothing so far: exp2(-inf) = 0 times zeros.
+    factors = tl.exp2(row_max - safe_max)
+    total = total * factors + tl.sum(weights, axis=1)
+    value = load_rows(value_base, keys, is_key, value_strides, HEAD_DIM, DIM_TILES, UNIT)
+    output = add_products(scaled_rows(output, factors, DIM_TILES), weights, value, DIM_TILES)
+    return output, total, new_max
+
+
+@triton.jit(do_not_specialize=SIZES)
+def streamed_fwd_kernel(
+    query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, key_mask_ptr, attn_mask_ptr,
+    query_strides, key_strides, value_strides, output_strides, key_mask_strides, attn_mask_strides,
+    scale, num_heads, group, num_queries, num_keys, num_chunks,
+    HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, LAST_TILES: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, NUM_STAGES: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+):  # fmt: skip
+    """A program has one head of one batch row and BLOCK_M queries, and walks over the keys."""
+    head, chunk, batch = place(num_heads, num_chunks)
+    start = (chunk * BLOCK_M).to(tl.int64)
+    batch = batch.to(tl.int64)
+    kv_head = head // group
+    key_base = head_of(key_ptr, key_strides, batch, kv_head, UNIT)
+    value_base = head_of(value_ptr, value_strides, batch, kv_head, UNIT)
+    key_mask_row = head_of(key_mask_ptr, key_mask_strides, batch, kv_head, 1)
+    rows = tl.arange(0, BLOCK_M)
+    is_row = rows < num_queries - start
+    query_rows = rows_of(query_ptr, query_strides, batch, head, start, UNIT)
+    query = load_rows(query_rows, rows, is_row, query_strides, HEAD_DIM, DIM_TILES, UNIT)
+    attn_mask_rows = rows_of(attn_mask_ptr, attn_mask_strides, batch, head, start, 1)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.full([BLOCK_M], 0.0, dtype=tl.float32)
+    output = zero_blocks(BLOCK_M, DIM_TILES)
+    for block in tl.range(WHOLE_BLOCKS, num_stages=NUM_STAGES):
+        output, total, row_max = _attend_block(
+            output, total, row_max, query, rows, is_row, block * BLOCK_N,
+            key_base, value_base, key_mask_row, attn_mask_rows,
+            key_strides, value_strides, key_mask_strides, attn_mask_strides, scale, num_keys,
+            BLOCK_N, HEAD_DIM, DIM_TILES, UNIT, HAS_KEY_MASK, HAS_ATTN_MASK,
+        )  # fmt: skip
+    for n in tl.static_range(len(LAST_TILES)):
+        output, total, row_max = _attend_block(
+            output, total, row_max, query, rows, is_row, WHOLE_BLOCKS * BLOCK_N + LAST_TILES[n][0],
+            key_base, value_base, key_mask_row, attn_mask_rows,
+            key_strides, value_strides, key_mask_strides, attn_mask_strides, scale, num_keys,
+            LAST_TILES[n][1], HEAD_DIM, DIM_TILES, UNIT, HAS_KEY_MASK, HAS_ATTN_MASK,
+        )  # fmt: skip
+    output_rows = rows_of(output_ptr, output_strides, batch, head, start, UNIT)
+    lse_rows = lse_ptr + (batch * num_heads + head) * num_queries + start
+    row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+    _finish_rows(output, total, row_max, output_rows, lse_rows, rows, is_row, output_strides, HEAD_DIM, DIM_TILES, UNIT)
+
+
+def forward_launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    scale: float,
+    output: Tensor,
+    lse: Tensor,
+    config: ForwardConfig | None = None,
+) -> Launch:
+    """The launch that fills `output` and `lse`.
+
+    Args:
+        query: [B, H, Lq, D], any strides; nothing is empty.
+        key: [B, G, Lk, D].
+        value: [B, G, Lk, D].
+        key_mask: boolean, broadcastable to [B, G, Lk]; keys left out are not read.
+        attn_mask: boolean, broadcastable to [B, H, Lq, Lk].
+        scale: factor of the scores.
+        output: [B, H, Lq, D], to be written.
+        lse: float32 [B, H, Lq], contiguous, to be written.
+        config: block sizes; the table's by default.
+    """
+    batch, heads, num_queries, head_dim = query.shape
+    kv_heads, num_keys = key.shape[1:3]
+    card = card_of(query.device)
+    config = config or forward_config(card, query.dtype, head_dim, num_keys, num_queries)
+    is_resident = padded(num_keys) <= resident_keys(card, query.dtype)
+    num_chunks = ceil_div(num_queries, config.block_m * (config.row_blocks if is_resident else 1))
+    unit = access_unit(query, key, value, output)
+    arguments = dict(
+        query_ptr=query,
+        key_ptr=key,
+        value_ptr=value,
+        output_ptr=output,
+        lse_ptr=lse,
+        **mask_arguments(query, key, key_mask, attn_mask),
+        query_strides=strides_in_units(query, unit),
+        key_strides=strides_in_units(key, unit),
+        value_strides=strides_in_units(value, unit),
+        output_strides=strides_in_units(output, unit),
+        scale=scale * LOG2_E.value,
+        num_heads=heads,
+        group=heads // kv_heads,
+        num_queries=num_queries,
+        num_keys=num_keys,
+        num_chunks=num_chunks,
+        HEAD_DIM=head_dim,
+        DIM_TILES=head_tiles(query.dtype, head_dim, config.is_head_cut),
+        UNIT=unit,
+        BLOCK_M=config.block_m,
+    )
+    if is_resident:
+        kernel = resident_fwd_kernel
+        key_tiles = tiles_of(num_keys) if config.are_keys_cut else one_tile(num_keys)
+        arguments |= {"KEY_TILES": key_tiles, "ROW_BLOCKS": config.row_blocks}
+    else:
+        kernel = streamed_fwd_kernel
+        arguments |= walk_over_keys(num_keys, key_block(query.dtype)) | {"NUM_STAGES": config.num_stages}
+    return Launch(kernel, num_chunks * heads * batch, arguments, config.num_warps, config.num_stages)

@@ -1,0 +1,71 @@
+"""What the short-key kernels take of a processor: compiled ahead of time for it, no card needed.
+
+    scripts/gpu/kernel_resources.py [--capability 80 90] [--head-dim 40 64] [--keys 77 257] [--dtype float32]
+
+Registers a thread (255 at most), bytes of shared memory a program, bytes spilt a thread, matrix instructions: of a warp
+group (only compute capability 9.0 has them) and of a warp. Triton brings compiler and reader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from mmattn.kernels.launch import Launch  # noqa: E402
+from mmattn.kernels.resources import compiling_for, resources_of  # noqa: E402
+from mmattn.kernels.short_keys_backward import backward_launches  # noqa: E402
+from mmattn.kernels.short_keys_forward import forward_launch  # noqa: E402
+
+HEAD_DIMS = (40, 64, 72, 80, 96, 128, 160)
+KEYS = (77, 128, 256, 512)
+
+
+def launches(head_dim: int, num_keys: int, dtype: torch.dtype) -> list[Launch]:
+    """All kernels for a U-Net's layout [B, L, H, D], forward first; within `compiling_for`, for its configurations."""
+
+    def make(length: int) -> torch.Tensor:
+        return torch.empty(2, length, 8, head_dim, dtype=dtype).transpose(1, 2)
+
+    query, key, value, output = make(4096), make(num_keys), make(num_keys), make(4096)
+    lse = torch.empty(2, 8, 4096)
+    forward = forward_launch(query, key, value, None, None, 0.3, output, lse)
+    backward = backward_launches(output, query, key, value, output, lse, None, None, 0.3)
+    return [forward, *backward.launches]
+
+
+def row(capability: int, head_dim: int, num_keys: int, launch: Launch) -> str:
+    """A line of the table."""
+    found = resources_of(launch)
+    name = launch.kernel.__name__.removesuffix("_kernel")
+    products = f"{found.warp_group_products}, {found.warp_products}"
+    numbers = (launch.num_warps, found.registers, found.shared_bytes, found.spilled_bytes, products)
+    return f"| {' | '.join(map(str, (capability / 10, head_dim, num_keys, name, *numbers)))} |"
+
+
+def main() -> int:
+    """A line for each kernel."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90], help="ten times the number: 80 is 8.0")
+    parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS)
+    parser.add_argument("--keys", type=int, nargs="+", default=KEYS)
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16, metavar="NAME")
+    arguments = parser.parse_args()
+    print("| capability | head_dim | keys | kernel | warps | registers | shared | spilt | group, warp products |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for capability in arguments.capability:
+        with compiling_for(capability):
+            for head_dim, num_keys in itertools.product(arguments.head_dim, arguments.keys):
+                for launch in launches(head_dim, num_keys, arguments.dtype):
+                    print(row(capability, head_dim, num_keys, launch), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

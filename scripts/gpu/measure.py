@@ -1,0 +1,151 @@
+"""What the measurements on a card share: options, clocks, the card's two ceilings, and rows written as they come."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+for folder in (ROOT, ROOT / "scripts" / "bench"):
+    sys.path.insert(0, str(folder))
+
+
+_BEGIN = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a part is run; `tiny` only shows that it runs."""
+
+    device: str
+    tiny: bool
+    rows: Path | None
+
+    @property
+    def repeats(self) -> int:
+        """Timed runs of each variant."""
+        return 1 if self.tiny else 3
+
+    def add(self, table: str, **cells: Any) -> None:
+        """Print a row and keep it, at once: what is measured stays when a later row fails."""
+        spent = time.monotonic() - _BEGIN
+        print(f"{spent:.0f} s, {table}: " + ", ".join(f"{name} {value}" for name, value in cells.items()), flush=True)
+        if self.rows is not None:
+            with self.rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"table": table, "cells": cells}) + "\n")
+
+
+def read_options(description: str | None) -> Options:
+    """From the command line of a part."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="append rows here, as JSON lines")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    return Options(arguments.device, arguments.tiny, arguments.rows)
+
+
+def wait(device: str) -> None:
+    """Until the card has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def wall_ms(runs: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
+    """Milliseconds of each run by the wall clock, alternating; each has run once before."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            wait(device)
+            begin = time.perf_counter()
+            run()
+            wait(device)
+            times[name].append((time.perf_counter() - begin) * 1000)
+    return times
+
+
+def median_and_spread(times: list[float]) -> tuple[float, float]:
+    """The median, and half the distance from best to worst as a part of it."""
+    middle = statistics.median(times)
+    return middle, (max(times) - min(times)) / 2 / middle
+
+
+def card_us(calls: list[Callable[[], Any]], device: str) -> tuple[float, bool]:
+    """Microseconds that the card works on one call, and whether the calls replayed as one CUDA graph.
+
+    The calls do the same on different inputs, together larger than the cache. Where a call cannot be captured, events
+    around the calls count the launches too.
+    """
+    if device == "cpu":
+        return 1000 * wall_ms({"": calls[0]}, 1, device)[""][0], False
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in (calls * 3)[: max(3, len(calls))]:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        replay, is_graphed = graph.replay, True
+    except Exception as error:
+        print(f"  not captured: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+        torch.cuda.synchronize()
+
+        def replay() -> None:
+            for call in calls:
+                call()
+
+        is_graphed = False
+    return _event_us(replay) / len(calls), is_graphed
+
+
+def _event_us(replay: Callable[[], Any]) -> float:
+    replay()
+    times = []
+    while len(times) < 5 or (len(times) < 25 and sum(times) < 25_000):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(1000 * begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the card does at most: bytes copied (read and written) and bfloat16 operations, each a second."""
+
+    bytes_per_s: float
+    flops_per_s: float
+
+    def floor_us(self, moved: float, flops: float) -> tuple[float, str]:
+        """Least time for so many bytes and operations, and which of the two it is."""
+        by_bytes, by_flops = 1e6 * moved / self.bytes_per_s, 1e6 * flops / self.flops_per_s
+        return max(by_bytes, by_flops), "bytes" if by_bytes >= by_flops else "arithmetic"
+
+
+def measure_ceilings(options: Options) -> Ceilings:
+    """Every number of a large tensor read, negated and written; and a large product of random numbers."""
+    size, side = (2**16, 64) if options.tiny else (2**28, 8192)
+    source = torch.randn(size, device=options.device)
+    target = torch.empty_like(source)
+    # By a kernel: a copy inside a graph may go through the copy engine, which is slower.
+    copy_us, _ = card_us([lambda: torch.neg(source, out=target)], options.device)
+    one, other = (torch.randn(side, side, device=options.device, dtype=torch.bfloat16) for _ in range(2))
+    product_us, _ = card_us([lambda: one @ other], options.device)
+    return Ceilings(2 * source.nbytes / copy_us * 1e6, 2 * side**3 / product_us * 1e6)
