@@ -328,6 +328,12 @@ def test_messages_of_wrong_configs(trained: Path, tmp_path: Path):
     fails(DataError, r"pairs are too long, such as scenes/train/", *long)
 
 
+def test_no_without_quotes_is_a_precision(tmp_path: Path):
+    config = _debug_config(tmp_path / "run", "training.mixed_precision=no")
+    assert config.training.mixed_precision == "no"
+    config.training.validate()
+
+
 def test_guided_alignment_needs_alignments(tmp_path: Path):
     config = _files_config(tmp_path, "marian", "examples.guided_alignment_weight=0.05")
     with pytest.raises(
