@@ -64,10 +64,10 @@ class TranslateTask(Task):
             self.translator = make_translator(config.model, config.examples, sample_pairs(source), codes)
             choose_trained(self.translator.network, config.train_what, config.lora)
         self.model = self.translator.network
-        self.chooses_heads = self.model.config.alignment_layer is None
         self.best = config.evaluation.best
         self.pairs = training_pairs(self.translator, source, config.examples, codes)
         self.lengths = self.pairs.lengths
+        self.chooses_heads = self.pairs.num_aligned > 0 and self.model.config.alignment_layer is None
 
     def __len__(self) -> int:
         return len(self.pairs.source)
@@ -99,12 +99,12 @@ class TranslateTask(Task):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         if self.chooses_heads:
-            choose_alignment_heads(self.translator, self.config.data)
+            choose_alignment_heads(self.translator, self.pairs.source, self.config.data.language_codes)
         return score_splits(self.translator, self.config.data, self.config.evaluation)[0]
 
     def save(self, model: nn.Module, folder: Path) -> None:
         if self.chooses_heads:
-            choose_alignment_heads(self.translator, self.config.data)
+            choose_alignment_heads(self.translator, self.pairs.source, self.config.data.language_codes)
         save_trained(self.translator, folder)
 
     def describe(self) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from mmattn.data.parallel import open_parallel
-from mmattn.data.parallel_spec import ParallelConfig
-from mmattn.data.sentence_pairs import SentencePair, read_pairs, spread
+from mmattn.data.sentence_pairs import ParallelSource, SentencePair, read_pairs, spread
 from mmattn.data.translation_tokens import PairTokenizer
 from mmattn.inference.alignment_scores import scores_by_reader
 from mmattn.inference.translator import Translator
@@ -45,14 +43,13 @@ def rank_alignment_heads(
     return sorted(found, key=lambda each: -each.f1)
 
 
-def choose_alignment_heads(translator: Translator, data: ParallelConfig) -> None:
-    """Name the best heads in the network's config, judged on the data's "validation" split.
+def choose_alignment_heads(translator: Translator, source: ParallelSource, language_codes: Mapping[str, str]) -> None:
+    """Name the best heads in the network's config, judged on 200 pairs of a source, evenly spread.
 
-    Nothing changes where those pairs have no alignments.
+    Nothing changes where those have no alignments.
     """
-    source = open_parallel(data, "validation")
     pairs = [pair for pair in read_pairs(source, spread(len(source), _SAMPLE).tolist()) if pair.alignment]
-    network, tokenizer = translator.network, PairTokenizer(translator.tokenizer, language_codes=data.language_codes)
+    network, tokenizer = translator.network, PairTokenizer(translator.tokenizer, language_codes=language_codes)
     ranking = rank_alignment_heads(network, tokenizer, pairs) if pairs else []
     if ranking:
         network.config.alignment_layer, network.config.alignment_heads = ranking[0].layer, ranking[0].heads

@@ -230,12 +230,14 @@ class TrainingPairs:
         source: the pairs that it has room for.
         lengths: int [N, 2], tokens of both sides.
         num_left_out: pairs that are too long.
+        num_aligned: pairs with word alignments.
         collate: makes batches of them.
     """
 
     source: ParallelSource
     lengths: Any
     num_left_out: int
+    num_aligned: int
     collate: TranslationCollator
 
 
@@ -271,7 +273,7 @@ def training_pairs(
         with_alignment=is_guided,
         score_language=examples.score_language,
     )
-    return TrainingPairs(kept, lengths, num_left_out, collate)
+    return TrainingPairs(kept, lengths, num_left_out, measured.num_aligned, collate)
 
 
 def preview_pairs(pairs: TrainingPairs, count: int = 3) -> list[str]:

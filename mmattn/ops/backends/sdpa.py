@@ -189,10 +189,11 @@ def _kernel(
     """The fused call itself, grouped heads folded into the query axis."""
     shape = query.shape
     heads, kv_heads = shape[1], key.shape[1]
-    is_grouped = bool(heads != kv_heads)  # a plain flag when traced, too
-    if is_grouped and not is_causal:
-        query, mask = _fold(query, mask, kv_heads)
-        is_grouped = False
+    is_grouped = False
+    if heads != kv_heads:  # asked, so that the flag is a plain one when sizes are traced, too
+        is_grouped = is_causal
+        if not is_causal:
+            query, mask = _fold(query, mask, kv_heads)
     dropout_p, scale = request.dropout_p, request.scale
     if query.device.type == "cuda":
         with _safe_kernels(query, key, value, mask):
