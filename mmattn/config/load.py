@@ -156,6 +156,11 @@ def _check_keys(schema: type, values: Mapping[str, Any], where: str, prefix: str
             raise ConfigError(f"{where}: unknown key {prefix + key!r}.{hint}")
         inner = _dataclass_in(fields[key])
         if inner is None:
+            if isinstance(value, bool) and _is_text(fields[key]):
+                raise ConfigError(
+                    f"{where}: {prefix + key!r} is a text, and YAML takes yes, no, on, off, true and false without "
+                    f"quotes for truth values: put it in quotes, such as {prefix + key}=\"'no'\""
+                )
             continue
         if not isinstance(value, Mapping | list | None):
             example = f"{prefix}{key}.{next(iter(_field_types(inner)))}"
@@ -176,6 +181,11 @@ def _entries(value: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _field_types(schema: type) -> dict[str, Any]:
     hints = typing.get_type_hints(schema)
     return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
+
+
+def _is_text(annotation: Any) -> bool:
+    kinds = typing.get_args(annotation) or (annotation,)
+    return str in kinds and bool not in kinds and typing.get_origin(annotation) is not list
 
 
 def _dataclass_in(annotation: Any) -> type | None:

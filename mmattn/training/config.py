@@ -69,10 +69,6 @@ class TrainingConfig:
     max_bad_steps: int = 10  # so many non-finite steps in a row stop the run
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.mixed_precision == "False":  # how YAML reads a `no` without quotes
-            self.mixed_precision = "no"
-
     def validate(self) -> None:
         """Raise `ConfigError` naming every setting that cannot be used."""
         problems = [text for is_wrong, text in [*self._rules(), *self._joint_rules()] if is_wrong]

@@ -328,10 +328,11 @@ def test_messages_of_wrong_configs(trained: Path, tmp_path: Path):
     fails(DataError, r"pairs are too long, such as scenes/train/", *long)
 
 
-def test_no_without_quotes_is_a_precision(tmp_path: Path):
-    config = _debug_config(tmp_path / "run", "training.mixed_precision=no")
-    assert config.training.mixed_precision == "no"
-    config.training.validate()
+@pytest.mark.parametrize("key", ["training.mixed_precision", "data.tgt_lang"])  # Norwegian is "no"
+def test_a_no_without_quotes_is_not_taken_for_text(tmp_path: Path, key: str):
+    with pytest.raises(ConfigError, match=f"'{key}' is a text, and YAML takes .* put it in quotes"):
+        _debug_config(tmp_path / "run", f"{key}=no")
+    assert _debug_config(tmp_path / "run", f"{key}='no'")
 
 
 def test_guided_alignment_needs_alignments(tmp_path: Path):
