@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from mmattn.errors import UsageError
+from mmattn.nn.names import OUR_ATTENTION, AttentionNames
 from mmattn.nn.norms import NormKind
 from mmattn.nn.projected_attention import ProjectedAttention, split_heads
 from mmattn.ops.cache import ContextKV
@@ -30,13 +31,14 @@ class CrossAttention(ProjectedAttention):
         qk_norm: "rms" or "layer" norm over D on queries and keys, or None.
         scale: Factor of the scores; D ** -0.5 when None.
         backend: Passed to `mmattn.attention`.
+        names: Under which the Linears are registered.
 
     Raises:
         UsageError: When the sizes do not divide.
     """
 
     role: ClassVar[Literal["self", "cross"]] = "cross"
-    packed_names: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj")
+    packed_parts: ClassVar[tuple[Literal["query", "key", "value"], ...]] = ("key", "value")
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class CrossAttention(ProjectedAttention):
         qk_norm: NormKind | None = None,
         scale: float | None = None,
         backend: str = "auto",
+        names: AttentionNames = OUR_ATTENTION,
     ) -> None:
         super().__init__(
             embed_dim,
@@ -65,6 +68,7 @@ class CrossAttention(ProjectedAttention):
             qk_norm=qk_norm,
             scale=scale,
             backend=backend,
+            names=names,
         )
 
     def project_context(self, context: Tensor, key_mask: Tensor | None = None) -> ContextKV:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmattn.errors import UsageError
+from mmattn.nn.names import OUR_FEED_FORWARD, FeedForwardNames, find, place
 
 ActivationName = Literal["gelu", "gelu_tanh", "relu", "silu", "geglu", "swiglu"]
 
@@ -42,6 +43,8 @@ class FeedForward(nn.Module):
         activation: "gelu", "gelu_tanh", "relu", "silu"; gated: "geglu", "swiglu".
         dropout_p: Dropout on the activation, in training only.
         bias: Whether the Linears have a bias.
+        names: Under which the Linears are registered, and whether a gated block's first two are one. Whatever they
+            are, `up_proj`, `gate_proj` and `down_proj` read them.
 
     Raises:
         UsageError: When the activation is unknown.
@@ -55,25 +58,47 @@ class FeedForward(nn.Module):
         activation: ActivationName = "gelu",
         dropout_p: float = 0.0,
         bias: bool = True,
+        names: FeedForwardNames = OUR_FEED_FORWARD,
     ) -> None:
         super().__init__()
         if activation not in _PLAIN and activation not in _GATED:
-            names = ", ".join([*_PLAIN, *_GATED])
-            raise UsageError(f"activation {activation!r} is unknown: use one of {names}")
+            known = ", ".join([*_PLAIN, *_GATED])
+            raise UsageError(f"activation {activation!r} is unknown: use one of {known}")
         self.activation = activation
         self.is_gated = activation in _GATED
         self.dropout_p = dropout_p
-        self.up_proj = nn.Linear(embed_dim, ffn_dim, bias=bias)
-        if self.is_gated:
-            self.gate_proj = nn.Linear(embed_dim, ffn_dim, bias=bias)
-        self.down_proj = nn.Linear(ffn_dim, embed_dim, bias=bias)
+        self._up_path, self._down_path = tuple(names.up.split(".")), tuple(names.down.split("."))
+        self._gate_path = None if names.gate is None or not self.is_gated else tuple(names.gate.split("."))
+        is_joined = self.is_gated and self._gate_path is None
+        place(self, self._up_path, nn.Linear(embed_dim, 2 * ffn_dim if is_joined else ffn_dim, bias=bias))
+        if self._gate_path is not None:
+            place(self, self._gate_path, nn.Linear(embed_dim, ffn_dim, bias=bias))
+        place(self, self._down_path, nn.Linear(ffn_dim, embed_dim, bias=bias))
+
+    @property
+    def up_proj(self) -> nn.Linear:
+        """The first Linear, or what took its place; with the gate's rows after its own where they are joined."""
+        return find(self, self._up_path)  # pyright: ignore[reportReturnType]
+
+    @property
+    def gate_proj(self) -> nn.Linear | None:
+        """The gate's Linear, or what took its place; None where there is none, or it is joined with `up_proj`."""
+        return None if self._gate_path is None else find(self, self._gate_path)  # pyright: ignore[reportReturnType]
+
+    @property
+    def down_proj(self) -> nn.Linear:
+        """The last Linear, or what took its place."""
+        return find(self, self._down_path)  # pyright: ignore[reportReturnType]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x `[..., C]` to `[..., C]`."""
-        if self.is_gated:
-            hidden = _GATED[self.activation](self.gate_proj(x)) * self.up_proj(x)
-        else:
+        if not self.is_gated:
             hidden = _PLAIN[self.activation](self.up_proj(x))
+        elif (gate_proj := self.gate_proj) is not None:
+            hidden = _GATED[self.activation](gate_proj(x)) * self.up_proj(x)
+        else:
+            value, gate = self.up_proj(x).chunk(2, dim=-1)
+            hidden = _GATED[self.activation](gate) * value
         if self.training and self.dropout_p > 0:
             hidden = F.dropout(hidden, self.dropout_p)
         return self.down_proj(hidden)

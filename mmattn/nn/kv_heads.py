@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmattn.errors import UsageError
 from mmattn.nn.kv_heads_svd import merge_by_svd, svd_refusals
+from mmattn.nn.names import find
 from mmattn.nn.packed_linears import packing_refusals
 from mmattn.nn.projected_attention import ProjectedAttention
 
@@ -55,8 +56,9 @@ def _check_convertible(name: str, module: ProjectedAttention, num_kv_heads: int,
         raise UsageError(
             f"convert_kv_heads: {name} has {module.num_kv_heads} key/value heads, not divisible into {num_kv_heads}"
         )
-    changed = ("q_proj", "k_proj", "v_proj", "out_proj") if how == "svd" else ("k_proj", "v_proj")
-    reasons = [reason for each in changed for reason in packing_refusals({each: getattr(module, each)})]
+    names = module.names
+    changed = (names.query, names.key, names.value, names.out) if how == "svd" else (names.key, names.value)
+    reasons = [reason for each in changed for reason in packing_refusals({each: find(module, each.split("."))})]
     if how == "svd":
         reasons += svd_refusals(module)
     if reasons:

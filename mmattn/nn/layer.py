@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmattn.errors import UsageError
 from mmattn.nn.cross_attention import CrossAttention
 from mmattn.nn.feed_forward import ActivationName, FeedForward
+from mmattn.nn.names import OUR_LAYER, LayerNames
 from mmattn.nn.norms import NormKind, make_norm
 from mmattn.nn.positions import RotaryEmbedding, RotaryTables
 from mmattn.nn.self_attention import SelfAttention
@@ -35,12 +38,16 @@ class TransformerLayer(nn.Module):
         norm_eps: Added to the variance in the norms.
         activation: Of the feed-forward.
         bias: Whether the Linears have a bias.
+        attention_bias: Whether the query, key and value projections have one; as `bias` when None.
         dropout_p: Dropout on the output of each sublayer, in training only.
+        ffn_dropout_p: The same for the feed-forward; as `dropout_p` when None.
         attention_dropout_p: Dropout on the attention weights, in training only.
         activation_dropout_p: Dropout inside the feed-forward, in training only.
         qk_norm: "rms" or "layer" norm over D on queries and keys, or None.
         rotary: Rotary positions of the self-attention; one object may serve all layers.
         backend: Passed to `mmattn.attention`.
+        names: Under which the parts are registered. Whatever they are, `self_attn`, `self_attn_norm`, `cross_attn`,
+            `cross_attn_norm`, `ffn` and `ffn_norm` read them.
 
     Raises:
         UsageError: When the sizes do not divide, a norm or activation is unknown, or an option has nothing to act on.
@@ -63,12 +70,15 @@ class TransformerLayer(nn.Module):
         norm_eps: float = 1e-5,
         activation: ActivationName = "gelu",
         bias: bool = True,
+        attention_bias: bool | None = None,
         dropout_p: float = 0.0,
+        ffn_dropout_p: float | None = None,
         attention_dropout_p: float = 0.0,
         activation_dropout_p: float = 0.0,
         qk_norm: NormKind | None = None,
         rotary: RotaryEmbedding | None = None,
         backend: str = "auto",
+        names: LayerNames = OUR_LAYER,
     ) -> None:
         super().__init__()
         if context_dim is not None and not has_cross_attention:
@@ -77,39 +87,61 @@ class TransformerLayer(nn.Module):
             raise UsageError("TransformerLayer: is_causal and rotary need has_self_attention=True")
         self.norm_first = norm_first
         self.dropout_p = dropout_p
-        self.self_attn: SelfAttention | None = None
-        self.self_attn_norm: nn.Module | None = None
+        self.ffn_dropout_p = dropout_p if ffn_dropout_p is None else ffn_dropout_p
+        self.names = names
+        attention: dict[str, Any] = {
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "bias": bias if attention_bias is None else attention_bias,
+            "out_bias": bias,
+            "dropout_p": attention_dropout_p,
+            "qk_norm": qk_norm,
+            "backend": backend,
+            "names": names.attention,
+        }
         if has_self_attention:
-            self.self_attn = SelfAttention(
-                embed_dim,
-                num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                bias=bias,
-                dropout_p=attention_dropout_p,
-                is_causal=is_causal,
-                qk_norm=qk_norm,
-                rotary=rotary,
-                backend=backend,
-            )
-            self.self_attn_norm = make_norm(norm, embed_dim, norm_eps)
-        self.cross_attn: CrossAttention | None = None
-        self.cross_attn_norm: nn.Module | None = None
+            self_attn = SelfAttention(embed_dim, num_heads, is_causal=is_causal, rotary=rotary, **attention)
+            setattr(self, names.self_attn, self_attn)
+            setattr(self, names.self_attn_norm, make_norm(norm, embed_dim, norm_eps))
         if has_cross_attention:
-            self.cross_attn = CrossAttention(
-                embed_dim,
-                num_heads,
-                context_dim=context_dim,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                bias=bias,
-                dropout_p=attention_dropout_p,
-                qk_norm=qk_norm,
-                backend=backend,
-            )
-            self.cross_attn_norm = make_norm(norm, embed_dim, norm_eps)
-        self.ffn = FeedForward(embed_dim, ffn_dim, activation=activation, dropout_p=activation_dropout_p, bias=bias)
-        self.ffn_norm = make_norm(norm, embed_dim, norm_eps)
+            cross_attn = CrossAttention(embed_dim, num_heads, context_dim=context_dim, **attention)
+            setattr(self, names.cross_attn, cross_attn)
+            setattr(self, names.cross_attn_norm, make_norm(norm, embed_dim, norm_eps))
+        options: dict[str, Any] = {"dropout_p": activation_dropout_p, "bias": bias, "names": names.feed_forward}
+        setattr(self, names.ffn, FeedForward(embed_dim, ffn_dim, activation=activation, **options))
+        setattr(self, names.ffn_norm, make_norm(norm, embed_dim, norm_eps))
+
+    # Straight from the table of submodules, past `nn.Module.__getattr__`, which decoding feels.
+
+    @property
+    def self_attn(self) -> SelfAttention | None:
+        """The self-attention, None without one."""
+        return self._modules.get(self.names.self_attn)  # pyright: ignore[reportReturnType]
+
+    @property
+    def self_attn_norm(self) -> nn.Module | None:
+        """The norm of the self-attention, None without one."""
+        return self._modules.get(self.names.self_attn_norm)
+
+    @property
+    def cross_attn(self) -> CrossAttention | None:
+        """The cross-attention, None without one."""
+        return self._modules.get(self.names.cross_attn)  # pyright: ignore[reportReturnType]
+
+    @property
+    def cross_attn_norm(self) -> nn.Module | None:
+        """The norm of the cross-attention, None without one."""
+        return self._modules.get(self.names.cross_attn_norm)
+
+    @property
+    def ffn(self) -> FeedForward:
+        """The feed-forward block."""
+        return self._modules[self.names.ffn]  # pyright: ignore[reportReturnType]
+
+    @property
+    def ffn_norm(self) -> nn.Module:
+        """The norm of the feed-forward."""
+        return self._modules[self.names.ffn_norm]  # pyright: ignore[reportReturnType]
 
     def project_context(self, context: Tensor, key_mask: Tensor | None = None) -> ContextKV:
         """As `CrossAttention.project_context`.
@@ -129,6 +161,7 @@ class TransformerLayer(nn.Module):
         key_mask: Tensor | None = None,
         context: Tensor | ContextKV | None = None,
         context_mask: Tensor | None = None,
+        context_attn_mask: Tensor | None = None,
         cache: KVCache | None = None,
         positions: Tensor | RotaryTables | None = None,
     ) -> Tensor:
@@ -140,6 +173,7 @@ class TransformerLayer(nn.Module):
             key_mask: Padding of the self-attention, `[B * n, Lk]`.
             context: `[B, Lk, Cc]`, or what `project_context` returned; row i of x looks at context row i // n.
             context_mask: Padding of the context, `[B, Lk]`.
+            context_attn_mask: Mask of the cross-attention, as `attn_mask` in `CrossAttention`.
             cache: Keys and values of the positions before.
             positions: Places for the rotary embedding, or its tables for them, as in `SelfAttention`.
 
@@ -152,7 +186,6 @@ class TransformerLayer(nn.Module):
         if (context is None) != (self.cross_attn is None):
             which = "no context was given, but it has" if context is None else "a context was given, but it has no"
             raise UsageError(f"TransformerLayer: {which} cross-attention")
-        # Locals: each look-up of a submodule goes through `nn.Module.__getattr__`, which decoding feels.
         self_attn, self_attn_norm = self.self_attn, self.self_attn_norm
         if self_attn is not None and self_attn_norm is not None:
             inputs = self_attn_norm(x) if self.norm_first else x
@@ -163,13 +196,17 @@ class TransformerLayer(nn.Module):
         cross_attn, cross_attn_norm = self.cross_attn, self.cross_attn_norm
         if cross_attn is not None and cross_attn_norm is not None:
             inputs = cross_attn_norm(x) if self.norm_first else x
-            x = self._add(x, cross_attn(inputs, context, key_mask=context_mask), cross_attn_norm)
+            out = cross_attn(inputs, context, key_mask=context_mask, attn_mask=context_attn_mask)
+            x = self._add(x, out, cross_attn_norm)
+        elif context_attn_mask is not None:
+            raise UsageError("TransformerLayer: context_attn_mask needs a cross-attention")
         ffn_norm = self.ffn_norm
         out = self.ffn(ffn_norm(x) if self.norm_first else x)
-        return self._add(x, out, ffn_norm)
+        return self._add(x, out, ffn_norm, self.ffn_dropout_p)
 
-    def _add(self, x: Tensor, out: Tensor, norm: nn.Module) -> Tensor:
-        if self.training and self.dropout_p > 0:
-            out = F.dropout(out, self.dropout_p)
+    def _add(self, x: Tensor, out: Tensor, norm: nn.Module, dropout_p: float | None = None) -> Tensor:
+        dropout_p = self.dropout_p if dropout_p is None else dropout_p
+        if self.training and dropout_p > 0:
+            out = F.dropout(out, dropout_p)
         x = x + out
         return x if self.norm_first else norm(x)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmattn.errors import UsageError
+from mmattn.nn.names import OUR_ATTENTION, AttentionNames, find, place
 from mmattn.nn.norms import NormKind, make_norm
 from mmattn.nn.packed_linears import PackedLinears, packing_refusals
 from mmattn.ops.attention import attention
@@ -32,13 +33,15 @@ class ProjectedAttention(nn.Module):
         qk_norm: Norm over D on queries and keys, "rms" or "layer" (arXiv 2010.04245), or None.
         scale: Factor of the scores; D ** -0.5 when None.
         backend: Passed to `mmattn.attention`.
+        names: Under which the Linears are registered. Whatever they are, `q_proj`, `k_proj`, `v_proj` and `out_proj`
+            read them.
 
     Raises:
         UsageError: When the sizes do not divide.
     """
 
     role: ClassVar[Literal["self", "cross"]]
-    packed_names: ClassVar[tuple[str, ...]]
+    packed_parts: ClassVar[tuple[Literal["query", "key", "value"], ...]]
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class ProjectedAttention(nn.Module):
         qk_norm: NormKind | None = None,
         scale: float | None = None,
         backend: str = "auto",
+        names: AttentionNames = OUR_ATTENTION,
     ) -> None:
         super().__init__()
         kind = type(self).__name__
@@ -74,13 +78,42 @@ class ProjectedAttention(nn.Module):
         self.scale = scale
         self.dropout_p = dropout_p
         self.backend = backend
-        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(context_dim, num_kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(context_dim, num_kv_heads * head_dim, bias=bias)
-        self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias if out_bias is None else out_bias)
+        self.names = names
+        self._query_name, self._key_name, self._value_name = names.query, names.key, names.value
+        self._out_path = tuple(names.out.split("."))
+        setattr(self, names.query, nn.Linear(embed_dim, num_heads * head_dim, bias=bias))
+        setattr(self, names.key, nn.Linear(context_dim, num_kv_heads * head_dim, bias=bias))
+        setattr(self, names.value, nn.Linear(context_dim, num_kv_heads * head_dim, bias=bias))
+        out_bias = bias if out_bias is None else out_bias
+        place(self, self._out_path, nn.Linear(num_heads * head_dim, embed_dim, bias=out_bias))
         self.q_norm = None if qk_norm is None else make_norm(qk_norm, head_dim)
         self.k_norm = None if qk_norm is None else make_norm(qk_norm, head_dim)
         self._packed: PackedLinears | None = None
+
+    @property
+    def q_proj(self) -> nn.Linear:
+        """The Linear of the queries, or what took its place (an adapter, a quantised weight)."""
+        return self._modules[self._query_name]  # pyright: ignore[reportReturnType]
+
+    @property
+    def k_proj(self) -> nn.Linear:
+        """The Linear of the keys, or what took its place."""
+        return self._modules[self._key_name]  # pyright: ignore[reportReturnType]
+
+    @property
+    def v_proj(self) -> nn.Linear:
+        """The Linear of the values, or what took its place."""
+        return self._modules[self._value_name]  # pyright: ignore[reportReturnType]
+
+    @property
+    def out_proj(self) -> nn.Linear:
+        """The Linear of the output, or what took its place."""
+        return find(self, self._out_path)  # pyright: ignore[reportReturnType]
+
+    @property
+    def packed_names(self) -> tuple[str, ...]:
+        """The names of the Linears that `fuse()` packs."""
+        return tuple(getattr(self.names, part) for part in self.packed_parts)
 
     @property
     def is_fused(self) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmattn.errors import UsageError
+from mmattn.nn.names import OUR_ATTENTION, AttentionNames
 from mmattn.nn.norms import NormKind
 from mmattn.nn.positions import RotaryEmbedding, RotaryTables
 from mmattn.nn.projected_attention import ProjectedAttention, split_heads
@@ -32,13 +33,14 @@ class SelfAttention(ProjectedAttention):
         rotary: Rotary positions applied to queries and keys; one object may serve all layers.
         scale: Factor of the scores; D ** -0.5 when None.
         backend: Passed to `mmattn.attention`.
+        names: Under which the Linears are registered.
 
     Raises:
         UsageError: When the sizes do not divide, or the rotary embedding is of another head size.
     """
 
     role: ClassVar[Literal["self", "cross"]] = "self"
-    packed_names: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
+    packed_parts: ClassVar[tuple[Literal["query", "key", "value"], ...]] = ("query", "key", "value")
 
     def __init__(
         self,
@@ -55,6 +57,7 @@ class SelfAttention(ProjectedAttention):
         rotary: RotaryEmbedding | None = None,
         scale: float | None = None,
         backend: str = "auto",
+        names: AttentionNames = OUR_ATTENTION,
     ) -> None:
         super().__init__(
             embed_dim,
@@ -68,6 +71,7 @@ class SelfAttention(ProjectedAttention):
             qk_norm=qk_norm,
             scale=scale,
             backend=backend,
+            names=names,
         )
         if rotary is not None and rotary.head_dim != self.head_dim:
             raise UsageError(f"SelfAttention: rotary has head_dim {rotary.head_dim}, the heads have {self.head_dim}")

@@ -1,0 +1,7 @@
+"""The text-conditioned U-Net of latent (and pixel) diffusion, on the shared blocks."""
+
+from mmattn.models.unet.block import TransformerBlock
+from mmattn.models.unet.context import UNetContext
+from mmattn.models.unet.model import UNet, UNet2DConditionModel
+
+__all__ = ["TransformerBlock", "UNet", "UNet2DConditionModel", "UNetContext"]
