@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
     from mmattn.data.spec import ColumnConfig
+
+_log = logging.getLogger(__name__)
 
 _FORMATS = {
     ".jsonl": "json",
@@ -97,7 +100,7 @@ class TableSource:
             DataError: its picture cannot be read.
         """
         rows = [self.table[row] for row in self.rows[index]]
-        label, source = self._picture(rows[0][self.image_column], self.rows[index][0])
+        label, source = self.picture(self.rows[index][0])
         image = np.asarray(open_image(source, name=label, max_pixels=self.max_pixels))
         texts = tuple(item for row in rows for item in self._items(row))
         return ImageTextRecord(label, image, texts, {"rows": self.rows[index]})
@@ -137,9 +140,17 @@ class TableSource:
         column = group or (self.image_column if by_path else None)
         keys = table[column][:] if column is not None else range(table.num_rows)
         groups: dict[Any, list[int]] = {}
+        without: list[int] = []
         for row, (key, text) in enumerate(zip(keys, table[self.columns.text][:], strict=True)):
             if _texts(text):
                 groups.setdefault(key, []).append(row)
+            else:
+                without.append(row + 1)
+        if without and groups:
+            _log.warning(
+                "%s: %d of %d rows have no text in column %r and are left out, the first is row %d",
+                *(self._name, len(without), table.num_rows, self.columns.text, without[0]),
+            )
         return list(groups.values())
 
     def _items(self, row: dict[str, Any]) -> list[TextItem]:
@@ -149,8 +160,13 @@ class TableSource:
         kind = str(kind) if kind is not None else "caption" if question is None else "answer"
         return [TextItem(text, question, kind) for text in _texts(row[self.columns.text])]
 
-    def _picture(self, value: Any, row: int) -> tuple[str, Path | bytes]:
-        """What to call the picture, and where it is."""
+    def picture(self, row: int) -> tuple[str, Path | bytes]:
+        """What to call the picture of a row of the table, and where it is.
+
+        Raises:
+            DataError: the row has none.
+        """
+        value = self.table[row][self.image_column]
         if isinstance(value, dict):
             data, path = value.get("bytes"), value.get("path")
             if data is not None:

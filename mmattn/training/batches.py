@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mmattn.errors import MmattnError
+from mmattn.errors import MmattnError, UsageError
 from mmattn.training.config import TrainingConfig
+from mmattn.training.group_sampler import GroupSampler, example_groups
 from mmattn.training.sampler import ExampleSampler, StepSampler
 from mmattn.training.signals import ignore_stop_signals
 from mmattn.training.task import Batch, Task
@@ -18,13 +19,24 @@ Key = tuple[int, int]
 """(step, micro-batch)."""
 
 
-def make_sampler(task: Task, config: TrainingConfig, num_processes: int = 1) -> ExampleSampler | TokenSampler:
-    """Batches by `config.batch_tokens` where that is set, else by `config.batch_size`.
+def make_sampler(
+    task: Task, config: TrainingConfig, num_processes: int = 1
+) -> ExampleSampler | GroupSampler | TokenSampler:
+    """Batches by `config.batch_tokens` where that is set, else by `config.batch_size`, of one of `task.groups` each.
 
     Raises:
         DataError: when there are no examples, or one is longer than `batch_tokens` or `micro_batch_tokens`.
-        UsageError: when the processes cannot share `batch_size`, or a task without `lengths` is to use `batch_tokens`.
+        UsageError: when the processes cannot share `batch_size`, or a task without `lengths`, or with `groups`, is to
+            use `batch_tokens`.
     """
+    groups = example_groups(task)
+    if groups is not None:
+        if config.batch_tokens is not None:
+            raise UsageError(
+                f"{type(task).__name__} puts its examples into groups that cannot share a batch, which "
+                "training.batch_tokens does not keep: use batch_size, with batch_tokens null"
+            )
+        return GroupSampler(groups, config.batch_size, config.seed, num_processes, config.micro_batch_size)
     if config.batch_tokens is None:
         return ExampleSampler(len(task), config.batch_size, config.seed, num_processes, config.micro_batch_size)
     lengths = token_lengths(task)

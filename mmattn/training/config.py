@@ -12,6 +12,8 @@ PRECISIONS = ("auto", "no", "bf16", "fp16")
 DEVICES = ("auto", "cpu")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 TRACKER_FOLDER = "trackers"
+SAMPLES_FOLDER = "samples"  # pictures drawn at evaluations
+CACHE_FOLDER = "cache"  # what a task computes once, before the first step; good for any run
 
 # A run may be continued in its own folder only when these are unchanged: its promise is to equal an unbroken run.
 MATHS_KEYS = (

@@ -139,7 +139,7 @@ class _Run:
         if self.accelerator.is_main_process:
             self.store.folder.mkdir(parents=True, exist_ok=True)
             self.store.clean()
-        self.log = RunLog(self.accelerator, self.config, self.first_step)
+        self.log = RunLog(self.accelerator, self.config, self.first_step, unit=self.task.unit)
         self.buffers = BufferGuard(stored_buffers(self.inner))
         for remark in [*remarks, *self._announcement()]:
             self.log.say(remark)
@@ -319,7 +319,9 @@ class _Run:
         seed_draws(self.config.seed, self.state.step, accelerator.process_index, accelerator.device, is_evaluation=True)
         self.inner.eval()
         with self._averaged(), torch.no_grad():
-            return {key: float(value) for key, value in self.task.evaluate(self.inner).items()}
+            metrics = {key: float(value) for key, value in self.task.evaluate(self.inner).items()}
+            self.log.show(self.task.draw(self.inner), self.state.step)
+            return metrics
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

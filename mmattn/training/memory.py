@@ -87,8 +87,9 @@ def estimate_run(task: Task, config: TrainingConfig, *, examples: int = 2) -> Me
         chosen = sampler.longest(size)
         scale = sampler.micro_limit / sampler.padded_tokens(chosen)
     else:
-        chosen = list(range(size))
-        scale = (config.micro_batch_size or config.batch_size) / size
+        # Examples of different groups cannot share a batch, those of a step can.
+        chosen = list(range(size)) if task.groups is None else [number for _, number in sampler.draws(0)[:size]]
+        scale = (config.micro_batch_size or config.batch_size) / len(chosen)
     batch = task.collate([(0, index) for index in chosen])
     task.model.train()
     return estimate_memory(

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from accelerate import Accelerator
+from PIL.Image import Image
 from tqdm import tqdm
 
 from mmattn.errors import RunError
-from mmattn.training.config import TrainingConfig, config_dict
+from mmattn.training.config import SAMPLES_FOLDER, TrainingConfig, config_dict
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -93,11 +95,14 @@ def _finite(value: Any) -> Any:
 class RunLog:
     """All three places of a run; on other processes than the main one nothing is written."""
 
-    def __init__(self, accelerator: Accelerator, config: TrainingConfig, first_step: int) -> None:
-        """Open them, to go on after `first_step`."""
+    def __init__(
+        self, accelerator: Accelerator, config: TrainingConfig, first_step: int, *, unit: str = "tokens"
+    ) -> None:
+        """Open them, to go on after `first_step`; `unit` is what a step counts."""
         self.accelerator, self.has_trackers = accelerator, bool(config.trackers)
+        self.samples = Path(config.output_dir) / SAMPLES_FOLDER
         is_main = accelerator.is_main_process
-        self.progress = Progress(first_step, config.max_steps, log_every=config.log_every, enabled=is_main)
+        self.progress = Progress(first_step, config.max_steps, log_every=config.log_every, enabled=is_main, unit=unit)
         self.metrics = MetricsLog(Path(config.output_dir), keep_to_step=first_step) if is_main else None
         if self.has_trackers:
             settings = {key: "none" if value is None else value for key, value in config_dict(config).items()}
@@ -118,6 +123,25 @@ class RunLog:
         if self.has_trackers:
             self.accelerator.log({f"{kind}/{key}": value for key, value in figures.items()}, step=step)
 
+    def show(self, pictures: Mapping[str, Image], step: int) -> None:
+        """Write pictures to `samples/`, and send them to the trackers that take pictures.
+
+        Raises:
+            RunError: when they cannot be written, on a full disk for instance.
+        """
+        for name, picture in pictures.items():
+            path = self.samples / f"step-{step:08d}-{name}.png"
+            try:
+                self.samples.mkdir(exist_ok=True)
+                picture.save(path)
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise RunError(f"cannot write {path}: {reason}; make room, then go on with --resume") from error
+        for tracker in self.accelerator.trackers if pictures and self.has_trackers else ():
+            if hasattr(tracker, "log_images"):  # accelerate's trackers for TensorBoard and W&B have it
+                images = {f"samples/{name}": np.asarray(picture)[None] for name, picture in pictures.items()}
+                tracker.log_images(images, step=step, **_image_layout(tracker))
+
     def sync(self) -> None:
         """Bring every line to the disk."""
         if self.metrics is not None:
@@ -132,13 +156,24 @@ class RunLog:
             self.accelerator.end_training()
 
 
+def _image_layout(tracker: Any) -> dict[str, str]:
+    return {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+
+
 class Progress:
     """The console: a tqdm bar on a terminal, plain lines elsewhere, nothing on other processes than the main one."""
 
     def __init__(
-        self, first_step: int, last_step: int, *, log_every: int, enabled: bool, stream: TextIO | None = None
+        self,
+        first_step: int,
+        last_step: int,
+        *,
+        log_every: int,
+        enabled: bool,
+        stream: TextIO | None = None,
+        unit: str = "tokens",
     ) -> None:
-        self.stream = stream or sys.stderr
+        self.stream, self.unit = stream or sys.stderr, unit
         self.first_step, self.last_step, self.log_every, self.enabled = first_step, last_step, log_every, enabled
         self._started = time.perf_counter()
         self._bar: tqdm | None = None
@@ -158,7 +193,9 @@ class Progress:
         """Show the end of a step: every step in the bar, every `log_every`-th as a line."""
         if not self.enabled:
             return
-        figures = f"loss {loss:.4f} | lr {learning_rate:.2e} | {tokens_per_s:,.0f} tokens/s | data {data_share:.0%}"
+        figures = (
+            f"loss {loss:.4f} | lr {learning_rate:.2e} | {tokens_per_s:,.0f} {self.unit}/s | data {data_share:.0%}"
+        )
         if self._bar is not None:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update(step - self._bar.n)

@@ -45,7 +45,7 @@ class StepSampler(ABC):
         """The batch in a few words for the log, such as `batch of 32 over 2 processes`."""
 
     def lengths_checksum(self) -> str | None:
-        """A fingerprint of the examples' lengths, where the draws depend on them."""
+        """A fingerprint of the examples' lengths, or groups, where the draws depend on them."""
         return None
 
     def remarks(self) -> list[str]:
@@ -53,33 +53,20 @@ class StepSampler(ABC):
         return []
 
 
-@dataclass(frozen=True)
-class ExampleSampler(StepSampler):
-    """Batches of equally many examples: permutations by (seed, epoch), cut into batches that may cross an epoch's end.
+class EqualBatches(StepSampler):
+    """Steps of equally many examples. Process r of n takes every n-th draw from r on, cut into micro-batches."""
 
-    Within a step, process r of n takes every n-th draw from r on, cut into micro-batches.
-    """
-
-    num_examples: int
     batch_size: int
-    seed: int = 0
-    num_processes: int = 1
-    micro_batch_size: int | None = None
+    num_processes: int
+    micro_batch_size: int | None
 
-    def __post_init__(self) -> None:
-        """Raise when there is nothing to draw, or processes would get unequal shares."""
-        require_examples(self.num_examples)
+    def require_equal_shares(self) -> None:
+        """Raise `UsageError` when processes would get unequal shares."""
         if self.batch_size % self.num_processes:
             raise UsageError(
                 f"batch_size {self.batch_size} cannot be shared equally by {self.num_processes} processes: "
                 "make it a multiple"
             )
-
-    def draws(self, step: int) -> list[Draw]:
-        """The draws of a step, over all processes."""
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        places = [divmod(position, self.num_examples) for position in positions]
-        return [(epoch, int(permutation(self.num_examples, self.seed, epoch)[place])) for epoch, place in places]
 
     def num_draws(self, step: int) -> int:
         """`batch_size`."""
@@ -105,6 +92,28 @@ class ExampleSampler(StepSampler):
         text = f"batch of {self.batch_size}{over_processes(self.num_processes)}"
         count = self.num_micro_batches(0)
         return text if count == 1 else f"{text} in {count} micro-batches of up to {self.micro_batch_size}"
+
+
+@dataclass(frozen=True)
+class ExampleSampler(EqualBatches):
+    """Permutations by (seed, epoch), cut into batches of equally many examples, which may cross an epoch's end."""
+
+    num_examples: int
+    batch_size: int
+    seed: int = 0
+    num_processes: int = 1
+    micro_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise when there is nothing to draw, or processes would get unequal shares."""
+        require_examples(self.num_examples)
+        self.require_equal_shares()
+
+    def draws(self, step: int) -> list[Draw]:
+        """The draws of a step, over all processes."""
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        places = [divmod(position, self.num_examples) for position in positions]
+        return [(epoch, int(permutation(self.num_examples, self.seed, epoch)[place])) for epoch, place in places]
 
 
 def over_processes(num_processes: int) -> str:

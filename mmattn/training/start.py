@@ -9,7 +9,9 @@ from typing import Any
 from mmattn.errors import UsageError
 from mmattn.training.checkpoint import MANIFEST, CheckpointStore, verify_checkpoint
 from mmattn.training.config import (
+    CACHE_FOLDER,
     ROUNDING_KEYS,
+    SAMPLES_FOLDER,
     TRACKER_FOLDER,
     TrainingConfig,
     config_dict,
@@ -75,11 +77,12 @@ def _require_free(store: CheckpointStore) -> list[str]:
     folder = store.output_dir
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output_dir {folder} is a file")
-    names = {path.name for path in folder.iterdir()} - {LOCK_FILE} if folder.exists() else set()
+    names = {path.name for path in folder.iterdir()} - {LOCK_FILE, CACHE_FOLDER} if folder.exists() else set()
     if not names:
         return []
     kept = [path.name for path in store.folder.glob("*") if not path.name.startswith(".tmp-")]
-    if METRICS_FILE in names and not kept and names <= {METRICS_FILE, TRACKER_FOLDER, store.folder.name}:
+    expected = {METRICS_FILE, TRACKER_FOLDER, SAMPLES_FOLDER, store.folder.name}
+    if METRICS_FILE in names and not kept and names <= expected:
         store.clean()
         return [f"{folder} holds a run that ended before its first checkpoint: it is started again"]
     if kept:

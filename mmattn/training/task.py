@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 from torch import Tensor, nn
 
 Draw = tuple[int, int]
@@ -41,15 +42,21 @@ class Task(ABC):
             through its `forward`.
         best: The metric of `evaluate` that chooses the best checkpoint; None keeps no best.
         is_higher_better: Whether a larger `best` metric is better.
+        unit: What `count` counts, for the log.
         lengths: Token counts of the examples as `collate` makes them, special tokens included: integers of shape
             [num_examples], or [num_examples, sides] where several sequences are padded apart, such as source and
             target. Upper bounds where they depend on the epoch. Needed for `TrainingConfig.batch_tokens` only.
+        groups: Which group each example is in, integers of shape [num_examples], where examples of different groups
+            cannot share a batch (pictures of several sizes): all examples of a step are then of one group. None where
+            any examples can.
     """
 
     model: nn.Module
     best: str | None = None
     is_higher_better: bool = True
+    unit: str = "tokens"
     lengths: np.ndarray | None = None
+    groups: np.ndarray | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -73,6 +80,11 @@ class Task(ABC):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Score the model, in evaluation mode and without gradients. Runs on the main process only."""
+        return {}
+
+    def draw(self, model: nn.Module) -> Mapping[str, Image]:
+        """Pictures to look at, by name, drawn after each evaluation; written to `samples/` and sent to trackers. Runs
+        as `evaluate` does."""
         return {}
 
     def describe(self) -> str:
