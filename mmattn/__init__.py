@@ -17,6 +17,8 @@ _EXPORTS = {
     "use_backend": "mmattn.ops.registry",
     "Translator": "mmattn.inference.translator",
     "VisionLanguageModel": "mmattn.inference.vlm",
+    "TextToImage": "mmattn.inference.text_to_image",
+    "UNet": "mmattn.models.unet",
     "record_attention": "mmattn.maps.record",
     "swap_attention": "mmattn.swap.api",
     "MmattnError": "mmattn.errors",
@@ -27,9 +29,11 @@ __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 
 if TYPE_CHECKING:
     from mmattn.errors import MmattnError as MmattnError
+    from mmattn.inference.text_to_image import TextToImage as TextToImage
     from mmattn.inference.translator import Translator as Translator
     from mmattn.inference.vlm import VisionLanguageModel as VisionLanguageModel
     from mmattn.maps.record import record_attention as record_attention
+    from mmattn.models.unet import UNet as UNet
     from mmattn.ops.attention import attention as attention
     from mmattn.ops.registry import backends as backends
     from mmattn.ops.registry import use_backend as use_backend

@@ -18,6 +18,7 @@ _EXTRA_OF = {
     "matplotlib": "plot",
     "tensorboard": "all",
     "triton": "triton",
+    "torchmetrics": "metrics",
 }
 
 

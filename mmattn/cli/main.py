@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mmattn import __version__
-from mmattn.cli import ask, caption, check, cp, demo, doctor, eval, ls, show, swap, train, translate
+from mmattn.cli import ask, caption, check, cp, demo, doctor, eval, generate, ls, show, swap, train, translate
 from mmattn.cli.guard import run_guarded, split_debug
 from mmattn.cli.options import OVERRIDES_CONTEXT
 
@@ -30,6 +30,7 @@ app.command("eval", context_settings=OVERRIDES_CONTEXT)(eval.evaluate)
 app.command("translate")(translate.translate)
 app.command("caption")(caption.caption)
 app.command("ask")(ask.ask)
+app.command("generate")(generate.generate)
 app.command("swap")(swap.swap)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

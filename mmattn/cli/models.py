@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mmattn.inference.text_to_image import TextToImage
     from mmattn.inference.translator import Translator
     from mmattn.inference.vlm import VisionLanguageModel
 
@@ -23,3 +24,11 @@ def open_translator(model: str, quantize: str | None = None, *, compile: bool = 
     from mmattn.inference.translator import Translator
 
     return Translator.from_pretrained(model_source(model), quantize=quantize, compile=compile)
+
+
+def open_text_to_image(model: str, scheduler: str | None = None) -> TextToImage:
+    """A text-to-image pipeline."""
+    from mmattn.inference.text_to_image import TextToImage
+    from mmattn.inference.trained import model_source
+
+    return TextToImage.from_pretrained(model_source(model), scheduler=scheduler)

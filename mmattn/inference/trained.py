@@ -13,6 +13,7 @@ from mmattn.errors import CheckpointError, ConfigError
 from mmattn.models.checkpoints import WeightTable
 from mmattn.training.selection import LoRAConfig, adapter_state, add_lora, lora_config, train_only
 
+_MODEL_FILES = ("config.json", "model_index.json")  # of one model, of a diffusion pipeline
 TRAIN_WHAT = ("all", "lora", "cross_attention")
 
 
@@ -29,9 +30,11 @@ def trained_model(folder: Path) -> Path:
         CheckpointError: none of them is there.
     """
     for candidate in (folder, folder / "best", folder / "final"):
-        if (candidate / "config.json").is_file():
+        if any((candidate / name).is_file() for name in _MODEL_FILES):
             return candidate
-    raise CheckpointError(f"{folder}: no model here: neither config.json nor best/ nor final/; did training finish?")
+    raise CheckpointError(
+        f"{folder}: no model here: neither {' nor '.join(_MODEL_FILES)} nor best/ nor final/; did training finish?"
+    )
 
 
 def model_source(name: str) -> str | Path:

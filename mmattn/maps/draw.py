@@ -58,8 +58,8 @@ class Heatmap:
         self._mark_peak(overlay, scale)
         title, subtitle = _font(_FONT_SIZE + 4), _font(_FONT_SIZE)
         width = max(2 * size[0] + _MARGIN, _BAR_WIDTH + 180) + 2 * _MARGIN
-        lines = _wrap(self.sentence, subtitle, width - 2 * _MARGIN) if self.sentence != self.word else []
-        heading = _wrap(self.word, title, width - 2 * _MARGIN)
+        lines = wrap_text(self.sentence, subtitle, width - 2 * _MARGIN) if self.sentence != self.word else []
+        heading = wrap_text(self.word, title, width - 2 * _MARGIN)
         line_height, title_height = _FONT_SIZE + 6, _FONT_SIZE + 12
         top = _MARGIN + title_height * len(heading) + line_height * len(lines) + 4
         canvas = Image.new("RGB", (width, top + size[1] + 3 * _MARGIN + _FONT_SIZE), "white")
@@ -111,12 +111,17 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def wrap_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines no wider than `width`; a word that is wider by itself is broken."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and font.getlength(longer) <= width:
             lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines or [""]
+            continue
+        while font.getlength(word) > width and len(word) > 1:
+            fits = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            lines.append(word[:fits])
+            word = word[fits:]
+        lines.append(word)
+    return lines

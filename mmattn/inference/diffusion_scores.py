@@ -1,0 +1,244 @@
+"""How good a text-to-image model is: on scenes what its pictures show, elsewhere denoising loss, FID, CLIP score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmattn._optional import require
+from mmattn.data.captions import captions_of
+from mmattn.data.readers import open_image_text
+from mmattn.data.records import ImageTextSource, read_texts
+from mmattn.data.scenes import SceneDataset
+from mmattn.data.scenes.checker import Verdict, check_caption, parse_caption
+from mmattn.data.spec import SPLITS, DataConfig
+from mmattn.errors import ConfigError, RunError
+from mmattn.inference.denoising import DenoisingLoss
+from mmattn.inference.diffusion_data import DiffusionData
+from mmattn.inference.picture_grid import picture_grid
+from mmattn.inference.schedulers import make_scheduler
+from mmattn.inference.text_to_image import TextToImage
+
+_LOSS_BATCH = 16
+_DRAWN_AT_ONCE = 64
+
+
+@dataclass
+class EvalConfig:
+    """What is scored, during training and by `mmattn eval`, and which pictures are drawn to be looked at.
+
+    Args:
+        splits: Splits of the data whose captions are drawn (scenes), or whose pictures are denoised.
+        limit: Captions of each kind (pictures, for the loss) at most.
+        objects: Scenes: captions with so many objects are scored, each number by itself.
+        guidance_scales: Pictures are drawn and scored at each.
+        num_inference_steps: Denoising steps.
+        scheduler: Name of another scheduler than the model's; None: the model's.
+        loss: Denoising loss on the split's pictures, with the same noise every time.
+        fid: Frechet Inception Distance of the drawn pictures to the split's (torchmetrics; downloads its network).
+        clip_score: CLIP model, hub id or folder, that compares the drawn pictures with their captions (torchmetrics).
+        best: The metric that chooses the best checkpoint, such as "heldout/1_object/guidance_3/shape"; None keeps none.
+        sample_prompts: Drawn at each evaluation, always from the same seeds, into `samples/`. Empty: the first captions
+            of the first split.
+        sample_columns: Pictures of each prompt.
+    """
+
+    splits: list[str] = field(default_factory=lambda: ["validation"])
+    limit: int = 200
+    objects: list[int] = field(default_factory=lambda: [1, 2])
+    guidance_scales: list[float] = field(default_factory=lambda: [3.0])
+    num_inference_steps: int = 25
+    scheduler: Optional[str] = None  # noqa: UP045 (OmegaConf reads Optional on every Python version)
+    loss: bool = True
+    fid: bool = False
+    clip_score: Optional[str] = None  # noqa: UP045
+    best: Optional[str] = None  # noqa: UP045
+    sample_prompts: list[str] = field(default_factory=list)
+    sample_columns: int = 4
+
+    def __post_init__(self) -> None:
+        unknown = [split for split in self.splits if split not in SPLITS]
+        if unknown:
+            raise ConfigError(f"evaluation.splits: unknown split {unknown[0]!r}: use {', '.join(SPLITS)}")
+        if self.limit < 1 or self.num_inference_steps < 1 or self.sample_columns < 0:
+            raise ConfigError(
+                "evaluation.limit and num_inference_steps must be 1 or more and sample_columns 0 or more, not "
+                f"{self.limit}, {self.num_inference_steps} and {self.sample_columns}"
+            )
+        if not self.guidance_scales or min(self.guidance_scales) < 0:
+            raise ConfigError(f"evaluation.guidance_scales must be numbers of 0 or more, not {self.guidance_scales}")
+
+
+def score_splits(model: TextToImage, data: DataConfig, config: EvalConfig) -> dict[str, float]:
+    """What the pictures drawn for each split's captions show, for scenes; FID and CLIP score where asked for.
+
+    Returns:
+        For scenes, by `split/n_object/guidance_g/`: `count`, `color`, `shape` (colour and shape together of every
+        object), `all` (sizes and relations too), and for more than one object `relation`.
+    """
+    scores: dict[str, float] = {}
+    for split in config.splits:
+        source = open_image_text(data, split)
+        if isinstance(source, SceneDataset):
+            for number in config.objects:
+                captions, seeds = _scene_captions(source, number, config.limit)
+                for scale in config.guidance_scales if captions else ():
+                    pictures = draw(model, captions, seeds, scale, config)
+                    name = f"{split}/{number}_object/guidance_{scale:g}"
+                    scores |= {f"{name}/{key}": value for key, value in scene_scores(pictures, captions).items()}
+        if config.fid or config.clip_score is not None:
+            scores |= {f"{split}/{key}": value for key, value in _metric_scores(model, source, config).items()}
+    return scores
+
+
+def _scene_captions(source: SceneDataset, number: int, limit: int) -> tuple[list[str], list[int]]:
+    """The first captions that name so many objects, and a seed for each: its place in the split."""
+    captions, seeds = [], []
+    for index, items in enumerate(source.texts(range(len(source)))):
+        claim = parse_caption(items[0].text)
+        if claim is not None and len(claim.objects) == number and len(captions) < limit:
+            captions.append(items[0].text)
+            seeds.append(index)
+    return captions, seeds
+
+
+def draw(
+    model: TextToImage, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float, config: EvalConfig
+) -> list[Image.Image]:
+    """A picture for each prompt, from its seed, by the scheduler that the config names."""
+    pipeline, own = model.pipeline, model.pipeline.scheduler
+    if config.scheduler is not None:
+        pipeline.scheduler = make_scheduler(config.scheduler, own)
+    try:
+        return model.generate(
+            list(prompts),
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=list(seeds),
+            progress=False,
+        )
+    finally:
+        pipeline.scheduler = own
+
+
+def scene_scores(pictures: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, float]:
+    """Shares of the pictures that show what their captions say, as a checker reads it back from the pixels."""
+    verdicts = [
+        check_caption(np.asarray(picture), caption) for picture, caption in zip(pictures, captions, strict=True)
+    ]
+    parts: dict[str, Callable[[Verdict], bool]] = {
+        "count": lambda verdict: verdict.count,
+        "color": lambda verdict: verdict.colors,
+        "shape": lambda verdict: verdict.shapes,
+        "all": lambda verdict: verdict.is_right,
+    }
+    scores = {name: float(np.mean([part(verdict) for verdict in verdicts])) for name, part in parts.items()}
+    relations = [verdict.relations for verdict in verdicts if verdict.relations is not None]
+    return scores | ({"relation": float(np.mean(relations))} if relations else {})
+
+
+@torch.no_grad()
+def denoising_loss(
+    network: Any, loss: DenoisingLoss, data: DiffusionData, limit: int, device: torch.device | str
+) -> float:
+    """Mean loss over the first pictures of a split, each with the noise and the timestep that it always has."""
+    total, size = 0.0, min(limit, len(data))
+    groups = np.zeros(size, dtype=np.int64) if data.buckets is None else data.buckets.groups[:size]
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group).tolist()
+        for start in range(0, len(members), _LOSS_BATCH):
+            batch = data.batch([(0, index) for index in members[start : start + _LOSS_BATCH]])
+            total += float(loss(network, {name: tensor.to(device) for name, tensor in batch.items()}).sum())
+    return total / size
+
+
+def _metric_scores(model: TextToImage, source: ImageTextSource, config: EvalConfig) -> dict[str, float]:
+    """FID and CLIP score by torchmetrics, over the pictures drawn at the first guidance scale."""
+    require("torchmetrics", "evaluation.fid and evaluation.clip_score")
+    count = min(config.limit, len(source))
+    captions = [captions_of(texts)[0] for texts in read_texts(source, range(count))]
+    drawn = _pixels(draw(model, captions, range(count), config.guidance_scales[0], config))
+    scores: dict[str, float] = {}
+    if config.fid:
+        scores["fid"] = _fid(drawn, source, count)
+    if config.clip_score is not None:
+        scores["clip_score"] = _clip_score(drawn, captions, config.clip_score)
+    return scores
+
+
+def _fid(drawn: Tensor, source: ImageTextSource, count: int) -> float:
+    from torchmetrics.image.fid import FrechetInceptionDistance  # pyright: ignore[reportMissingImports]
+
+    metric = _opened(lambda: FrechetInceptionDistance(), "evaluation.fid needs its Inception network")
+    for index in range(count):
+        image = Image.fromarray(source[index].image).resize((drawn.shape[3], drawn.shape[2]), Image.Resampling.LANCZOS)
+        metric.update(_pixels([image]), real=True)
+    metric.update(drawn, real=False)
+    return float(metric.compute())
+
+
+def _clip_score(drawn: Tensor, captions: list[str], name: str) -> float:
+    from torchmetrics.multimodal import CLIPScore  # pyright: ignore[reportMissingImports]
+    from transformers import CLIPModel, CLIPProcessor
+
+    def parts() -> tuple[Any, Any]:  # torchmetrics itself knows some names only, and no folder
+        model = CLIPModel.from_pretrained(name)
+        for method in ("get_image_features", "get_text_features"):
+            setattr(model, method, _Pooled(getattr(model, method)))
+        return model, CLIPProcessor.from_pretrained(name)
+
+    metric = _opened(lambda: CLIPScore(parts), f"evaluation.clip_score={name} needs that CLIP model")  # pyright: ignore[reportArgumentType]
+    for start in range(0, len(captions), _DRAWN_AT_ONCE):
+        part = slice(start, start + _DRAWN_AT_ONCE)
+        metric.update(list(drawn[part]), captions[part])
+    return float(metric.compute())
+
+
+class _Pooled:
+    """Features as the tensor that torchmetrics expects; transformers 5 hands out an object with more in it."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method = method
+
+    def __call__(self, *arguments: Any, **named: Any) -> Tensor:
+        features = self.method(*arguments, **named)
+        return features if isinstance(features, Tensor) else features.pooler_output
+
+
+def _opened(make: Callable[[], Any], what: str) -> Any:
+    try:
+        return make()
+    except Exception as error:  # whatever a download or a missing network package makes it raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(f"{what}, which cannot be had: {reason}; go online once, or leave it out") from error
+
+
+def _pixels(pictures: Sequence[Image.Image]) -> Tensor:
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+
+
+def sample_grid(model: TextToImage, prompts: Sequence[str], config: EvalConfig) -> Image.Image | None:
+    """`sample_columns` pictures of each prompt, from seeds 0, 1, ..., a row a prompt; None where none are wanted."""
+    columns = config.sample_columns
+    if not prompts or not columns:
+        return None
+    rows = [prompt for prompt in prompts for _ in range(columns)]
+    pictures = draw(model, rows, list(range(columns)) * len(prompts), config.guidance_scales[0], config)
+    return picture_grid(pictures, rows, columns=columns)
+
+
+def sample_prompts(config: EvalConfig, data: DataConfig, *, most: int = 6) -> list[str]:
+    """The prompts of the pictures that are drawn to be looked at."""
+    if config.sample_prompts or not config.splits:
+        return list(config.sample_prompts)
+    source = open_image_text(data, config.splits[0])
+    found: dict[str, None] = {}
+    for texts in read_texts(source, range(min(len(source), 10 * most))):
+        found.update(dict.fromkeys(captions_of(texts)[:1]))
+    return list(found)[:most]

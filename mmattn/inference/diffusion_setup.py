@@ -1,0 +1,300 @@
+"""A text-to-image model ready to be trained: opened or new; what of it is trained, and how the result is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from torch import nn
+
+from mmattn.errors import ConfigError
+from mmattn.inference.denoising import DenoisingNetwork
+from mmattn.inference.new_token import NewTokenEmbedding, add_new_token
+from mmattn.inference.pixel_pipeline import PixelPipeline
+from mmattn.inference.text_encoder_setup import TextEncoderConfig, make_text_encoding
+from mmattn.inference.text_to_image import TextToImage
+from mmattn.inference.trained import trained_model
+from mmattn.inference.unet_files import save_unet_lora
+from mmattn.models.unet import UNet
+from mmattn.models.unet.kv_file import cross_attention_kv_names, save_cross_attention_kv
+from mmattn.training.selection import LoRAConfig, add_lora, train_only
+
+TRAIN_WHAT = ("all", "lora", "cross_attention_kv")
+
+
+@dataclass
+class UNetConfig:
+    """Form of a new U-Net that works on pixels. The width of the text is the text encoder's.
+
+    Args:
+        block_out_channels: Channels of each level, from the finest to the coarsest.
+        attention: For each level, whether it has transformer blocks.
+        layers_per_block: ResNets (and transformers) of each level on the way down; one more on the way up.
+        transformer_layers: Layers of each transformer.
+        num_heads: Heads of each attention.
+        norm_groups: Groups of the group norms; they divide the channels.
+        dropout_p: In the ResNets, in training only.
+    """
+
+    block_out_channels: list[int] = field(default_factory=lambda: [64, 96, 128])
+    attention: list[bool] = field(default_factory=lambda: [False, True, True])
+    layers_per_block: int = 1
+    transformer_layers: int = 1
+    num_heads: int = 4
+    norm_groups: int = 16
+    dropout_p: float = 0.0
+
+
+@dataclass
+class ScheduleConfig:
+    """Noise schedule of a new model.
+
+    Args:
+        prediction_type: "epsilon" (the noise) or "v_prediction" (velocity, arXiv 2202.00512).
+        beta_schedule: Of diffusers: "squaredcos_cap_v2" (cosine, for pixels), "scaled_linear", "linear".
+        num_train_timesteps: Noise levels.
+        zero_terminal_snr: The last level is noise alone (arXiv 2305.08891); needs v_prediction.
+    """
+
+    prediction_type: str = "v_prediction"
+    beta_schedule: str = "squaredcos_cap_v2"
+    num_train_timesteps: int = 1000
+    zero_terminal_snr: bool = False
+
+
+@dataclass
+class ModelConfig:
+    """The model: a Stable Diffusion or pixel-space folder to start from, or the form of a new pixel-space model.
+
+    Args:
+        from_pretrained: Hub id or folder; the form of a new one is then ignored.
+        revision: Branch, tag or commit on the hub.
+        variant: Infix of the weight files, such as fp16; training itself is in float32 or mixed precision.
+        image_size: Of a new model, in pixels.
+        pixel_unshuffle: Of a new model: its U-Net sees squares of so many pixels as one place.
+        text_encoder: Of a new model; of an opened pixel-space model only `frozen` counts.
+        unet: Of a new model.
+        schedule: Of a new model.
+        gradient_checkpointing: Compute the U-Net's blocks again in the backward pass: less memory, a third more time.
+    """
+
+    from_pretrained: Optional[str] = None  # noqa: UP045 (OmegaConf reads Optional on every Python version)
+    revision: Optional[str] = None  # noqa: UP045
+    variant: Optional[str] = None  # noqa: UP045
+    image_size: int = 32
+    pixel_unshuffle: int = 2
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class NewTokenConfig:
+    """A new word for `train_what=cross_attention_kv`; captions and prompts name the subject by it.
+
+    Args:
+        token: Such as `<new1>`; None adds none.
+        initializer: A known word, of one token, that it starts from.
+    """
+
+    token: Optional[str] = None  # noqa: UP045
+    initializer: str = "object"
+
+
+def make_text_to_image(config: ModelConfig, captions: Iterable[str]) -> TextToImage:
+    """Open the model that is to be trained, in float32 on the CPU, or make a new one.
+
+    Args:
+        config: the model.
+        captions: of the training split; a new model's tokenizer is made from them.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be opened.
+        ConfigError: a form that does not fit together.
+    """
+    if config.from_pretrained is not None:
+        opened = TextToImage.from_pretrained(
+            config.from_pretrained,
+            revision=config.revision,
+            variant=config.variant,
+            dtype=torch.float32,
+            device="cpu",
+        )
+        unet = opened.pipeline.unet
+    else:
+        text = make_text_encoding(captions, config.text_encoder)
+        unet = _new_unet(config, text.width)
+        text.tokenizer.model_max_length = text.max_length or text.tokenizer.model_max_length
+        opened = TextToImage(
+            PixelPipeline(unet, text.encoder, text.tokenizer, _new_scheduler(config.schedule), config.pixel_unshuffle)
+        )
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return opened
+
+
+def trains_text_encoder(config: ModelConfig) -> bool:
+    """Whether the text encoder is to be trained: a new one is, an opened one where `frozen` is false."""
+    is_new = config.from_pretrained is None and config.text_encoder.from_pretrained is None
+    return is_new or config.text_encoder.frozen is False
+
+
+def _new_unet(config: ModelConfig, text_width: int) -> UNet:
+    form, factor = config.unet, config.pixel_unshuffle
+    levels = len(form.block_out_channels)
+    if len(form.attention) != levels or not levels:
+        raise ConfigError(
+            f"model.unet.attention has {len(form.attention)} entries and block_out_channels {levels}: give one a level"
+        )
+    multiple = factor * 2 ** (levels - 1)
+    if config.image_size % multiple:
+        raise ConfigError(f"model.image_size {config.image_size} must be a multiple of {multiple} with {levels} levels")
+    unfit = [n for n in form.block_out_channels if n % form.norm_groups or n % form.num_heads]
+    if unfit:
+        raise ConfigError(
+            f"model.unet.block_out_channels {unfit[0]} is no multiple of norm_groups {form.norm_groups} and num_heads "
+            f"{form.num_heads}"
+        )
+    kinds = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in form.attention]
+    channels = 3 * factor * factor
+    return UNet(  # pyright: ignore[reportCallIssue] (its signature is stock's, by functools.wraps)
+        sample_size=config.image_size // factor,
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=tuple(kinds),
+        up_block_types=tuple(kind.replace("Down", "Up") for kind in reversed(kinds)),
+        block_out_channels=tuple(form.block_out_channels),
+        layers_per_block=form.layers_per_block,
+        transformer_layers_per_block=form.transformer_layers,
+        cross_attention_dim=text_width,
+        attention_head_dim=form.num_heads,  # diffusers' misnomer: the number of heads
+        norm_num_groups=form.norm_groups,
+        use_linear_projection=True,
+        dropout=form.dropout_p,
+    )
+
+
+def _new_scheduler(config: ScheduleConfig) -> DDIMScheduler:
+    if config.prediction_type not in ("epsilon", "v_prediction"):
+        raise ConfigError(
+            f"model.schedule.prediction_type {config.prediction_type!r} is unknown: use epsilon or v_prediction"
+        )
+    if config.zero_terminal_snr and config.prediction_type == "epsilon":
+        raise ConfigError("model.schedule.zero_terminal_snr needs prediction_type v_prediction: noise alone tells none")
+    try:
+        return DDIMScheduler(
+            num_train_timesteps=config.num_train_timesteps,
+            beta_schedule=config.beta_schedule,
+            prediction_type=config.prediction_type,
+            rescale_betas_zero_snr=config.zero_terminal_snr,
+            timestep_spacing="trailing",
+            clip_sample=True,
+        )
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"model.schedule.beta_schedule {config.beta_schedule!r} is unknown: use squaredcos_cap_v2, scaled_linear "
+            "or linear"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run trains.
+
+    Attributes:
+        network: one module; its parameters with `requires_grad` are trained.
+        what: one of `TRAIN_WHAT`.
+        token: the new token, None without one.
+        embedding: its embedding.
+    """
+
+    network: DenoisingNetwork
+    what: str
+    token: str | None = None
+    embedding: NewTokenEmbedding | None = None
+
+
+def choose_trained(
+    model: TextToImage,
+    what: str,
+    lora: LoRAConfig,
+    new_token: NewTokenConfig,
+    *,
+    train_text_encoder: bool,
+    cache_texts: bool = True,
+) -> Trained:
+    """Freeze what is not to be trained, and put in what is new.
+
+    Args:
+        model: changed in place.
+        what: one of `TRAIN_WHAT`.
+        lora: used for "lora".
+        new_token: used for "cross_attention_kv".
+        train_text_encoder: with "all", of a pixel-space model.
+        cache_texts: a frozen text encoder of a pixel-space model is not part of the network, since batches come with
+            its states.
+
+    Raises:
+        ConfigError: settings that have nothing to act on.
+    """
+    pipeline: Any = model.pipeline
+    unet, encoder = pipeline.unet, pipeline.text_encoder
+    is_pixel = isinstance(pipeline, PixelPipeline)
+    if new_token.token is not None and what != "cross_attention_kv":
+        raise ConfigError(f"new_token.token is for train_what=cross_attention_kv, not {what}: leave it out")
+    if train_text_encoder and (what != "all" or not is_pixel):
+        raise ConfigError(
+            "model.text_encoder.frozen=false: a text encoder is trained with train_what=all of a pixel-space model only"
+        )
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
+    embedding = None
+    if what == "all":
+        unet.requires_grad_(True)
+        encoder.requires_grad_(train_text_encoder)
+    elif what == "lora":
+        add_lora(unet, lora)
+    else:
+        train_only(unet, cross_attention_kv_names(unet))
+        if new_token.token is not None:
+            if getattr(pipeline, "text_encoder_2", None) is not None:
+                raise ConfigError("new_token.token needs a model with one text encoder; this one has two")
+            embedding = add_new_token(encoder, pipeline.tokenizer, new_token.token, new_token.initializer)
+    has_text = train_text_encoder or embedding is not None or (is_pixel and not cache_texts)
+    own_text = encoder if has_text else None
+    factor = int(pipeline.config["pixel_unshuffle"]) if is_pixel else 1
+    return Trained(DenoisingNetwork(unet, own_text, factor), what, new_token.token, embedding)
+
+
+def save_trained(model: TextToImage, trained: Trained, folder: Path) -> None:
+    """Save what was trained: the whole pipeline for "all", else the file of the adapters or of the keys and values."""
+    if trained.what == "all":
+        model.save_pretrained(folder)
+    elif trained.what == "lora":
+        save_unet_lora(model.pipeline.unet, folder)
+    else:
+        tokens = {} if trained.embedding is None else {str(trained.token): trained.embedding.vector.detach().cpu()}
+        save_cross_attention_kv(model.pipeline.unet, folder, tokens=tokens)
+
+
+def open_trained(folder: Path, config: ModelConfig, what: str) -> TextToImage:
+    """The model of a run's folder: its own pipeline, or the one it started from with what was trained put in.
+
+    Raises:
+        CheckpointError: something does not open.
+    """
+    if what == "all" or config.from_pretrained is None:
+        return TextToImage.from_pretrained(trained_model(folder))
+    folder = next((folder / name for name in ("best", "final") if (folder / name).is_dir()), folder)
+    model = TextToImage.from_pretrained(config.from_pretrained, revision=config.revision, variant=config.variant)
+    if what == "lora":
+        model.load_lora(folder)
+    else:
+        model.load_cross_attention_kv(folder)
+    return model

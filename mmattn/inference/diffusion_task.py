@@ -1,0 +1,176 @@
+"""The diffusion recipe's configuration, and its task: denoise captioned pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from PIL.Image import Image
+from torch import nn
+
+from mmattn.data.captions import all_captions
+from mmattn.data.readers import open_image_text
+from mmattn.data.spec import DataConfig
+from mmattn.data.text_to_image import NoiseConfig, PictureConfig
+from mmattn.errors import ConfigError
+from mmattn.inference import folders
+from mmattn.inference.denoising import DenoisingLoss
+from mmattn.inference.diffusion_data import CacheConfig, DiffusionData
+from mmattn.inference.diffusion_scores import EvalConfig, denoising_loss, sample_grid, sample_prompts, score_splits
+from mmattn.inference.diffusion_setup import (
+    TRAIN_WHAT,
+    ModelConfig,
+    NewTokenConfig,
+    choose_trained,
+    make_text_to_image,
+    save_trained,
+    trains_text_encoder,
+)
+from mmattn.training import Batch, Draw, Loss, Task, TrainingConfig
+from mmattn.training.config import CACHE_FOLDER
+from mmattn.training.selection import LoRAConfig, selection
+
+_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@dataclass
+class LossConfig:
+    """`min_snr_gamma`: cut-off of the weights by signal-to-noise ratio (arXiv 2303.09556); null weighs all alike.
+    `caption_dropout`: part of the captions left out, so that guidance has something to guide away from."""
+
+    min_snr_gamma: Optional[float] = None  # noqa: UP045 (OmegaConf reads Optional on every Python version)
+    caption_dropout: float = 0.1
+
+
+@dataclass
+class DiffusionConfig:
+    """The whole configuration of the recipe."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    pictures: PictureConfig = field(default_factory=lambda: PictureConfig(resolution=32))
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train_what: str = "all"  # or "lora", "cross_attention_kv"
+    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(targets=list(_TARGETS)))
+    new_token: NewTokenConfig = field(default_factory=NewTokenConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(output_dir="runs/diffusion"))
+
+    def __post_init__(self) -> None:
+        if self.train_what not in TRAIN_WHAT:
+            raise ConfigError(f"train_what is {self.train_what!r}: choose one of {', '.join(TRAIN_WHAT)}")
+        if self.train_what != "all" and self.model.from_pretrained is None:
+            raise ConfigError(f"train_what={self.train_what} needs a model to start from: set model.from_pretrained")
+
+
+class DiffusionTask(Task):
+    """Denoising of captioned pictures.
+
+    Args:
+        config: of the recipe.
+        is_preview: encode what is asked for, and write no caches.
+    """
+
+    unit = "pictures"
+
+    def __init__(self, config: DiffusionConfig, *, is_preview: bool = False) -> None:
+        self.config, self.is_preview = config, is_preview
+        seed = config.training.seed
+        with torch.random.fork_rng(devices=[]):  # new weights and adapters are a function of the seed
+            torch.manual_seed(seed)
+            captions = [] if config.model.from_pretrained else all_captions(open_image_text(config.data, "train"))
+            self.t2i = make_text_to_image(config.model, captions)
+            self.trained = choose_trained(
+                self.t2i,
+                config.train_what,
+                config.lora,
+                config.new_token,
+                train_text_encoder=trains_text_encoder(config.model),
+                cache_texts=config.cache.texts,
+            )
+        self.model = self.trained.network
+        self._scored: dict[str, DiffusionData] = {}
+        self.best = config.evaluation.best
+        self.is_higher_better = not (self.best or "").endswith(("/loss", "/fid"))
+        self.data = self._data("train", config.loss.caption_dropout)
+        self.groups = None if self.data.buckets is None else self.data.buckets.groups
+        self.prompts = sample_prompts(config.evaluation, config.data)
+        self.denoising = DenoisingLoss(
+            self.t2i.pipeline.scheduler,
+            min_snr_gamma=config.loss.min_snr_gamma,
+            offset_noise=config.noise.offset_noise,
+            vae=getattr(self.t2i.pipeline, "vae", None),
+        )
+
+    def _data(self, split: str, caption_dropout: float = 0.0) -> DiffusionData:
+        config = self.config
+        return DiffusionData(
+            self.t2i,
+            self.trained,
+            config.data,
+            config.pictures,
+            config.noise,
+            config.cache,
+            cache_folder=Path(config.training.output_dir) / CACHE_FOLDER,
+            seed=config.training.seed,
+            caption_dropout=caption_dropout,
+            batch_size=config.training.batch_size,
+            split=split,
+            device=_encoding_device(config.training),
+            is_preview=self.is_preview,
+        )
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = ("model", "t2i", "trained", "denoising", "_scored")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
+
+    def collate(self, draws: Sequence[Draw]) -> Batch:
+        return self.data.batch(draws)
+
+    def count(self, batch: Batch) -> int:
+        return len(batch["timesteps"])
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        return Loss(self.denoising(model, batch).sum(), self.count(batch))
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        self.t2i.pipeline.to(next(model.parameters()).device)
+        return score_splits(self.t2i, self.config.data, self.config.evaluation) | self._losses(model)
+
+    def _losses(self, model: nn.Module) -> dict[str, float]:
+        evaluation, device = self.config.evaluation, next(model.parameters()).device
+        splits = evaluation.splits if evaluation.loss else []
+        for split in splits:
+            if split not in self._scored:
+                self._scored[split] = self._data(split)
+        return {
+            f"{split}/loss": denoising_loss(model, self.denoising, self._scored[split], evaluation.limit, device)
+            for split in splits
+        }
+
+    def draw(self, model: nn.Module) -> Mapping[str, Image]:
+        grid = sample_grid(self.t2i, self.prompts, self.config.evaluation)
+        return {} if grid is None else {"grid": grid}
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        save_trained(self.t2i, self.trained, folder)
+
+    def describe(self) -> str:
+        what = f"training {self.config.train_what}: {selection(self.model)}"
+        text = f"{self.data.source.name}: {len(self)} pictures; {what}"
+        return text if self.data.buckets is None else f"{text}; {self.data.buckets.describe()}"
+
+
+def _encoding_device(config: TrainingConfig) -> torch.device:
+    """Where frozen encoders run before the training loop has started: this process's accelerator, if there is one."""
+    device = torch.device("cpu") if config.device == "cpu" else folders.default_device()
+    return device if device.type == "cpu" else torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
