@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = ROOT / ".venv" / "bin"
@@ -62,6 +65,43 @@ def benchmark(number: int, script: str, name: str, *arguments: str) -> None:
         if row["goal"] is not None:
             report(f"{number} {row['name']}", f"{row['value']:.2f}", f"{row['goal']:g}", row["ok"])
     report(f"{number} {' '.join([script, *arguments])}", f"exit code {code}", "0", code == 0)
+
+
+def train(number: int, config: str, folder: Path, goal_minutes: float | None, *overrides: str) -> bool:
+    """`mmattn train` into an empty folder, as one line with its time; whether it succeeded."""
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [BIN / "mmattn", "train", config, f"training.output_dir={folder}", *overrides]
+    code, seconds, _ = run(command, RUNS / f"{folder.name}.log")
+    in_time = goal_minutes is None or seconds <= 60 * goal_minutes
+    goal = "exit code 0" if goal_minutes is None else f"at most {goal_minutes:g} min"
+    report(
+        f"{number} mmattn train {' '.join((config, *overrides))[:44]}",
+        f"{seconds / 60:.1f} min",
+        goal,
+        code == 0 and in_time,
+    )
+    return code == 0
+
+
+def evaluate(folder: Path, *overrides: str) -> dict[str, Any]:
+    """What `mmattn eval` says."""
+    code, _, text = run([BIN / "mmattn", "eval", folder, "--json", *overrides], RUNS / f"{folder.name}-eval.log")
+    lines = [line for line in text.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if code == 0 and lines else {}
+
+
+def kills(number: int, config: str, *overrides: str) -> None:
+    """SIGKILL at random steps and inside saves of a short training, and what that leaves."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="kills-", dir=RUNS)) / "run"
+    command = [BIN / "mmattn", "train", config, *overrides]
+    arguments = [BIN / "python", "scripts/accept/kill_resume.py", "--kills", "10", "--work", work, "--", *command]
+    code, _, text = run(arguments, RUNS / "kills.log")
+    for line in text.splitlines():
+        if line.endswith((": ok", ": short")):
+            what, _, verdict = line.rpartition(": ")
+            report(f"{number} {what}", "", "", verdict == "ok")
+    report(f"{number} ten kills, resumed each time", f"exit code {code}", "0", code == 0)
 
 
 def main(checks: Checks) -> int:

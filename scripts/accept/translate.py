@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from lines import BIN, RUNS, Checks, benchmark, main, report, run, tests
+from lines import RUNS, Checks, benchmark, evaluate, main, report, run, tests, train
 
 HELP_PACKAGES = ("libreoffice-help-en-us", "libreoffice-help-de")
 SCENES = RUNS / "translate-scenes"
@@ -30,29 +28,6 @@ def speed() -> None:
 def memory() -> None:
     """2: what is held while decoding, and how a step's time grows."""
     benchmark(2, "scripts/bench/translate_memory.py", "translate_memory")
-
-
-def train(number: int, config: str, folder: Path, goal_minutes: float | None, *overrides: str) -> bool:
-    """`mmattn train`, as one line with its time; whether it succeeded."""
-    shutil.rmtree(folder, ignore_errors=True)
-    command = [BIN / "mmattn", "train", config, f"training.output_dir={folder}", *overrides]
-    code, seconds, _ = run(command, RUNS / f"{folder.name}.log")
-    in_time = goal_minutes is None or seconds <= 60 * goal_minutes
-    goal = "exit code 0" if goal_minutes is None else f"at most {goal_minutes:g} min"
-    report(
-        f"{number} mmattn train {' '.join((config, *overrides))[:44]}",
-        f"{seconds / 60:.1f} min",
-        goal,
-        code == 0 and in_time,
-    )
-    return code == 0
-
-
-def evaluate(folder: Path, *overrides: str) -> Scores:
-    """What `mmattn eval` says."""
-    code, _, text = run([BIN / "mmattn", "eval", folder, "--json", *overrides], RUNS / f"{folder.name}-eval.log")
-    lines = [line for line in text.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]) if code == 0 and lines else {}
 
 
 def at_least(what: str, scores: Scores, name: str, goal: float) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from lines import BIN, ROOT, RUNS, Checks, benchmark, main, report, run, tests
+from lines import BIN, ROOT, RUNS, Checks, benchmark, evaluate, kills, main, report, run, tests
 
 STAMPS_PACKAGE = "tuxpaint-stamps-default"
 
@@ -76,13 +75,6 @@ def scenes() -> None:
             report_score(f"2 {name}", scores, name, None)
 
 
-def evaluate(folder: Path, *overrides: str) -> dict[str, float]:
-    """What `mmattn eval` says."""
-    code, _, text = run([BIN / "mmattn", "eval", folder, "--json", *overrides], RUNS / "eval.log")
-    lines = [line for line in text.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]) if code == 0 and lines else {}
-
-
 def report_score(what: str, scores: dict[str, float], name: str, goal: float | None) -> None:
     """A share of right answers beside the picture-blind baseline's; the goal None means to beat that."""
     blind = scores.get(f"{name}/blind", 0.0)
@@ -133,24 +125,9 @@ def speed() -> None:
     benchmark(5, "scripts/bench/vlm_inference.py", "vlm_inference")
 
 
-def kills() -> None:
+def killed() -> None:
     """6: SIGKILL at random steps and inside saves."""
-    work = fresh_folder("kills")
-    train = [
-        BIN / "mmattn",
-        "train",
-        "vlm/debug",
-        "training.max_steps=60",
-        "training.save_every=5",
-        "training.eval_every=20",
-    ]
-    command = [BIN / "python", "scripts/accept/kill_resume.py", "--kills", "10", "--work", work, "--", *train]
-    code, _, text = run(command, RUNS / "kills.log")
-    for line in text.splitlines():
-        if line.endswith((": ok", ": short")):
-            what, _, verdict = line.rpartition(": ")
-            report(f"6 {what}", "", "", verdict == "ok")
-    report("6 ten kills, resumed each time", f"exit code {code}", "0", code == 0)
+    kills(6, "vlm/debug", "training.max_steps=60", "training.save_every=5", "training.eval_every=20")
 
 
 def fresh_tests() -> None:
@@ -181,7 +158,7 @@ CHECKS: Checks = {
     "3": stamps,
     "4": blip,
     "5": speed,
-    "6": kills,
+    "6": killed,
     "7": fresh_tests,
     "8": bad_input,
 }

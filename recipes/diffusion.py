@@ -1,0 +1,54 @@
+"""Text to image: in pixel space from scratch, or Stable Diffusion fine-tuned whole, by LoRA or by keys and values."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from mmattn.data.readers import open_image_text
+from mmattn.data.skipping import preview
+from mmattn.inference.diffusion_scores import score_splits
+from mmattn.inference.diffusion_setup import open_trained
+from mmattn.inference.diffusion_task import DiffusionConfig, DiffusionTask
+from mmattn.training import TrainingResult
+from mmattn.training import train as run_loop
+from mmattn.training.memory import estimate_run
+
+Config = DiffusionConfig
+
+
+def train(config: Config, *, resume: bool | str = False) -> TrainingResult:
+    """Train as the config says.
+
+    With `train_what: all` the result opens with `TextToImage.from_pretrained(output_dir / "final")`; LoRA and keys and
+    values are files that `load_lora` and `load_cross_attention_kv`, and stock diffusers, put into the model they
+    started from.
+    """
+    values = {"recipe": "diffusion", **dataclasses.asdict(config)}
+    task = DiffusionTask(config)
+    return run_loop(task, config.training, resume=resume, command=" ".join(sys.argv), resolved_config=values)
+
+
+def check(config: Config) -> list[str]:
+    """What training with this config would do: data, parameters, memory. Reads data, trains and writes nothing."""
+    config.training.validate()
+    task = DiffusionTask(config, is_preview=True)
+    lines = [task.describe()]
+    for split in config.evaluation.splits:
+        source = open_image_text(config.data, split)
+        lines.append(f"{source.name}: {len(source)} pictures for scores")
+    memory = estimate_run(task, config.training)
+    return [*lines, *preview(task.data.source), f"memory of training, float32, one process: {memory}"]
+
+
+def evaluate(folder: str | Path, config: Config) -> dict[str, float]:
+    """Scores of a trained folder (its `best/` or else `final/`, or the folder itself) on the config's data."""
+    model = open_trained(Path(folder), config.model, config.train_what)
+    return score_splits(model, config.data, config.evaluation)
+
+
+if __name__ == "__main__":
+    from mmattn.cli.recipe_main import run_recipe
+
+    sys.exit(run_recipe(sys.modules[__name__]))

@@ -1,0 +1,140 @@
+"""Teach a model of scenes one pair of colour and shape that it never saw, by keys and values of cross-attention alone.
+
+    python scripts/accept/scenes_kv.py MODEL_RUN WORK_FOLDER
+
+Chooses the held-out pair that the model draws worst, trains on 100 pictures of it among 900 others, and prints one JSON
+line: accuracy on the pair and on pairs of training before and after, and which tensors have changed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors import safe_open
+
+from mmattn.data.scenes import HELD_OUT_PAIRS, SceneDataset
+from mmattn.data.scenes.checker import check_caption
+from mmattn.data.scenes.layout import TRAINED_PAIRS
+from mmattn.inference.pipeline_folder import open_pipeline
+from mmattn.inference.text_to_image import TextToImage
+from mmattn.inference.trained import trained_model
+from mmattn.models.unet.kv_file import WEIGHTS_FILE, cross_attention_kv_names
+
+GUIDANCE, STEPS = 2.0, 25
+OF_PAIR, OTHERS = 100, 900
+
+
+def accuracy(model: TextToImage, pairs: Sequence[tuple[str, str]], each: int) -> float:
+    """Share of pictures with the colour and shape that their captions name."""
+    captions = [f"a {('small', 'large')[seed % 2]} {color} {shape}" for color, shape in pairs for seed in range(each)]
+    seeds = list(range(each)) * len(pairs)
+    drawn = model.generate(
+        captions, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=seeds, batch_size=50, progress=False
+    )
+    verdicts = [check_caption(np.asarray(picture), caption) for picture, caption in zip(drawn, captions, strict=True)]
+    return float(np.mean([verdict.shapes for verdict in verdicts]))
+
+
+def write_pictures(folder: Path, pair: tuple[str, str]) -> Path:
+    """Pictures and captions: one object of the pair, and of the training's own scenes."""
+    folder.mkdir(parents=True)
+    taught = SceneDataset("heldout", 40 * OF_PAIR, seed=7, max_objects=1)
+    chosen = [index for index, scene in enumerate(taught.scenes(range(len(taught)))) if scene.objects[0].pair == pair]
+    records = taught.records(chosen[:OF_PAIR]) + SceneDataset("train", OTHERS, seed=7).records(range(OTHERS))
+    rows = []
+    for number, record in enumerate(records):
+        Image.fromarray(record.image).save(folder / f"{number}.png")
+        rows.append(json.dumps({"image": f"{number}.png", "text": record.texts[0].text}))
+    file = folder / "captions.jsonl"
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return file
+
+
+def main() -> None:
+    """Run everything."""
+    run, work = Path(sys.argv[1]), Path(sys.argv[2])
+    shutil.rmtree(work, ignore_errors=True)
+    base = trained_model(run)
+    model = TextToImage.from_pretrained(base)
+    by_pair = {pair: accuracy(model, [pair], 40) for pair in sorted(HELD_OUT_PAIRS)}
+    pair = min(by_pair, key=lambda pair: by_pair[pair])
+    old_before = accuracy(model, TRAINED_PAIRS, 12)
+    captions = write_pictures(work / "pictures", pair)
+    overrides = [
+        f"model.from_pretrained={base}",
+        "model.gradient_checkpointing=false",
+        f"data.path={captions}",
+        "new_token.token=null",
+        "pictures.resolution=32",
+        "pictures.flip=false",
+        "loss.caption_dropout=0.1",
+        "evaluation.sample_prompts=[]",
+        f"training.output_dir={work / 'run'}",
+        "training.max_steps=300",
+        "training.batch_size=64",
+        "training.micro_batch_size=null",
+        "training.learning_rate=3e-4",
+        "training.warmup_steps=20",
+        "training.eval_every=0",
+        "training.num_workers=0",
+        "noise.timestep_sampling=logit_normal",
+    ]
+    mmattn = Path(sys.executable).with_name("mmattn")
+    subprocess.run([mmattn, "train", "diffusion/finetune-sd-kv", *overrides], check=True)
+    file = work / "run" / "final"
+    taught = TextToImage.from_pretrained(base)
+    taught.load_cross_attention_kv(file)
+    figures = {
+        "pair": " ".join(pair),
+        "pair_before": by_pair[pair],
+        "pair_after": accuracy(taught, [pair], 40),
+        "old_before": old_before,
+        "old_after": accuracy(taught, TRAINED_PAIRS, 12),
+        **changes(model, taught, file / WEIGHTS_FILE),
+        "difference": difference(base, taught, file),
+    }
+    print(json.dumps(figures), flush=True)
+
+
+def changes(model: TextToImage, taught: TextToImage, file: Path) -> dict[str, str | bool]:
+    """Which tensors differ from those before, and what the file holds."""
+    before, after = model.pipeline.unet.state_dict(), taught.pipeline.unet.state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    named = set(cross_attention_kv_names(model.pipeline.unet))
+    with safe_open(file, "pt") as opened:
+        held = [name for name in opened.keys() if opened.get_slice(name).get_shape() != [0]]  # noqa: SIM118
+    is_exact = changed == named and len(held) == len(named)
+    return {
+        "changed": f"{len(changed)} of {len(before)}",
+        "named": str(len(named)),
+        "held": str(len(held)),
+        "is_exact": is_exact,
+    }
+
+
+@torch.no_grad()
+def difference(base: Path, taught: TextToImage, file: Path) -> float:
+    """Largest difference of predictions by a stock U-Net with the file opened by diffusers."""
+    pipeline = open_pipeline(base)
+    stock = UNet2DConditionModel.from_pretrained(base, subfolder="unet").eval()
+    pipeline.unet = stock
+    stock.load_attn_procs(file, weight_name=WEIGHTS_FILE, _pipeline=pipeline)
+    draws = torch.Generator().manual_seed(0)
+    side = stock.config.sample_size
+    noisy = torch.randn(3, stock.config.in_channels, side, side, generator=draws)
+    text = torch.randn(3, 7, stock.config.cross_attention_dim, generator=draws)
+    ours = taught.pipeline.unet
+    return float((ours(noisy, 400, text).sample - stock(noisy, 400, text).sample).abs().max())
+
+
+if __name__ == "__main__":
+    main()
