@@ -68,7 +68,8 @@ class ToyTask(Task):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         batch = self.collate([(0, example) for example in range(5)])
-        loss = self.loss(model, {**batch, "scale": torch.ones(5)})
+        device = next(model.parameters()).device
+        loss = self.loss(model, {name: t.to(device) for name, t in {**batch, "scale": torch.ones(5)}.items()})
         return {"loss": float(loss.total) / loss.count}
 
     def save(self, model: nn.Module, folder: Path) -> None:

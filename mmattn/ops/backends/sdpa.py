@@ -191,9 +191,12 @@ def _kernel(
     heads, kv_heads = shape[1], key.shape[1]
     is_grouped = False
     if heads != kv_heads:  # asked, so that the flag is a plain one when sizes are traced, too
-        is_grouped = is_causal
         if not is_causal:
             query, mask = _fold(query, mask, kv_heads)
+        elif _repeats_groups(query):
+            key, value = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (key, value))
+        else:
+            is_grouped = True
     dropout_p, scale = request.dropout_p, request.scale
     if query.device.type == "cuda":
         with _safe_kernels(query, key, value, mask):
@@ -205,6 +208,12 @@ def _kernel(
             query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=is_grouped
         )
     return output if query.shape == shape else output.reshape(shape)
+
+
+def _repeats_groups(query: Tensor) -> bool:
+    """Of CUDA's kernels flash and cuDNN know groups, and neither knows float32: keys and values are repeated there,
+    which opens the memory-efficient kernel to the call."""
+    return query.device.type == "cuda" and query.dtype is torch.float32
 
 
 def _fold(query: Tensor, mask: Tensor | None, kv_heads: int) -> tuple[Tensor, Tensor | None]:
