@@ -136,6 +136,12 @@ class SelfAttention(ProjectedAttention):
                 f"SelfAttention: positions for [batch, length] = [{cos.shape[0]}, {cos.shape[2]}] do not fit x of "
                 f"[{batch}, {length}]"
             )
+        if torch.compiler.is_compiling():
+            # Together: of two rotations of different sizes inductor made wrong values (torch 2.11, CUDA, float32,
+            # grouped heads of size 20, with gradients; eager, and the same graph without inductor, were right).
+            both = rotate(torch.cat((query, key), dim=1), cos, sin)
+            query, key = both.split((query.shape[1], key.shape[1]), dim=1)
+            return query, key
         return rotate(query, cos, sin), rotate(key, cos, sin)
 
     def _windowed(self, attn_mask: Tensor | None, query: Tensor, key: Tensor, window: int) -> Tensor | None:
