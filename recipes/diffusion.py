@@ -8,9 +8,8 @@ from pathlib import Path
 
 from mmattn.data.readers import open_image_text
 from mmattn.data.skipping import preview
-from mmattn.inference.diffusion_scores import score_splits
-from mmattn.inference.diffusion_setup import open_trained
-from mmattn.inference.diffusion_task import DiffusionConfig, DiffusionTask
+from mmattn.errors import UsageError
+from mmattn.inference.diffusion_task import DiffusionConfig, DiffusionTask, evaluate_folder
 from mmattn.training import TrainingResult
 from mmattn.training import train as run_loop
 from mmattn.training.memory import estimate_run
@@ -25,6 +24,7 @@ def train(config: Config, *, resume: bool | str = False) -> TrainingResult:
     values are files that `load_lora` and `load_cross_attention_kv`, and stock diffusers, put into the model they
     started from.
     """
+    config.training.validate()  # before anything is encoded, which may take long
     values = {"recipe": "diffusion", **dataclasses.asdict(config)}
     task = DiffusionTask(config)
     return run_loop(task, config.training, resume=resume, command=" ".join(sys.argv), resolved_config=values)
@@ -43,9 +43,15 @@ def check(config: Config) -> list[str]:
 
 
 def evaluate(folder: str | Path, config: Config) -> dict[str, float]:
-    """Scores of a trained folder (its `best/` or else `final/`, or the folder itself) on the config's data."""
-    model = open_trained(Path(folder), config.model, config.train_what)
-    return score_splits(model, config.data, config.evaluation)
+    """Scores of a trained folder (its `best/` or else `final/`, or the folder itself) on the config's data.
+
+    Raises:
+        UsageError: the config asks for no score.
+    """
+    scores = evaluate_folder(Path(folder), config)
+    if not scores:
+        raise UsageError("nothing to score: evaluation.splits is empty, or loss, fid and clip_score are all off")
+    return scores
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ class NoiseConfig:
     """What is drawn for each example beside its picture and caption.
 
     Args:
-        num_train_timesteps: Timesteps are 0 to this minus 1; the scheduler's.
         timestep_sampling: "uniform", or "logit_normal" (the sigmoid of a normal number; arXiv 2403.03206 section 3.1).
         timestep_mean: logit_normal: above 0 for more noise, below for less.
         timestep_std: logit_normal: its spread.
@@ -46,15 +45,12 @@ class NoiseConfig:
             (Guttenberg, "Diffusion with offset noise", 2023); 0 draws none. The loss multiplies by it.
     """
 
-    num_train_timesteps: int = 1000
     timestep_sampling: str = "uniform"
     timestep_mean: float = 0.0
     timestep_std: float = 1.0
     offset_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.num_train_timesteps < 1:
-            raise ConfigError(f"num_train_timesteps must be 1 or more, not {self.num_train_timesteps}")
         if self.timestep_sampling not in TIMESTEP_SAMPLINGS:
             raise ConfigError(
                 f"timestep_sampling must be one of {', '.join(TIMESTEP_SAMPLINGS)}, not {self.timestep_sampling!r}"
@@ -106,6 +102,7 @@ class TextToImageCollator:
         noise: Timesteps and noise.
         seed: Of all draws.
         noise_shape: From a picture's height and width to the shape of its noise.
+        num_train_timesteps: Timesteps are 0 to this minus 1; the scheduler's.
         tokenize: Captions to tensors [B, ...] by name, such as "input_ids" and "attention_mask".
         texts: Instead of `tokenize`: a cache of embeddings by caption, from `cache_texts`; it has to hold "" too when
             captions are dropped.
@@ -127,6 +124,7 @@ class TextToImageCollator:
         *,
         seed: int,
         noise_shape: Callable[[int, int], tuple[int, int, int]],
+        num_train_timesteps: int = 1000,
         tokenize: Callable[[list[str]], Mapping[str, Tensor]] | None = None,
         texts: TensorLookup | None = None,
         latents: TensorLookup | None = None,
@@ -146,6 +144,7 @@ class TextToImageCollator:
         self.pictures, self.noise, self.seed, self.noise_shape = pictures, noise, seed, noise_shape
         self.tokenize, self.texts, self.latents, self.sizes = tokenize, texts, latents, sizes
         self.caption_dropout, self.has_time_ids = caption_dropout, has_time_ids
+        self.num_train_timesteps = num_train_timesteps
         self.has_posterior = has_posterior or latents is not None
 
     def __call__(self, source: ImageTextSource, draws: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
@@ -254,8 +253,7 @@ class TextToImageCollator:
         if self.noise.timestep_sampling == "logit_normal":
             normal = torch.special.ndtri(shares)  # minus infinity for 0, whose sigmoid is 0
             shares = torch.sigmoid(self.noise.timestep_mean + self.noise.timestep_std * normal)
-        last = self.noise.num_train_timesteps - 1
-        return (shares * self.noise.num_train_timesteps).long().clamp_(0, last)
+        return (shares * self.num_train_timesteps).long().clamp_(0, self.num_train_timesteps - 1)
 
     def _text(self, captions: list[str]) -> dict[str, Tensor]:
         if self.tokenize is not None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from mmattn._optional import require
 from mmattn.errors import CheckpointError, UsageError
+from mmattn.inference.trained import run_part
 from mmattn.models.unet.kv_file import merge_cross_attention_kv, read_cross_attention_kv
 
 # The first matrix of a pair, by the names that diffusers, PEFT and the older formats have for it.
@@ -26,6 +27,7 @@ def _find_file(path: str | Path) -> Path:
     if place.is_file():
         return place
     if place.is_dir():
+        place = run_part(place)
         found = [place / LORA_WEIGHT_NAME_SAFE]
         if not found[0].is_file():
             found = sorted(place.glob("*.safetensors"))

@@ -83,12 +83,18 @@ class DenoisingLoss:
         vae: of a latent model: its latents' scale and shift.
 
     Raises:
-        CheckpointError: a scheduler that predicts neither noise nor velocity.
+        CheckpointError: a scheduler without betas (flow matching, EDM), or one that predicts something else than noise
+            or velocity.
     """
 
     def __init__(
         self, scheduler: Any, *, min_snr_gamma: float | None = None, offset_noise: float = 0.0, vae: Any = None
     ) -> None:
+        if "beta_schedule" not in scheduler.config:
+            raise CheckpointError(
+                f"the model's scheduler, {type(scheduler).__name__}, has no beta_schedule: training is for noise "
+                "schedules as Stable Diffusion has them"
+            )
         self.schedule: Any = DDPMScheduler.from_config(scheduler.config)
         self.prediction_type: str = self.schedule.config.prediction_type
         if self.prediction_type not in PREDICTIONS:
@@ -132,15 +138,31 @@ class DenoisingLoss:
             mean, std = encode_pixels(self.vae, batch["pixels"])
         else:
             mean, std = batch["latent_mean"], batch["latent_std"]
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        return (mean + std * batch["posterior"] - shift) * self.vae.config.scaling_factor
+        return scaled_latents(self.vae.config, mean + std * batch["posterior"])
+
+
+def scaled_latents(config: Any, latents: Tensor) -> Tensor:
+    """A VAE's latents as the U-Net was trained on them: what pipelines undo before they decode."""
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        means, stds = (
+            torch.tensor(config[name], device=latents.device, dtype=latents.dtype)[:, None, None]
+            for name in ("latents_mean", "latents_std")
+        )
+        return (latents - means) * config["scaling_factor"] / stds
+    return (latents - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
 
 
 @torch.no_grad()
 def encode_pixels(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a VAE's latents, `[B, c, h, w]` each, for pixels `[B, 3, H, W]` in [-1, 1]."""
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    return posterior.mean.to(pixels.device).float(), posterior.std.to(pixels.device).float()
+    """Mean and standard deviation of a VAE's latents, `[B, c, h, w]` each, for pixels `[B, 3, H, W]` in [-1, 1].
+
+    The VAE is moved to the pixels' device, and works in its own dtype: SDXL's overflows in float16.
+    """
+    if vae.device != pixels.device:
+        vae.to(pixels.device)
+    with torch.autocast(pixels.device.type, enabled=False):
+        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+    return posterior.mean.float(), posterior.std.float()
 
 
 def _text_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -33,6 +34,7 @@ from mmattn.inference.text_to_image import TextToImage
 
 _log = logging.getLogger(__name__)
 
+_AT_ONCE = 4  # pictures that go through the VAE together
 _MOST_SAID = 5  # captions that are named when they are cut
 
 
@@ -102,20 +104,25 @@ class DiffusionData:
         sizes = None if self.buckets is None else self.buckets.example_sizes
         vae = getattr(pipeline, "vae", None)
         folder = Path(cache.folder) if cache.folder is not None else cache_folder
-        has_encoder = trained.network.text_encoder is not None
-        texts = None if has_encoder else self._texts(pipeline, folder, device, is_preview=is_preview)
-        if texts is None and trained.token is not None:
-            self._require_token(trained.token)
+        is_pixel = isinstance(pipeline, PixelPipeline)
+        encoding: PromptEncoder = pipeline.text_encoding if is_pixel else sd_text_encodings(pipeline)
+        token = trained.token if split == "train" else None
+        if not isinstance(encoding, TextEncoding) or token is not None:  # a TextEncoding says itself what it cuts
+            _check_captions(encoding, all_captions(self.source), self.source.name, token)
+        texts = None
+        if trained.network.text_encoder is None:
+            texts = self._texts(pipeline, encoding, folder, device, is_preview=is_preview)
         latents = None
         if vae is not None and cache.latents:
             _require_whole(pictures)
             if not is_preview:
-                latents = self._latents(vae.to(device), pictures, folder, sizes)
+                latents = self._latents(vae, pictures, folder, sizes, device)
         self.collate = TextToImageCollator(
             pictures,
             noise,
             seed=seed,
             noise_shape=NoiseShape(3, 1) if vae is None else NoiseShape(vae.config.latent_channels, latent_factor(vae)),
+            num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
             tokenize=_Tokens(pipeline) if texts is None else None,
             texts=texts,
             latents=latents,
@@ -133,32 +140,39 @@ class DiffusionData:
         return self.collate(self.source, draws)
 
     def _texts(
-        self, pipeline: Any, folder: Path, device: torch.device | str, *, is_preview: bool
+        self, pipeline: Any, encoding: PromptEncoder, folder: Path, device: torch.device | str, *, is_preview: bool
     ) -> TensorCache | _EachTime:
-        is_pixel = isinstance(pipeline, PixelPipeline)
-        for name in ("text_encoder", "text_encoder_2"):
-            if (encoder := getattr(pipeline, name, None)) is not None:
-                encoder.to(device)
-        encoding: PromptEncoder = pipeline.text_encoding if is_pixel else sd_text_encodings(pipeline)
         encode = _Encode(encoding)
         if is_preview:
             return _EachTime(encode)
-        _say_cuts(encoding, self.source)
-        return cache_texts(self.source, folder, {"encoder": encoding.fingerprint()}, encode)
+        names = ("text_encoder", "text_encoder_2")
+        with placed([part for name in names if (part := getattr(pipeline, name, None)) is not None], device):
+            return cache_texts(self.source, folder, {"encoder": encoding.fingerprint()}, encode)
 
-    def _latents(self, vae: Any, pictures: PictureConfig, folder: Path, sizes: np.ndarray | None) -> TensorCache:
+    def _latents(
+        self, vae: Any, pictures: PictureConfig, folder: Path, sizes: np.ndarray | None, device: torch.device | str
+    ) -> TensorCache:
         fingerprint = {"vae": encoders_fingerprint([vae], [], {}), "data": source_facts(self.source)}
-        return cache_latents(
-            self.source, pictures, folder, fingerprint, lambda pixels: encode_pixels(vae, pixels), sizes=sizes
-        )
 
-    def _require_token(self, token: str) -> None:
-        captions = all_captions(self.source)
-        if not any(token in caption for caption in captions):
-            raise DataError(
-                f"{self.source.name}: no caption has the new token {token!r} (new_token.token), such as "
-                f"{captions[0]!r}: write it into the captions of what it shall mean"
-            )
+        def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
+            mean, std = encode_pixels(vae, pixels.to(device))
+            return mean.cpu(), std.cpu()
+
+        with placed([vae], device):
+            return cache_latents(self.source, pictures, folder, fingerprint, encode, sizes=sizes, batch_size=_AT_ONCE)
+
+
+@contextlib.contextmanager
+def placed(modules: Sequence[Any], device: torch.device | str) -> Iterator[None]:
+    """Inside, modules are on a device; afterwards where they were, so that they take no memory from the training."""
+    before = [next(module.parameters()).device for module in modules]
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        for module, place in zip(modules, before, strict=True):
+            module.to(place)
 
 
 def _require_whole(pictures: PictureConfig) -> None:
@@ -192,15 +206,15 @@ class _Encode:
 
 
 class _Tokens:
-    """Captions to the tokens that the pipeline's text encoder takes."""
+    """Captions to the tokens that the pipeline's text encoder takes; pickled for data workers without the encoder."""
 
     def __init__(self, pipeline: Any) -> None:
-        self.text = pipeline.text_encoding if isinstance(pipeline, PixelPipeline) else None
+        self.tokens = pipeline.text_encoding.tokens if isinstance(pipeline, PixelPipeline) else None
         self.tokenizer = pipeline.tokenizer
 
     def __call__(self, captions: list[str]) -> dict[str, Tensor]:
-        if self.text is not None:
-            return self.text.tokenize(captions)
+        if self.tokens is not None:
+            return self.tokens(captions)
         # Stable Diffusion attends to the padding, and so has no mask.
         length = self.tokenizer.model_max_length
         batch = self.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
@@ -221,13 +235,28 @@ def check_pictures(pipeline: Any, pictures: PictureConfig) -> None:
         raise ConfigError(f"pictures.{name} {side} must be a multiple of {factor} for this model")
 
 
-def _say_cuts(encoder: PromptEncoder, source: ImageTextSource) -> None:
-    """Captions that are too long are cut: said once, with what was cut of the first."""
-    if encoder.max_length is None or isinstance(encoder, TextEncoding):  # the latter says so itself
+def _check_captions(encoder: PromptEncoder, captions: Sequence[str], name: str, token: str | None) -> None:
+    """Say which captions are too long, once, with what is cut of the first; a new token has to be in some of them.
+
+    Raises:
+        DataError: no caption has the new token, or it is in the part that is cut.
+    """
+    if token is not None and not any(token in caption for caption in captions):
+        raise DataError(
+            f"{name}: no caption has the new token {token!r} (new_token.token), such as {captions[0]!r}: write it into "
+            "the captions of what it shall mean"
+        )
+    if encoder.max_length is None:
         return
     # A token is a character at least, so that most captions need no second look.
-    long = [caption for caption in all_captions(source) if len(caption) > encoder.max_length]
+    long = [caption for caption in captions if len(caption) > encoder.max_length - 2]
     cuts = [(caption, cut) for caption, cut in zip(long, encoder.cut(long), strict=True) if cut is not None]
+    for caption, cut in cuts:
+        if token is not None and token in cut and token not in caption.removesuffix(cut):
+            raise DataError(
+                f"{name}: {cut_message(caption, cut, encoder.max_length)}, and the new token {token!r} with it: name "
+                "it earlier"
+            )
     for caption, cut in cuts[:_MOST_SAID]:
         _log.warning("%s", cut_message(caption, cut, encoder.max_length))
     if len(cuts) > _MOST_SAID:

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmattn._optional import require
-from mmattn.data.captions import captions_of
+from mmattn.data.captions import captions_of, require_captions
+from mmattn.data.picture_fit import fit_picture
 from mmattn.data.readers import open_image_text
-from mmattn.data.records import ImageTextSource, read_texts
+from mmattn.data.records import ImageTextSource, TextItem, read_texts
 from mmattn.data.scenes import SceneDataset
 from mmattn.data.scenes.checker import Verdict, check_caption, parse_caption
 from mmattn.data.spec import SPLITS, DataConfig
 from mmattn.errors import ConfigError, RunError
 from mmattn.inference.denoising import DenoisingLoss
 from mmattn.inference.diffusion_data import DiffusionData
+from mmattn.inference.generation_checks import check_guidance, check_steps
 from mmattn.inference.picture_grid import picture_grid
-from mmattn.inference.schedulers import make_scheduler
+from mmattn.inference.schedulers import check_seeded, make_scheduler
 from mmattn.inference.text_to_image import TextToImage
 
-_LOSS_BATCH = 16
 _DRAWN_AT_ONCE = 64
 
 
@@ -41,9 +42,10 @@ class EvalConfig:
         num_inference_steps: Denoising steps.
         scheduler: Name of another scheduler than the model's; None: the model's.
         loss: Denoising loss on the split's pictures, with the same noise every time.
-        fid: Frechet Inception Distance of the drawn pictures to the split's (torchmetrics; downloads its network).
+        fid: Frechet Inception Distance of the drawn pictures to the split's (torchmetrics; downloads its network). It
+            means something from some thousands of pictures on: raise `limit`.
         clip_score: CLIP model, hub id or folder, that compares the drawn pictures with their captions (torchmetrics).
-        best: The metric that chooses the best checkpoint, such as "heldout/1_object/guidance_3/shape"; None keeps none.
+        best: The metric that chooses the best checkpoint, such as "heldout/1_object/guidance_3/both"; None keeps none.
         sample_prompts: Drawn at each evaluation, always from the same seeds, into `samples/`. Empty: the first captions
             of the first split.
         sample_columns: Pictures of each prompt.
@@ -75,12 +77,27 @@ class EvalConfig:
             raise ConfigError(f"evaluation.guidance_scales must be numbers of 0 or more, not {self.guidance_scales}")
 
 
+def check_evaluation(model: TextToImage, config: EvalConfig) -> None:
+    """Find what an evaluation would be refused for before the training that it ends.
+
+    Raises:
+        UsageError: a guidance scale, a number of steps or a scheduler that the model cannot use.
+    """
+    scheduler = model.pipeline.scheduler
+    if config.scheduler is not None:
+        scheduler = make_scheduler(config.scheduler, scheduler)
+    check_seeded(scheduler)
+    check_steps(config.num_inference_steps, scheduler)
+    for scale in config.guidance_scales:
+        check_guidance(scale, model.pipeline.unet, has_negative=False)
+
+
 def score_splits(model: TextToImage, data: DataConfig, config: EvalConfig) -> dict[str, float]:
     """What the pictures drawn for each split's captions show, for scenes; FID and CLIP score where asked for.
 
     Returns:
-        For scenes, by `split/n_object/guidance_g/`: `count`, `color`, `shape` (colour and shape together of every
-        object), `all` (sizes and relations too), and for more than one object `relation`.
+        For scenes, by `split/n_object/guidance_g/`: `count`, `color`, `shape`, `both` (colour and shape of every object
+        together), `all` (sizes and relations too), and for more than one object `relation`.
     """
     scores: dict[str, float] = {}
     for split in config.splits:
@@ -135,7 +152,8 @@ def scene_scores(pictures: Sequence[Image.Image], captions: Sequence[str]) -> di
     parts: dict[str, Callable[[Verdict], bool]] = {
         "count": lambda verdict: verdict.count,
         "color": lambda verdict: verdict.colors,
-        "shape": lambda verdict: verdict.shapes,
+        "shape": lambda verdict: verdict.outlines,
+        "both": lambda verdict: verdict.shapes,
         "all": lambda verdict: verdict.is_right,
     }
     scores = {name: float(np.mean([part(verdict) for verdict in verdicts])) for name, part in parts.items()}
@@ -145,15 +163,16 @@ def scene_scores(pictures: Sequence[Image.Image], captions: Sequence[str]) -> di
 
 @torch.no_grad()
 def denoising_loss(
-    network: Any, loss: DenoisingLoss, data: DiffusionData, limit: int, device: torch.device | str
+    network: nn.Module, loss: DenoisingLoss, data: DiffusionData, limit: int, *, batch_size: int
 ) -> float:
     """Mean loss over the first pictures of a split, each with the noise and the timestep that it always has."""
+    device = next(network.parameters()).device
     total, size = 0.0, min(limit, len(data))
     groups = np.zeros(size, dtype=np.int64) if data.buckets is None else data.buckets.groups[:size]
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group).tolist()
-        for start in range(0, len(members), _LOSS_BATCH):
-            batch = data.batch([(0, index) for index in members[start : start + _LOSS_BATCH]])
+        for start in range(0, len(members), batch_size):
+            batch = data.batch([(0, index) for index in members[start : start + batch_size]])
             total += float(loss(network, {name: tensor.to(device) for name, tensor in batch.items()}).sum())
     return total / size
 
@@ -162,7 +181,7 @@ def _metric_scores(model: TextToImage, source: ImageTextSource, config: EvalConf
     """FID and CLIP score by torchmetrics, over the pictures drawn at the first guidance scale."""
     require("torchmetrics", "evaluation.fid and evaluation.clip_score")
     count = min(config.limit, len(source))
-    captions = [captions_of(texts)[0] for texts in read_texts(source, range(count))]
+    captions = [require_captions(f"{source.name} {number}", texts)[0] for number, texts in _texts(source, count)]
     drawn = _pixels(draw(model, captions, range(count), config.guidance_scales[0], config))
     scores: dict[str, float] = {}
     if config.fid:
@@ -172,13 +191,17 @@ def _metric_scores(model: TextToImage, source: ImageTextSource, config: EvalConf
     return scores
 
 
+def _texts(source: ImageTextSource, count: int) -> Iterator[tuple[int, tuple[TextItem, ...]]]:
+    return enumerate(read_texts(source, range(count)))
+
+
 def _fid(drawn: Tensor, source: ImageTextSource, count: int) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance  # pyright: ignore[reportMissingImports]
 
     metric = _opened(lambda: FrechetInceptionDistance(), "evaluation.fid needs its Inception network")
     for index in range(count):
-        image = Image.fromarray(source[index].image).resize((drawn.shape[3], drawn.shape[2]), Image.Resampling.LANCZOS)
-        metric.update(_pixels([image]), real=True)
+        real = fit_picture(source[index].image, (drawn.shape[2], drawn.shape[3])).pixels
+        metric.update(torch.from_numpy(real).permute(2, 0, 1)[None], real=True)
     metric.update(drawn, real=False)
     return float(metric.compute())
 

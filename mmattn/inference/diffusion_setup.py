@@ -10,6 +10,7 @@ from typing import Any, Optional
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import nn
+from transformers import PreTrainedModel
 
 from mmattn.errors import ConfigError
 from mmattn.inference.denoising import DenoisingNetwork
@@ -17,7 +18,7 @@ from mmattn.inference.new_token import NewTokenEmbedding, add_new_token
 from mmattn.inference.pixel_pipeline import PixelPipeline
 from mmattn.inference.text_encoder_setup import TextEncoderConfig, make_text_encoding
 from mmattn.inference.text_to_image import TextToImage
-from mmattn.inference.trained import trained_model
+from mmattn.inference.trained import model_source, run_part, trained_model
 from mmattn.inference.unet_files import save_unet_lora
 from mmattn.models.unet import UNet
 from mmattn.models.unet.kv_file import cross_attention_kv_names, save_cross_attention_kv
@@ -115,11 +116,12 @@ def make_text_to_image(config: ModelConfig, captions: Iterable[str]) -> TextToIm
 
     Raises:
         CheckpointError: the checkpoint cannot be opened.
-        ConfigError: a form that does not fit together.
+        ConfigError: a form that does not fit together, or one beside a checkpoint, which has its own.
     """
     if config.from_pretrained is not None:
+        _require_defaults(config)
         opened = TextToImage.from_pretrained(
-            config.from_pretrained,
+            model_source(config.from_pretrained),
             revision=config.revision,
             variant=config.variant,
             dtype=torch.float32,
@@ -136,6 +138,18 @@ def make_text_to_image(config: ModelConfig, captions: Iterable[str]) -> TextToIm
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return opened
+
+
+def _require_defaults(config: ModelConfig) -> None:
+    """Of an opened model, settings of a new one would be ignored."""
+    plain = ModelConfig(text_encoder=TextEncoderConfig(frozen=config.text_encoder.frozen))
+    names = ("image_size", "pixel_unshuffle", "text_encoder", "unet", "schedule")
+    given = [name for name in names if getattr(config, name) != getattr(plain, name)]
+    if given:
+        raise ConfigError(
+            f"{', '.join(f'model.{name}' for name in given)}: for a new model, and model.from_pretrained opens one: "
+            "leave them out"
+        )
 
 
 def trains_text_encoder(config: ModelConfig) -> bool:
@@ -257,7 +271,8 @@ def choose_trained(
     embedding = None
     if what == "all":
         unet.requires_grad_(True)
-        encoder.requires_grad_(train_text_encoder)
+        if train_text_encoder:
+            _train_used(encoder)
     elif what == "lora":
         add_lora(unet, lora)
     else:
@@ -268,8 +283,24 @@ def choose_trained(
             embedding = add_new_token(encoder, pipeline.tokenizer, new_token.token, new_token.initializer)
     has_text = train_text_encoder or embedding is not None or (is_pixel and not cache_texts)
     own_text = encoder if has_text else None
-    factor = int(pipeline.config["pixel_unshuffle"]) if is_pixel else 1
-    return Trained(DenoisingNetwork(unet, own_text, factor), what, new_token.token, embedding)
+    network = DenoisingNetwork(unet, own_text, pixel_factor(pipeline))
+    return Trained(network, what, new_token.token, embedding)
+
+
+def pixel_factor(pipeline: Any) -> int:
+    """`pixel_unshuffle` of a pixel-space pipeline; 1 for latents."""
+    return int(pipeline.config["pixel_unshuffle"]) if isinstance(pipeline, PixelPipeline) else 1
+
+
+def _train_used(encoder: PreTrainedModel) -> None:
+    """Train what has a part in the last hidden states: not the poolers and projections that some encoders add, which
+    would be counted as trained and, in several processes, be waited for."""
+    encoder.requires_grad_(True)
+    with torch.enable_grad():
+        states = encoder(input_ids=torch.ones(1, 2, dtype=torch.long)).last_hidden_state
+        grads = torch.autograd.grad(states.sum(), list(encoder.parameters()), allow_unused=True)
+    for parameter, grad in zip(encoder.parameters(), grads, strict=True):
+        parameter.requires_grad_(grad is not None)
 
 
 def save_trained(model: TextToImage, trained: Trained, folder: Path) -> None:
@@ -291,8 +322,9 @@ def open_trained(folder: Path, config: ModelConfig, what: str) -> TextToImage:
     """
     if what == "all" or config.from_pretrained is None:
         return TextToImage.from_pretrained(trained_model(folder))
-    folder = next((folder / name for name in ("best", "final") if (folder / name).is_dir()), folder)
-    model = TextToImage.from_pretrained(config.from_pretrained, revision=config.revision, variant=config.variant)
+    folder = run_part(folder)
+    base = model_source(config.from_pretrained)
+    model = TextToImage.from_pretrained(base, revision=config.revision, variant=config.variant)
     if what == "lora":
         model.load_lora(folder)
     else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -12,24 +13,37 @@ import torch
 from PIL.Image import Image
 from torch import nn
 
+from mmattn.config import load_config
+from mmattn.config.resolve import trained_config
 from mmattn.data.captions import all_captions
 from mmattn.data.readers import open_image_text
 from mmattn.data.spec import DataConfig
 from mmattn.data.text_to_image import NoiseConfig, PictureConfig
 from mmattn.errors import ConfigError
 from mmattn.inference import folders
-from mmattn.inference.denoising import DenoisingLoss
-from mmattn.inference.diffusion_data import CacheConfig, DiffusionData
-from mmattn.inference.diffusion_scores import EvalConfig, denoising_loss, sample_grid, sample_prompts, score_splits
+from mmattn.inference.denoising import DenoisingLoss, DenoisingNetwork
+from mmattn.inference.diffusion_data import CacheConfig, DiffusionData, placed
+from mmattn.inference.diffusion_scores import (
+    EvalConfig,
+    check_evaluation,
+    denoising_loss,
+    sample_grid,
+    sample_prompts,
+    score_splits,
+)
 from mmattn.inference.diffusion_setup import (
     TRAIN_WHAT,
     ModelConfig,
     NewTokenConfig,
+    Trained,
     choose_trained,
     make_text_to_image,
+    open_trained,
+    pixel_factor,
     save_trained,
     trains_text_encoder,
 )
+from mmattn.inference.text_to_image import TextToImage
 from mmattn.training import Batch, Draw, Loss, Task, TrainingConfig
 from mmattn.training.config import CACHE_FOLDER
 from mmattn.training.selection import LoRAConfig, selection
@@ -44,6 +58,12 @@ class LossConfig:
 
     min_snr_gamma: Optional[float] = None  # noqa: UP045 (OmegaConf reads Optional on every Python version)
     caption_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
+            raise ConfigError(f"loss.min_snr_gamma must be positive or null, not {self.min_snr_gamma}")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ConfigError(f"loss.caption_dropout must lie between 0 and 1, not {self.caption_dropout}")
 
 
 @dataclass
@@ -67,6 +87,11 @@ class DiffusionConfig:
             raise ConfigError(f"train_what is {self.train_what!r}: choose one of {', '.join(TRAIN_WHAT)}")
         if self.train_what != "all" and self.model.from_pretrained is None:
             raise ConfigError(f"train_what={self.train_what} needs a model to start from: set model.from_pretrained")
+        if self.model.from_pretrained is None and self.pictures.resolution != self.model.image_size:
+            raise ConfigError(
+                f"pictures.resolution {self.pictures.resolution} is what is trained on, and model.image_size "
+                f"{self.model.image_size} what a new model draws: set both alike"
+            )
 
 
 class DiffusionTask(Task):
@@ -94,6 +119,7 @@ class DiffusionTask(Task):
                 train_text_encoder=trains_text_encoder(config.model),
                 cache_texts=config.cache.texts,
             )
+        check_evaluation(self.t2i, config.evaluation)
         self.model = self.trained.network
         self._scored: dict[str, DiffusionData] = {}
         self.best = config.evaluation.best
@@ -101,12 +127,7 @@ class DiffusionTask(Task):
         self.data = self._data("train", config.loss.caption_dropout)
         self.groups = None if self.data.buckets is None else self.data.buckets.groups
         self.prompts = sample_prompts(config.evaluation, config.data)
-        self.denoising = DenoisingLoss(
-            self.t2i.pipeline.scheduler,
-            min_snr_gamma=config.loss.min_snr_gamma,
-            offset_noise=config.noise.offset_noise,
-            vae=getattr(self.t2i.pipeline, "vae", None),
-        )
+        self.denoising = make_loss(self.t2i, config)
 
     def _data(self, split: str, caption_dropout: float = 0.0) -> DiffusionData:
         config = self.config
@@ -143,23 +164,36 @@ class DiffusionTask(Task):
         return Loss(self.denoising(model, batch).sum(), self.count(batch))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        self.t2i.pipeline.to(next(model.parameters()).device)
-        return score_splits(self.t2i, self.config.data, self.config.evaluation) | self._losses(model)
+        with self._drawing(model):
+            scores = score_splits(self.t2i, self.config.data, self.config.evaluation)
+        return scores | self.losses()
 
-    def _losses(self, model: nn.Module) -> dict[str, float]:
-        evaluation, device = self.config.evaluation, next(model.parameters()).device
+    def losses(self) -> dict[str, float]:
+        """The denoising loss of each split, `split/loss`, where the config wants it."""
+        evaluation, training = self.config.evaluation, self.config.training
         splits = evaluation.splits if evaluation.loss else []
         for split in splits:
             if split not in self._scored:
                 self._scored[split] = self._data(split)
+        at_once = training.micro_batch_size or min(training.batch_size, 16)
         return {
-            f"{split}/loss": denoising_loss(model, self.denoising, self._scored[split], evaluation.limit, device)
+            f"{split}/loss": denoising_loss(
+                self.model, self.denoising, self._scored[split], evaluation.limit, batch_size=at_once
+            )
             for split in splits
         }
 
     def draw(self, model: nn.Module) -> Mapping[str, Image]:
-        grid = sample_grid(self.t2i, self.prompts, self.config.evaluation)
+        with self._drawing(model):
+            grid = sample_grid(self.t2i, self.prompts, self.config.evaluation)
         return {} if grid is None else {"grid": grid}
+
+    @contextlib.contextmanager
+    def _drawing(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the whole pipeline is where the network is; afterwards what is not trained is where it was."""
+        parts = [part for part in self.t2i.pipeline.components.values() if isinstance(part, nn.Module)]
+        with placed(parts, next(model.parameters()).device):
+            yield
 
     def save(self, model: nn.Module, folder: Path) -> None:
         save_trained(self.t2i, self.trained, folder)
@@ -168,6 +202,54 @@ class DiffusionTask(Task):
         what = f"training {self.config.train_what}: {selection(self.model)}"
         text = f"{self.data.source.name}: {len(self)} pictures; {what}"
         return text if self.data.buckets is None else f"{text}; {self.data.buckets.describe()}"
+
+
+def evaluate_folder(folder: Path, config: DiffusionConfig) -> dict[str, float]:
+    """Scores of what a run left, on the data of `config`.
+
+    Which model it is, and what of it was trained, is said by the config beside the run's checkpoints: `config` may be
+    of other data. A folder that belongs to no run is taken to be what `config` says.
+    """
+    own = config
+    with contextlib.suppress(ConfigError):
+        own = load_config(DiffusionConfig, str(trained_config(folder)))
+    t2i = open_trained(folder, own.model, own.train_what)
+    network = DenoisingNetwork(t2i.pipeline.unet, None, pixel_factor(t2i.pipeline)).eval()
+    scores = score_splits(t2i, config.data, config.evaluation)
+    return scores | _losses(t2i, network, config)
+
+
+def _losses(t2i: TextToImage, network: DenoisingNetwork, config: DiffusionConfig) -> dict[str, float]:
+    trained = Trained(network, "all")
+    training = config.training
+    losses: dict[str, float] = {}
+    for split in config.evaluation.splits if config.evaluation.loss else []:
+        data = DiffusionData(
+            t2i,
+            trained,
+            config.data,
+            config.pictures,
+            config.noise,
+            config.cache,
+            cache_folder=Path(training.output_dir) / CACHE_FOLDER,
+            seed=training.seed,
+            split=split,
+            is_preview=True,
+        )
+        loss = make_loss(t2i, config)
+        at_once = training.micro_batch_size or min(training.batch_size, 16)
+        losses[f"{split}/loss"] = denoising_loss(network, loss, data, config.evaluation.limit, batch_size=at_once)
+    return losses
+
+
+def make_loss(t2i: TextToImage, config: DiffusionConfig) -> DenoisingLoss:
+    """The loss that the config describes, for a model."""
+    return DenoisingLoss(
+        t2i.pipeline.scheduler,
+        min_snr_gamma=config.loss.min_snr_gamma,
+        offset_noise=config.noise.offset_noise,
+        vae=getattr(t2i.pipeline, "vae", None),
+    )
 
 
 def _encoding_device(config: TrainingConfig) -> torch.device:

@@ -112,6 +112,20 @@ def check_guidance(guidance_scale: Any, unet: Any, *, has_negative: bool) -> flo
     return float(guidance_scale)
 
 
+def check_rescale(guidance_rescale: Any, *, is_guided: bool) -> float:
+    """`guidance_rescale` as a number from 0 to 1.
+
+    Raises:
+        UsageError: another value, or one that would be ignored because there is no guidance.
+    """
+    is_number = isinstance(guidance_rescale, int | float) and not isinstance(guidance_rescale, bool)
+    if not is_number or not 0 <= guidance_rescale <= 1:
+        raise UsageError(f"guidance_rescale is {guidance_rescale!r}: it must be a number from 0 to 1")
+    if guidance_rescale and not is_guided:
+        raise UsageError(f"guidance_rescale {guidance_rescale} would be ignored: guidance_scale is 1 or less")
+    return float(guidance_rescale)
+
+
 def check_text_width(unet: Any, text_encoders: Sequence[Any]) -> None:
     """Text encoders whose states, side by side, have the width that the U-Net's cross-attention reads.
 

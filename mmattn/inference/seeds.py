@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -46,9 +47,9 @@ def noise_sources(
     if len(seeds) != num_prompts:
         raise UsageError(f"{len(seeds)} seeds for {num_prompts} prompts: give one, or one for each")
     for each in seeds:
-        if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < 2**63 - num_images:
+        if isinstance(each, bool) or not isinstance(each, Integral) or not 0 <= int(each) < 2**63 - num_images:
             raise UsageError(f"seed is {each!r}: it must be a whole number from 0 to 2**63 - 1")
-    return [each + number for each in seeds for number in range(num_images)]
+    return [int(each) + number for each in seeds for number in range(num_images)]
 
 
 def make_generators(sources: Sequence[NoiseSource]) -> list[torch.Generator]:

@@ -23,6 +23,7 @@ from transformers import (
 from mmattn.errors import CheckpointError
 from mmattn.inference.folders import open_tokenizer
 from mmattn.inference.text_encoding import ENCODER_FOLDER, TOKENIZER_FOLDER, TextEncoding
+from mmattn.models.checkpoints import fault
 from mmattn.models.saving import weights_dtype
 from mmattn.models.sources import find_folder, read_config
 
@@ -40,7 +41,6 @@ _OTHER_PARTS = re.compile(
     r"(vision_model|visual_projection|text_projection|logit_scale|decoder|lm_head|cls|vocab_\w+)\b.*|.*\bposition_ids"
 )
 _NOT_TEXT = ("vision_config", "image_size", "num_mel_bins", "sampling_rate", "audio_config")
-_LISTED = 4
 
 
 def open_text_encoder(
@@ -100,7 +100,7 @@ def _open_encoder(folder: Path, variant: str | None, dtype: torch.dtype | None) 
     unexpected = sorted(name for name in loading["unexpected_keys"] if not _OTHER_PARTS.fullmatch(name))
     faults = {"missing": missing, "not known": unexpected}
     if any(faults.values()):
-        listed = "; ".join(f"{len(names)} {what}: {_listed(names)}" for what, names in faults.items() if names)
+        listed = "; ".join(fault(what, names) for what, names in faults.items() if names)
         raise CheckpointError(f"{folder}: the weights do not fit its config: {listed}")
     return encoder.eval()
 
@@ -148,8 +148,3 @@ def _announce_pickle(folder: Path, variant: str | None) -> None:
     infix = f".{variant}" if variant else ""
     if not any(folder.glob(f"model{infix}[.-]*safetensors*")) and any(folder.glob("pytorch_model*.bin")):
         _log.warning("%s holds a pickle, not safetensors: reading it with torch.load(weights_only=True)", folder)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{', '.join(names[:_LISTED])}{more}"

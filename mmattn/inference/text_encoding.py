@@ -67,6 +67,47 @@ class PromptEncoder(Protocol):
         ...
 
 
+class PromptTokens:
+    """A tokenizer with a limit: prompts to tokens, saying what is cut.
+
+    Args:
+        tokenizer: of a text encoder.
+        max_length: tokens of a prompt at most, special tokens included; None: no limit.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self._said: set[str] = set()
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """As `TextEncoding.tokenize`."""
+        prompts = check_prompts(prompts)
+        # Padding goes to the right, whatever the tokenizer is set to: positions are counted from the left.
+        batch = self.tokenizer(
+            prompts,
+            padding=True,
+            padding_side="right",
+            truncation=self.max_length is not None,
+            max_length=self.max_length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        self._say_cuts(prompts, batch["attention_mask"])
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def _say_cuts(self, prompts: Sequence[str], attention_mask: Tensor) -> None:
+        if self.max_length is None or attention_mask.shape[1] < self.max_length:
+            return
+        for prompt, length in zip(prompts, attention_mask.sum(1).tolist(), strict=True):
+            if length < self.max_length or prompt in self._said or len(self._said) >= _SAID:
+                continue
+            cut = cut_text(self.tokenizer, prompt, self.max_length)
+            if cut is not None:
+                self._said.add(prompt)
+                more = "; further ones are cut and not named" if len(self._said) == _SAID else ""
+                _log.warning("%s%s", cut_message(prompt, cut, self.max_length), more)
+
+
 class TextEncoding:
     """A text encoder with its tokenizer: prompts to states, with a mask over their padding.
 
@@ -86,7 +127,7 @@ class TextEncoding:
         _check_tokenizer(encoder, tokenizer)
         self.encoder, self.tokenizer = encoder, tokenizer
         self.max_length = _check_length(encoder, tokenizer, max_length)
-        self._said: set[str] = set()
+        self.tokens = PromptTokens(tokenizer, self.max_length)
 
     @property
     def width(self) -> int:
@@ -117,19 +158,7 @@ class TextEncoding:
         Raises:
             UsageError: no list of texts.
         """
-        prompts = check_prompts(prompts)
-        # Padding goes to the right, whatever the tokenizer is set to: positions are counted from the left.
-        batch = self.tokenizer(
-            prompts,
-            padding=True,
-            padding_side="right",
-            truncation=self.max_length is not None,
-            max_length=self.max_length,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        self._say_cuts(prompts, batch["attention_mask"])
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return self.tokens(prompts)
 
     def encode(self, ids: Mapping[str, Tensor]) -> EncodedText:
         """Tokens of `tokenize` to states, on the encoder's device; with gradients where the encoder is trained."""
@@ -156,18 +185,6 @@ class TextEncoding:
         folder = Path(folder)
         self.encoder.save_pretrained(folder / ENCODER_FOLDER)
         self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
-
-    def _say_cuts(self, prompts: Sequence[str], attention_mask: Tensor) -> None:
-        if self.max_length is None or attention_mask.shape[1] < self.max_length:
-            return
-        for prompt, length in zip(prompts, attention_mask.sum(1).tolist(), strict=True):
-            if length < self.max_length or prompt in self._said or len(self._said) >= _SAID:
-                continue
-            cut = cut_text(self.tokenizer, prompt, self.max_length)
-            if cut is not None:
-                self._said.add(prompt)
-                more = "; further ones are cut and not named" if len(self._said) == _SAID else ""
-                _log.warning("%s%s", cut_message(prompt, cut, self.max_length), more)
 
 
 def _check_tokenizer(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

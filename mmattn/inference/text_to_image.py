@@ -17,6 +17,7 @@ from mmattn.inference.adapters import Adapters, load_kv
 from mmattn.inference.context_once import context_projected_once
 from mmattn.inference.generation_checks import (
     check_guidance,
+    check_rescale,
     check_size,
     check_steps,
     check_text_width,
@@ -251,7 +252,7 @@ class TextToImage:
         settings = {
             "num_inference_steps": check_steps(num_inference_steps, pipeline.scheduler),
             "guidance_scale": scale,
-            "guidance_rescale": guidance_rescale,
+            "guidance_rescale": check_rescale(guidance_rescale, is_guided=scale > 1),
             "height": size[0],
             "width": size[1],
         }

@@ -29,12 +29,27 @@ def trained_model(folder: Path) -> Path:
     Raises:
         CheckpointError: none of them is there.
     """
-    for candidate in (folder, folder / "best", folder / "final"):
+    for candidate in (folder, *_parts(folder)):
         if any((candidate / name).is_file() for name in _MODEL_FILES):
             return candidate
+    trained = next((path for part in (folder, *_parts(folder)) for path in part.glob("pytorch_*.safetensors")), None)
+    if trained is not None:
+        raise CheckpointError(
+            f"{folder}: holds no model of its own, but {trained.name}, to be put into the model that it was trained "
+            "on: name that model, and this folder by --lora or --kv"
+        )
     raise CheckpointError(
         f"{folder}: no model here: neither {' nor '.join(_MODEL_FILES)} nor best/ nor final/; did training finish?"
     )
+
+
+def _parts(folder: Path) -> list[Path]:
+    return [part for name in ("best", "final") if (part := folder / name).is_dir()]
+
+
+def run_part(folder: Path) -> Path:
+    """The result in a training run's folder: `best/`, else `final/`; any other folder is returned as it is."""
+    return next(iter(_parts(folder)), folder)
 
 
 def model_source(name: str) -> str | Path:

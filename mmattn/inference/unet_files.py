@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
 from torch import nn
 
-from mmattn.errors import CheckpointError, UsageError
+from mmattn.errors import UsageError
+from mmattn.models.checkpoints import replacing
 from mmattn.training.selection import adapter_state, lora_config
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -47,19 +47,11 @@ def save_unet_lora(
     if not adapted:
         raise UsageError("no LoRA to save: neither the U-Net nor a text encoder has adapters of add_lora")
     file = Path(folder) / LORA_FILE
-    part = file.with_name(f"{LORA_FILE}.part")
     layers = {f"{name}_lora_layers": _tensors(module) for name, module in adapted.items()}
     metadata = {f"{name}_lora_adapter_metadata": lora_config(module).to_dict() for name, module in adapted.items()}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as part:
         # SDXL's form, with two text encoders, writes all that the other does.
         StableDiffusionXLLoraLoaderMixin.save_lora_weights(file.parent, **layers, **metadata, weight_name=part.name)
-        os.replace(part, file)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be written ({error.strerror or error})") from error
-    finally:
-        if file.parent.is_dir():
-            part.unlink(missing_ok=True)
     return file
 
 

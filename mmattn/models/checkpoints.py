@@ -6,10 +6,11 @@ Reading and writing use the same table, so what is saved is what was opened.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,18 +122,23 @@ def _check(
         for name in sorted(set(shapes) - known)
         if not any(re.fullmatch(pattern, name) for pattern in table.ignored)
     ]
-    faults = [_listed("missing", missing), _listed("not known", extra), _listed("of another shape", mis_shaped)]
+    faults = [fault("missing", missing), fault("not known", extra), fault("of another shape", mis_shaped)]
     if any(faults):
         raise CheckpointError(f"{folder}: the weights do not fit its config: {'; '.join(filter(None, faults))}")
     return sources
 
 
-def _listed(what: str, names: Iterable[str]) -> str:
+def first_names(names: Iterable[str]) -> str:
+    """Names for an error: the first ones, and how many more there are."""
     names = list(names)
-    if not names:
-        return ""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{len(names)} {what}: {', '.join(names[:_LISTED])}{more}"
+    return f"{', '.join(names[:_LISTED])}{more}"
+
+
+def fault(what: str, names: Iterable[str]) -> str:
+    """One kind of fault for an error, such as `2 missing: a, b`; empty without names."""
+    names = list(names)
+    return f"{len(names)} {what}: {first_names(names)}" if names else ""
 
 
 def _check_copies(table: WeightTable, files: TensorFiles, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -150,8 +156,8 @@ def stock_weights(network: nn.Module, table: WeightTable) -> dict[str, Tensor]:
     state = network.state_dict()
     named = [name for weight in table.weights for name in weight.ours]
     faults = [
-        _listed("not in the format", sorted(set(state) - set(named))),
-        _listed("missing", sorted(set(named) - set(state))),
+        fault("not in the format", sorted(set(state) - set(named))),
+        fault("missing", sorted(set(named) - set(state))),
     ]
     if any(faults):
         raise CheckpointError(
@@ -164,22 +170,31 @@ def stock_weights(network: nn.Module, table: WeightTable) -> dict[str, Tensor]:
     return tensors | {name: tensors[source].clone() for name, source in table.also_written.items()}
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write a file to, in a folder that is made; it takes its own name when it is complete, or is removed.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+    finally:
+        if path.parent.is_dir():
+            part.unlink(missing_ok=True)
+
+
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write `config.json` and `model.safetensors`; each file is complete or not there.
 
     Raises:
         CheckpointError: the disk refuses.
     """
-    config_part, weights_part = folder / "config.json.part", folder / "model.safetensors.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "config.json") as config_part, replacing(folder / "model.safetensors") as weights_part:
         config_part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(dict(tensors), weights_part, metadata={"format": "pt"})
-        os.replace(weights_part, folder / "model.safetensors")
-        os.replace(config_part, folder / "config.json")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
-    finally:
-        if folder.is_dir():
-            config_part.unlink(missing_ok=True)
-            weights_part.unlink(missing_ok=True)

@@ -172,7 +172,9 @@ def _gate(pipe: Any, step: int) -> Any:
 def _check_plan(plan: Plan, target: Any, role: str | None, strict: bool) -> None:
     name = type(target).__name__
     if not plan.layers:
-        raise UsageError(f"swap_attention: found no attention layer in {name}")
+        is_ours = type(target).__module__.partition(".")[0] == "mmattn"
+        why = ", which has mmattn's own already: choose its backend with mmattn.use_backend" if is_ours else ""
+        raise UsageError(f"swap_attention: found no attention layer to swap in {name}{why}")
     chosen = [layer for layer in plan.layers if layer.chosen]
     if not chosen:
         raise UsageError(f"swap_attention: {name} has no {role or 'such'} attention in these parts")

@@ -10,6 +10,7 @@ from lines import BIN, RUNS, Checks, benchmark, evaluate, kills, main, report, r
 SCENES = RUNS / "diffusion-scenes"
 GUIDANCE = 2
 MOST_LOST = 0.02  # accuracy on what was known before
+LEAST_GAIN = 0.2  # on the pair that is taught, on other seeds than those that chose it
 
 
 def parity() -> None:
@@ -23,20 +24,24 @@ def parity() -> None:
 
 def scenes() -> None:
     """2: from scratch, scored on pairs of colour and shape that training never shows."""
-    if not train(2, "diffusion/scenes", SCENES, 60):
-        return
+    if train(2, "diffusion/scenes", SCENES, 60):
+        score_scenes()
+    kills(2, "diffusion/debug", "training.max_steps=60", "training.save_every=5", "training.eval_every=20")
+
+
+def score_scenes() -> None:
+    """What the trained model draws, read back by the checker."""
     overrides = ["evaluation.splits=[heldout]", "evaluation.loss=false"]
     scores = evaluate(SCENES, *overrides, "evaluation.limit=400", f"evaluation.guidance_scales=[1,{GUIDANCE},4]")
     for scale in (1, GUIDANCE, 4):
-        for part, goal in {"color": 0.95, "shape": 0.70, "all": None}.items():
+        for part, goal in {"color": 0.95, "shape": None, "both": 0.70, "all": None}.items():
             value = scores.get(f"heldout/1_object/guidance_{scale}/{part}", float("nan"))
             is_goal = goal is not None and scale == GUIDANCE
             what = f"2 one object, held-out pair, guidance {scale}: {part}"
             report(what, f"{value:.1%}", f"{goal:.0%}" if is_goal else "reported", not is_goal or value >= goal)
-        for part in ("color", "shape", "relation", "all"):
+        for part in ("color", "shape", "both", "relation", "all"):
             value = scores.get(f"heldout/2_object/guidance_{scale}/{part}", float("nan"))
             report(f"2 two objects, guidance {scale}: {part}", f"{value:.1%}", "reported", value == value)
-    kills(2, "diffusion/debug", "training.max_steps=60", "training.save_every=5", "training.eval_every=20")
 
 
 def keys_and_values() -> None:
@@ -59,7 +64,13 @@ def keys_and_values() -> None:
         figures["difference"] < 1e-4,
     )
     before, after = figures["pair_before"], figures["pair_after"]
-    report(f"3 {figures['pair']}, right before and after", f"{before:.0%} -> {after:.0%}", "more", after > before)
+    goal = f"{LEAST_GAIN:.0%} more"
+    report(
+        f"3 {figures['pair']}, right before and after",
+        f"{before:.0%} -> {after:.0%}",
+        goal,
+        after >= before + LEAST_GAIN,
+    )
     before, after = figures["old_before"], figures["old_after"]
     goal = f"at most {MOST_LOST:.0%} less"
     report(

@@ -1,16 +1,17 @@
 """Noise, targets and weights of the diffusion loss, against float64 by hand; the trained new token."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from mmattn.errors import CheckpointError, ConfigError
-from mmattn.inference.denoising import DenoisingLoss, DenoisingNetwork
+from mmattn.inference.denoising import DenoisingLoss, DenoisingNetwork, encode_pixels, scaled_latents
 from mmattn.inference.new_token import NewTokenEmbedding, add_new_token
-from tests.inference.tiny_pipelines import pixel_parts
+from tests.inference.tiny_pipelines import pixel_parts, stable_diffusion
 
 TIMESTEPS = torch.tensor([0, 7, 50, 98, 99])
 
@@ -80,12 +81,32 @@ def test_a_scheduler_that_predicts_something_else_is_refused():
         DenoisingLoss(EulerDiscreteScheduler(prediction_type="sample"))
 
 
-def test_latents_are_scaled_as_the_vae_says():
-    class Config:
-        scaling_factor, shift_factor = 0.5, 0.25
+def test_schedulers_without_betas_are_refused():
+    for scheduler in (FlowMatchEulerDiscreteScheduler(), EDMEulerScheduler()):
+        with pytest.raises(CheckpointError, match="has no beta_schedule"):
+            DenoisingLoss(scheduler)
 
+
+def test_latents_with_a_mean_and_a_spread_by_channel():
+    config = {"scaling_factor": 0.5, "latents_mean": [1.0, 2.0], "latents_std": [0.5, 4.0]}
+    latents = torch.full((3, 2, 5, 7), 3.0)
+    found = scaled_latents(config, latents)
+    assert found[:, 0].unique().tolist() == [2.0]
+    assert found[:, 1].unique().tolist() == [0.125]
+
+
+def test_a_vae_works_in_its_own_dtype_under_autocast():
+    vae = stable_diffusion().vae
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    plain = encode_pixels(vae, pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = encode_pixels(vae, pixels)
+    assert all(torch.equal(*pair) for pair in zip(plain, cast, strict=True))
+
+
+def test_latents_are_scaled_as_the_vae_says():
     class VAE:
-        config = Config
+        config: ClassVar = {"scaling_factor": 0.5, "shift_factor": 0.25}
 
     draws = torch.Generator().manual_seed(0)
     shape = (5, 4, 3, 5)

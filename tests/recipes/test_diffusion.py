@@ -1,6 +1,7 @@
 """The diffusion recipe from a config to what opens: scenes from scratch, Stable Diffusion fine-tuned."""
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from mmattn.config import load_config, load_recipe
-from mmattn.errors import ConfigError
+from mmattn.errors import ConfigError, UsageError
 from mmattn.inference.text_to_image import TextToImage
 from mmattn.training.metrics import read_metrics
 from tests.inference.tiny_pipelines import stable_diffusion, stable_diffusion_xl
@@ -62,7 +63,7 @@ def test_debug_config_trains_scores_and_draws(tmp_path):
     config = load_config(recipe.Config, "diffusion/debug", [f"training.output_dir={tmp_path / 'run'}", *FEW, *SHORT])
     result = recipe.train(config)
     assert len(result.losses) == 2
-    assert {"validation/loss", "validation/1_object/guidance_3/shape"} <= result.metrics.keys()
+    assert {"validation/loss", "validation/1_object/guidance_3/both"} <= result.metrics.keys()
     assert Image.open(tmp_path / "run" / "samples" / "step-00000002-grid.png").width > 32
     scores = recipe.evaluate(tmp_path / "run", config)
     assert (
@@ -105,7 +106,11 @@ def test_lora_file_opens_in_stock_diffusers(sd, photos, tmp_path, is_xl):
     before = _picture(stock)
     stock.load_lora_weights(final)
     assert np.abs(_picture(stock) - before).max() > 1e-3
-    assert isinstance(recipe.evaluate(tmp_path / "run", config), dict)
+    scores = recipe.evaluate(tmp_path / "run", config)
+    assert scores == pytest.approx({"validation/loss": result.metrics["validation/loss"]}, rel=1e-4)
+    # On other data the model is still the run's.
+    other = _config("diffusion/finetune-sd-lora", tmp_path / "nowhere", photos, tmp_path / "x", "train_what=all")
+    assert recipe.evaluate(tmp_path / "run", other) == pytest.approx(scores, rel=1e-4)
 
 
 def _picture(pipeline) -> np.ndarray:
@@ -118,6 +123,8 @@ def test_keys_and_values_with_a_new_token(sd, photos, tmp_path):
     (photos / "subject.jsonl").write_text(captions)
     overrides = [f"data.path={photos / 'subject.jsonl'}", "new_token.initializer=circle"]
     overrides += ["evaluation.sample_prompts=[a red <new1> circle]", "training.max_steps=3"]
+    # A split for scores need not have the token.
+    overrides += [f"data.eval_path={photos / 'captions.jsonl'}", "evaluation.splits=[validation]"]
     recipe.train(_config("diffusion/finetune-sd-kv", sd, photos, tmp_path / "run", *overrides))
     final = tmp_path / "run" / "final"
     assert sorted(path.name for path in final.iterdir()) == [
@@ -192,11 +199,50 @@ def test_a_killed_run_equals_an_unbroken_one(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["evaluation.scheduler=nonsense"], "scheduler 'nonsense' is unknown"),
+        (["evaluation.guidance_scales=[0.5]"], "guidance_scale"),
+        (["evaluation.num_inference_steps=2000"], "2000"),
+    ],
+)
+def test_an_evaluation_that_must_fail_is_found_before_training(overrides, message, tmp_path):
+    settings = [f"training.output_dir={tmp_path / 'run'}", *overrides]
+    with pytest.raises(UsageError, match=message):
+        recipe.train(load_config(recipe.Config, "diffusion/debug", settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_to_score_is_said(sd, photos, tmp_path):
+    config = _config("diffusion/finetune-sd-lora", sd, photos, tmp_path / "run", "evaluation.splits=[]")
+    recipe.train(config)
+    with pytest.raises(UsageError, match="nothing to score: evaluation.splits is empty"):
+        recipe.evaluate(tmp_path / "run", config)
+
+
+def test_a_trained_text_encoder_is_saved_and_what_it_does_not_use_stays(tmp_path):
+    config = load_config(recipe.Config, "diffusion/debug", [f"training.output_dir={tmp_path / 'run'}"])
+    encoder = recipe.DiffusionTask(config).model.text_encoder
+    assert encoder is not None
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_workers_get_no_model():
+    task = recipe.DiffusionTask(load_config(recipe.Config, "diffusion/debug"))
+    size = sum(parameter.nbytes for parameter in task.model.text_encoder.parameters())
+    sent = pickle.dumps(task)
+    assert len(sent) < size / 2
+    draws = [(0, 3), (1, 5)]
+    batch, again = task.collate(draws), pickle.loads(sent).collate(draws)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
         (["train_what=lora"], "train_what=lora needs a model to start from"),
         (["train_what=some"], "choose one of all, lora, cross_attention_kv"),
-        (["pictures.resolution=34"], "pictures.resolution 34 must be a multiple of 4"),
+        (["pictures.resolution=34", "model.from_pretrained=x"], "model.unet: for a new model"),
         (["model.unet.attention=[true]"], "model.unet.attention has 1 entries and block_out_channels 2"),
-        (["model.image_size=30"], "model.image_size 30 must be a multiple of 8"),
+        (["model.image_size=30", "pictures.resolution=30"], "model.image_size 30 must be a multiple of 8"),
         (["model.schedule.prediction_type=x"], "prediction_type 'x' is unknown"),
         (["model.schedule.beta_schedule=x"], "beta_schedule 'x' is unknown"),
         (
@@ -206,6 +252,11 @@ def test_a_killed_run_equals_an_unbroken_one(tmp_path):
         (["new_token.token=<new1>"], "new_token.token is for train_what=cross_attention_kv"),
         (["evaluation.splits=[nothing]"], "unknown split 'nothing'"),
         (["evaluation.guidance_scales=[-1]"], "guidance_scales must be numbers of 0 or more"),
+        (["loss.min_snr_gamma=-5"], "loss.min_snr_gamma must be positive or null, not -5"),
+        (["loss.caption_dropout=2"], "loss.caption_dropout must lie between 0 and 1"),
+        (["pictures.resolution=64"], "pictures.resolution 64 is what is trained on, and model.image_size 32"),
+        (["model.image_size=64", "model.from_pretrained=x"], "model.image_size, model.pixel_unshuffle, "),
+        (["model.schedule.prediction_type=epsilon", "model.from_pretrained=x"], "model.schedule: for a new model"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(overrides, message, tmp_path):

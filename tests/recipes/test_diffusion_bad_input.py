@@ -101,5 +101,13 @@ def test_a_new_token_that_no_caption_has(sd, tmp_path, rows, capsys):
     _fails(capsys, [*arguments, "new_token.token=circle"], 2, r".*'circle' is a token|not one token")
 
 
+def test_a_new_token_that_is_cut_off(sd, tmp_path, rows, capsys):
+    rows[0]["text"] = " ".join(["a red circle"] * 5) + " <new1>"
+    arguments = _train(tmp_path, rows, sd, "train_what=cross_attention_kv", "new_token.token=<new1>")
+    _fails(
+        capsys, [*arguments, "new_token.initializer=circle"], 2, r"it was cut: .*, and the new token '<new1>' with it"
+    )
+
+
 def test_random_crops_of_cached_latents(sd, tmp_path, rows, capsys):
     _fails(capsys, _train(tmp_path, rows, sd, "pictures.crop=random"), 2, r"set pictures.crop=center or cache.latents")

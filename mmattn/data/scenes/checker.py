@@ -31,10 +31,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a picture agrees with a caption. `relations` is None for captions without one."""
+    """How a picture agrees with a caption. `shapes` is colour and shape together, `outlines` the shapes alone;
+    `relations` is None for captions without one."""
 
     count: bool
     colors: bool
+    outlines: bool
     shapes: bool
     sizes: bool
     relations: bool | None
@@ -67,6 +69,7 @@ def check_caption(image: np.ndarray, caption: str) -> Verdict:
     return Verdict(
         count=len(seen) == len(wanted),
         colors=sorted(item.color for item in seen) == sorted(color for _, color, _ in wanted),
+        outlines=sorted(item.shape for item in seen) == sorted(shape for _, _, shape in wanted),
         shapes=sorted((item.color, item.shape) for item in seen)
         == sorted((color, shape) for _, color, shape in wanted),
         sizes=sorted((item.color, item.shape, item.size) for item in seen)

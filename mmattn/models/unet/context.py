@@ -63,10 +63,20 @@ class UNetContext:
         mask = 0 if self.key_mask is None else self.key_mask.nbytes
         return self.text.nbytes + mask + sum(kept.nbytes for kept in self._kept.values())
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> UNetContext:
-        """The same context on another device or in another dtype (of text, keys and values)."""
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
+    ) -> UNetContext:
+        """This context on another device or in another dtype (of text, keys and values); itself where nothing changes,
+        so that hooks that move a model's arguments leave what is projected in place. `non_blocking` as in torch."""
+        text = self.text.to(device=device, dtype=dtype, non_blocking=non_blocking)
+        if text is self.text:
+            return self
         key_mask = None if self.key_mask is None else self.key_mask.to(device=device)
-        moved = UNetContext(self.text.to(device=device, dtype=dtype), key_mask)
+        moved = UNetContext(text, key_mask)
         moved._kept = {module: kept.to(device=device, dtype=dtype) for module, kept in self._kept.items()}
         return moved
 

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from mmattn.errors import CheckpointError
-from mmattn.models.checkpoints import _listed
+from mmattn.models.checkpoints import fault
 from mmattn.models.saving import weights_dtype
 from mmattn.models.sources import read_json
 
@@ -83,10 +83,10 @@ def open_unet(
 def _check_fit(where: str, found: dict[str, list[Any]]) -> None:
     mis_shaped = [f"{name} is {list(shape)}, not {list(wanted)}" for name, shape, wanted in found["mismatched_keys"]]
     faults = [
-        _listed("missing", sorted(found["missing_keys"])),
-        _listed("not known", sorted(found["unexpected_keys"])),
-        _listed("of another shape", sorted(mis_shaped)),
-        _listed("not loaded", found["error_msgs"]),
+        fault("missing", sorted(found["missing_keys"])),
+        fault("not known", sorted(found["unexpected_keys"])),
+        fault("of another shape", sorted(mis_shaped)),
+        fault("not loaded", found["error_msgs"]),
     ]
     if any(faults):
         raise CheckpointError(f"{where}: the weights do not fit its config: {'; '.join(filter(None, faults))}")

@@ -10,8 +10,7 @@ the one that stock diffusers opens:
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +21,12 @@ from torch import Tensor, nn
 
 import mmattn
 from mmattn.errors import CheckpointError, UsageError
+from mmattn.models.checkpoints import fault, first_names, replacing
 from mmattn.nn import CrossAttention
 
 WEIGHTS_FILE = "pytorch_custom_diffusion_weights.safetensors"
 
 _PROJECTIONS = ("to_k", "to_v")
-_LISTED = 4  # names listed per kind of fault in an error
 
 
 @dataclass(frozen=True)
@@ -126,14 +125,14 @@ def read_cross_attention_kv(folder: str | Path) -> CrossAttentionKV:
             others.append(name)
     if others:
         raise CheckpointError(
-            f"{path}: not a file of cross-attention keys and values only, it holds {_listed(others)} as well"
+            f"{path}: not a file of cross-attention keys and values only, it holds {first_names(others)} as well"
         )
     tokens: dict[str, Tensor] = {}
     for token in _token_names(path, metadata):
         file = path.parent / _token_file(token)
         held, _ = _read(file)
         if list(held) != [token]:
-            raise CheckpointError(f"{file}: holds {_listed(held)}, not the embedding of {token}")
+            raise CheckpointError(f"{file}: holds {first_names(held)}, not the embedding of {token}")
         tokens |= held
     return CrossAttentionKV(weights, tokens, metadata.get("base_model", ""), metadata.get("mmattn_version", ""))
 
@@ -167,7 +166,7 @@ def merge_cross_attention_kv(unet: nn.Module, folder: str | Path) -> CrossAttent
         ],
     }
     if any(faults.values()):
-        listed = "; ".join(f"{len(names)} {what}: {_listed(names)}" for what, names in faults.items() if names)
+        listed = "; ".join(fault(what, names) for what, names in faults.items() if names)
         origin = f" (made from {kv.base_model})" if kv.base_model else ""
         raise CheckpointError(f"{folder}: keys and values of another U-Net{origin}: {listed}")
     for name, target in targets.items():
@@ -222,12 +221,6 @@ def _token_names(path: Path, metadata: Mapping[str, str]) -> list[str]:
     return names
 
 
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{', '.join(names[:_LISTED])}{more}"
-
-
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; it is written by save_cross_attention_kv")
@@ -239,15 +232,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    part = path.with_name(path.name + ".part")
     # Cloned: projections that are packed for inference share one storage.
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
         save_file(copies, part, metadata={"format": "pt", **metadata})
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
-    finally:
-        if path.parent.is_dir():
-            part.unlink(missing_ok=True)
