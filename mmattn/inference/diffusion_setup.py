@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import nn
 from transformers import PreTrainedModel
 
-from mmattn.errors import ConfigError
+from mmattn.errors import CheckpointError, ConfigError
 from mmattn.inference.denoising import DenoisingNetwork
 from mmattn.inference.new_token import NewTokenEmbedding, add_new_token
 from mmattn.inference.pixel_pipeline import PixelPipeline
@@ -128,6 +128,11 @@ def make_text_to_image(config: ModelConfig, captions: Iterable[str]) -> TextToIm
             device="cpu",
         )
         unet = opened.pipeline.unet
+        if unet.config.time_cond_proj_dim is not None:
+            raise CheckpointError(
+                f"{config.from_pretrained}: its U-Net was distilled with guidance as an input (time_cond_proj_dim), "
+                "which this training does not give it: start from the model that it was distilled from"
+            )
     else:
         text = make_text_encoding(captions, config.text_encoder)
         unet = _new_unet(config, text.width)

@@ -158,7 +158,8 @@ def test_noise_and_timesteps_are_distributed_as_said():
     assert float(shares.mean()) == pytest.approx(0.5, abs=0.05)
     assert float(shares.std()) == pytest.approx(12**-0.5, abs=0.03)
     config = NoiseConfig(timestep_sampling="logit_normal", timestep_mean=1, timestep_std=0.5)
-    timesteps = collator(noise=config, num_train_timesteps=100_000)(Pictures([[TextItem("x")]] * 300), draws)["timesteps"]
+    collate = collator(noise=config, num_train_timesteps=100_000)
+    timesteps = collate(Pictures([[TextItem("x")]] * 300), draws)["timesteps"]
     normal = torch.logit((timesteps.double() + 0.5) / 100_000)
     assert float(normal.mean()) == pytest.approx(1, abs=0.1)
     assert float(normal.std()) == pytest.approx(0.5, abs=0.05)

@@ -88,6 +88,12 @@ def test_a_folder_of_another_family(sd, tmp_path, rows, capsys):
     _fails(capsys, _train(tmp_path, rows, tmp_path / "nothing"), 2, r"no such folder")
 
 
+def test_a_distilled_model(sd, tmp_path, rows, capsys):
+    other = tmp_path / "distilled"
+    stable_diffusion(time_cond_proj_dim=8).save_pretrained(other)
+    _fails(capsys, _train(tmp_path, rows, other), 2, r"distilled with guidance as an input \(time_cond_proj_dim\)")
+
+
 def test_text_of_another_width(sd, tmp_path, rows, capsys):
     other = tmp_path / "other"
     stable_diffusion(cross_attention_dim=24).save_pretrained(other)
