@@ -9,7 +9,7 @@ from pathlib import Path
 from mmattn.data.readers import open_image_text
 from mmattn.data.skipping import preview
 from mmattn.errors import UsageError
-from mmattn.inference.diffusion_task import DiffusionConfig, DiffusionTask, evaluate_folder
+from mmattn.inference.diffusion.task import DiffusionConfig, DiffusionTask, evaluate_folder
 from mmattn.training import TrainingResult
 from mmattn.training import train as run_loop
 from mmattn.training.memory import estimate_run

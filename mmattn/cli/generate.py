@@ -57,7 +57,7 @@ def generate(
     json_lines: JsonOption = False,
 ) -> None:
     """Draw pictures from texts."""
-    from mmattn.inference.picture_files import check_paths, picture_paths
+    from mmattn.inference.diffusion.picture_files import check_paths, picture_paths
 
     texts = _prompts(prompts, file)
     height, width = (None, None) if size is None else _size(size)
@@ -69,7 +69,7 @@ def generate(
 
     from mmattn import __version__
     from mmattn.cli.models import open_text_to_image
-    from mmattn.inference.picture_files import save_picture
+    from mmattn.inference.diffusion.picture_files import save_picture
 
     t2i = open_text_to_image(model, scheduler)
     for name, scale in loras:
@@ -157,8 +157,8 @@ def _say(path: Path, own: dict[str, Any], json_lines: bool) -> None:
 def _save_grid(grid: Path, images: list[Image.Image], labels: list[str], facts: dict[str, Any]) -> None:
     import sys
 
-    from mmattn.inference.picture_files import save_picture
-    from mmattn.inference.picture_grid import picture_grid
+    from mmattn.inference.diffusion.picture_files import save_picture
+    from mmattn.inference.diffusion.picture_grid import picture_grid
 
     save_picture(picture_grid(images, labels), grid, facts)
     print(f"wrote {grid}", file=sys.stderr)

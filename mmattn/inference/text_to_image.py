@@ -13,9 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmattn.errors import CheckpointError, UsageError
-from mmattn.inference.adapters import Adapters, load_kv
-from mmattn.inference.context_once import context_projected_once
-from mmattn.inference.generation_checks import (
+from mmattn.inference.diffusion.adapters import Adapters, load_kv
+from mmattn.inference.diffusion.checks import (
     check_guidance,
     check_rescale,
     check_size,
@@ -24,12 +23,13 @@ from mmattn.inference.generation_checks import (
     check_whole,
     each_prompt,
 )
+from mmattn.inference.diffusion.context_once import context_projected_once
+from mmattn.inference.diffusion.pipeline_folder import PIPELINES, open_pipeline
+from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
+from mmattn.inference.diffusion.prompts import EncodedPrompts, check_encoded, encode_prompts
+from mmattn.inference.diffusion.schedulers import check_seeded, make_scheduler
+from mmattn.inference.diffusion.seeds import make_generators, noise_sources
 from mmattn.inference.hub import evaluating, push_folder
-from mmattn.inference.pipeline_folder import PIPELINES, open_pipeline
-from mmattn.inference.pixel_pipeline import PixelPipeline
-from mmattn.inference.prompts import EncodedPrompts, check_encoded, encode_prompts
-from mmattn.inference.schedulers import check_seeded, make_scheduler
-from mmattn.inference.seeds import make_generators, noise_sources
 
 Prompts = str | Sequence[str]
 
@@ -85,8 +85,8 @@ class TextToImage:
             dtype: of the weights; None: bfloat16 (or float16) on a CUDA device, else float32.
             device: None: the first accelerator, else the CPU.
             local_files_only: never go to the network.
-            scheduler: a name of `mmattn.inference.schedulers.SCHEDULERS`, of a class of diffusers, or a scheduler;
-                None: the folder's own.
+            scheduler: a name of `mmattn.inference.diffusion.schedulers.SCHEDULERS`, of a class of diffusers, or a
+                scheduler; None: the folder's own.
 
         Raises:
             CheckpointError: nothing there, a model of another family, or files that do not fit together.

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from mmattn.data.scenes import HELD_OUT_PAIRS, SceneDataset
 from mmattn.data.scenes.checker import check_caption
 from mmattn.data.scenes.layout import TRAINED_PAIRS
-from mmattn.inference.pipeline_folder import open_pipeline
+from mmattn.inference.diffusion.pipeline_folder import open_pipeline
 from mmattn.inference.text_to_image import TextToImage
 from mmattn.inference.trained import trained_model
 from mmattn.models.unet.kv_file import WEIGHTS_FILE, cross_attention_kv_names

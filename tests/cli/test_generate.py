@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmattn import __version__
 from mmattn.cli.main import main
-from mmattn.inference.pixel_pipeline import PixelPipeline
+from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
 from mmattn.inference.text_to_image import TextToImage
 from mmattn.models.unet import UNet
 from mmattn.models.unet.kv_file import save_cross_attention_kv

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 import mmattn
-from mmattn.inference.context_once import context_projected_once
-from mmattn.inference.pixel_pipeline import PixelPipeline
+from mmattn.inference.diffusion.context_once import context_projected_once
+from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
 from mmattn.inference.text_to_image import TextToImage
 from mmattn.models.unet import UNet
 from mmattn.models.unet.kv_file import cross_attention_kv_names, save_cross_attention_kv

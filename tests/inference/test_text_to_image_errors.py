@@ -11,9 +11,9 @@ from diffusers import DDIMScheduler, DPMSolverSDEScheduler, StableDiffusionPipel
 from safetensors.torch import load_file, save_file
 
 from mmattn.errors import CheckpointError, UsageError
-from mmattn.inference.pixel_pipeline import PixelPipeline
-from mmattn.inference.prompts import EncodedPrompts
-from mmattn.inference.schedulers import make_scheduler
+from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
+from mmattn.inference.diffusion.prompts import EncodedPrompts
+from mmattn.inference.diffusion.schedulers import make_scheduler
 from mmattn.inference.text_to_image import TextToImage
 from mmattn.inference.trained import trained_model
 from mmattn.models.unet import UNet

@@ -14,7 +14,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from mmattn.inference.text_encoder_setup import TextEncoderConfig, new_text_encoder
+from mmattn.inference.diffusion.text_encoder_setup import TextEncoderConfig, new_text_encoder
 from tests.swap.zoo_base import liven, quiet, seeded
 from tests.swap.zoo_sd import BETAS, SD1, SDXL, TEXT, parts, unet_with, vae
 

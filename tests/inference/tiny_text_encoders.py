@@ -17,8 +17,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from mmattn.inference.text_encoder_setup import TextEncoderConfig, new_text_encoder
-from mmattn.inference.text_encoding import TextEncoding
+from mmattn.inference.diffusion.text_encoder_setup import TextEncoderConfig, new_text_encoder
+from mmattn.inference.diffusion.text_encoding import TextEncoding
 from tests.swap.zoo_base import liven
 
 TEXTS = ["a red circle left of a blue square", "a big green star above a cross"]

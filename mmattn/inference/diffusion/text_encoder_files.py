@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from mmattn.errors import CheckpointError
+from mmattn.inference.diffusion.text_encoding import ENCODER_FOLDER, TOKENIZER_FOLDER, TextEncoding
 from mmattn.inference.folders import open_tokenizer
-from mmattn.inference.text_encoding import ENCODER_FOLDER, TOKENIZER_FOLDER, TextEncoding
 from mmattn.models.checkpoints import fault
 from mmattn.models.saving import weights_dtype
 from mmattn.models.sources import find_folder, read_config

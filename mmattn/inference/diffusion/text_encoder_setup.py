@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from mmattn.data.tokenizer import BOS, EOS, train_tokenizer
 from mmattn.errors import ConfigError
-from mmattn.inference.text_encoder_files import open_text_encoder
-from mmattn.inference.text_encoding import TextEncoding
+from mmattn.inference.diffusion.text_encoder_files import open_text_encoder
+from mmattn.inference.diffusion.text_encoding import TextEncoding
 
 
 @dataclass

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mmattn.errors import UsageError
-from mmattn.inference.generation_checks import each_prompt, expected_width
-from mmattn.inference.pixel_pipeline import PixelPipeline, mask_of, pad_length
-from mmattn.inference.prompt_tokens import cut_message
-from mmattn.inference.sd_text_encoding import PipelineTextEncoding
+from mmattn.inference.diffusion.checks import each_prompt, expected_width
+from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline, mask_of, pad_length
+from mmattn.inference.diffusion.prompt_tokens import cut_message
+from mmattn.inference.diffusion.sd_text_encoding import PipelineTextEncoding
 
 _log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from transformers import (
 
 from mmattn.data.tokenizer import train_tokenizer
 from mmattn.errors import CheckpointError, ConfigError, DataError, UsageError
-from mmattn.inference.text_encoder_files import open_text_encoder
-from mmattn.inference.text_encoder_setup import TextEncoderConfig, make_text_encoding, new_text_encoder
-from mmattn.inference.text_encoding import EncodedText, TextEncoding
+from mmattn.inference.diffusion.text_encoder_files import open_text_encoder
+from mmattn.inference.diffusion.text_encoder_setup import TextEncoderConfig, make_text_encoding, new_text_encoder
+from mmattn.inference.diffusion.text_encoding import EncodedText, TextEncoding
 from tests.inference.tiny_text_encoders import LONG, SAVERS, SMALL, TEXTS, new, save_bert
 from tests.swap.zoo_base import liven
 from tests.swap.zoo_sd import SD1, unet_with

@@ -21,9 +21,9 @@ from mmattn.data.spec import DataConfig
 from mmattn.data.text_to_image import NoiseConfig, PictureConfig
 from mmattn.errors import ConfigError
 from mmattn.inference import folders
-from mmattn.inference.denoising import DenoisingLoss, DenoisingNetwork
-from mmattn.inference.diffusion_data import CacheConfig, DiffusionData, placed
-from mmattn.inference.diffusion_scores import (
+from mmattn.inference.diffusion.data import CacheConfig, DiffusionData, placed
+from mmattn.inference.diffusion.denoising import DenoisingLoss, DenoisingNetwork
+from mmattn.inference.diffusion.scores import (
     EvalConfig,
     check_evaluation,
     denoising_loss,
@@ -31,7 +31,7 @@ from mmattn.inference.diffusion_scores import (
     sample_prompts,
     score_splits,
 )
-from mmattn.inference.diffusion_setup import (
+from mmattn.inference.diffusion.setup import (
     TRAIN_WHAT,
     ModelConfig,
     NewTokenConfig,

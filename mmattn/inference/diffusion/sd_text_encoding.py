@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from mmattn.errors import CheckpointError
-from mmattn.inference.prompt_tokens import check_prompts, cut_text
-from mmattn.inference.text_encoding import EncodedText
-from mmattn.inference.text_fingerprints import encoders_fingerprint
+from mmattn.inference.diffusion.prompt_tokens import check_prompts, cut_text
+from mmattn.inference.diffusion.text_encoding import EncodedText
+from mmattn.inference.diffusion.text_fingerprints import encoders_fingerprint
 
 
 class PipelineTextEncoding:

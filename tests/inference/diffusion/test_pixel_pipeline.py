@@ -19,7 +19,7 @@ from diffusers import (
 from transformers import AutoTokenizer, CLIPTextModel
 
 from mmattn.errors import CheckpointError, UsageError
-from mmattn.inference.pixel_pipeline import PixelPipeline
+from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
 from mmattn.models.unet import UNet
 from mmattn.nn import CrossAttention
 from tests.swap.zoo_base import quiet

@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, 
 from torch import nn
 
 from mmattn.errors import CheckpointError, ConfigError
-from mmattn.inference.denoising import DenoisingLoss, DenoisingNetwork, encode_pixels, scaled_latents
-from mmattn.inference.new_token import NewTokenEmbedding, add_new_token
+from mmattn.inference.diffusion.denoising import DenoisingLoss, DenoisingNetwork, encode_pixels, scaled_latents
+from mmattn.inference.diffusion.new_token import NewTokenEmbedding, add_new_token
 from tests.inference.tiny_pipelines import pixel_parts, stable_diffusion
 
 TIMESTEPS = torch.tensor([0, 7, 50, 98, 99])

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from mmattn.errors import UsageError
-from mmattn.inference.picture_files import picture_paths, save_picture, slug
-from mmattn.inference.picture_grid import picture_grid
+from mmattn.inference.diffusion.picture_files import picture_paths, save_picture, slug
+from mmattn.inference.diffusion.picture_grid import picture_grid
 
 
 def colours(count: int, size: tuple[int, int] = (32, 24)) -> list[Image.Image]:

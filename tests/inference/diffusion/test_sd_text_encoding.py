@@ -8,7 +8,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, Stab
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from mmattn.errors import CheckpointError
-from mmattn.inference.sd_text_encoding import sd_text_encodings
+from mmattn.inference.diffusion.sd_text_encoding import sd_text_encodings
 from tests.inference.tiny_text_encoders import LONG, TEXTS, text_config, word_tokenizer
 from tests.swap.zoo_base import liven, quiet
 from tests.swap.zoo_sd import SD1, SDXL, parts, unet_with, vae

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmattn.errors import CheckpointError
-from mmattn.inference.text_encoding import EncodedText
+from mmattn.inference.diffusion.text_encoding import EncodedText
 from mmattn.models.unet import UNet, UNetContext
 
 PREDICTIONS = ("epsilon", "v_prediction")

@@ -20,11 +20,11 @@ from mmattn.data.scenes import SceneDataset
 from mmattn.data.scenes.checker import Verdict, check_caption, parse_caption
 from mmattn.data.spec import SPLITS, DataConfig
 from mmattn.errors import ConfigError, RunError
-from mmattn.inference.denoising import DenoisingLoss
-from mmattn.inference.diffusion_data import DiffusionData
-from mmattn.inference.generation_checks import check_guidance, check_steps
-from mmattn.inference.picture_grid import picture_grid
-from mmattn.inference.schedulers import check_seeded, make_scheduler
+from mmattn.inference.diffusion.checks import check_guidance, check_steps
+from mmattn.inference.diffusion.data import DiffusionData
+from mmattn.inference.diffusion.denoising import DenoisingLoss
+from mmattn.inference.diffusion.picture_grid import picture_grid
+from mmattn.inference.diffusion.schedulers import check_seeded, make_scheduler
 from mmattn.inference.text_to_image import TextToImage
 
 _DRAWN_AT_ONCE = 64

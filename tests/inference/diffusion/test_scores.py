@@ -12,9 +12,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 from mmattn.data.scenes import SceneDataset
 from mmattn.data.spec import DataConfig
 from mmattn.errors import OptionalPackageError, RunError
-from mmattn.inference import diffusion_scores
-from mmattn.inference.diffusion_scores import EvalConfig, sample_prompts, scene_scores, score_splits
-from mmattn.inference.text_encoder_setup import TextEncoderConfig, new_text_encoder
+from mmattn.inference.diffusion.scores import EvalConfig, sample_prompts, scene_scores, score_splits
+from mmattn.inference.diffusion.text_encoder_setup import TextEncoderConfig, new_text_encoder
 from tests.inference.tiny_pipelines import WORDS
 
 CAPTIONS = ["a red circle", "blue square below", "a green star"]
@@ -119,6 +118,6 @@ def test_metrics_that_cannot_be_had_say_so(tmp_path, monkeypatch):
     def missing(name: str, purpose: str) -> None:
         raise OptionalPackageError(f"{purpose} needs the package {name}")
 
-    monkeypatch.setattr(diffusion_scores, "require", missing)
+    monkeypatch.setattr(scores_module, "require", missing)
     with pytest.raises(OptionalPackageError, match="evaluation.fid and evaluation.clip_score needs the package torchm"):
         score_splits(_Knows(_noise()), data, EvalConfig(splits=["validation"], fid=True, loss=False))

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mmattn.errors import CheckpointError, UsageError
-from mmattn.inference.generation_checks import (
+from mmattn.inference.diffusion.checks import (
     check_guidance,
     check_size,
     check_steps,
@@ -30,7 +30,7 @@ from mmattn.inference.generation_checks import (
     expected_width,
     takes_generator,
 )
-from mmattn.inference.text_encoding import EncodedText, TextEncoding
+from mmattn.inference.diffusion.text_encoding import EncodedText, TextEncoding
 from mmattn.models.unet import UNet, UNetContext
 
 OUTPUT_TYPES = ("pil", "np", "pt")

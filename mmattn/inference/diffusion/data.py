@@ -23,13 +23,13 @@ from mmattn.data.spec import DataConfig
 from mmattn.data.tensor_cache import TensorCache
 from mmattn.data.text_to_image import NoiseConfig, NoiseShape, PictureConfig, TextToImageCollator
 from mmattn.errors import ConfigError, DataError
-from mmattn.inference.denoising import encode_pixels
-from mmattn.inference.diffusion_setup import Trained
-from mmattn.inference.pixel_pipeline import PixelPipeline
-from mmattn.inference.prompt_tokens import cut_message
-from mmattn.inference.sd_text_encoding import sd_text_encodings
-from mmattn.inference.text_encoding import PromptEncoder, TextEncoding
-from mmattn.inference.text_fingerprints import encoders_fingerprint
+from mmattn.inference.diffusion.denoising import encode_pixels
+from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
+from mmattn.inference.diffusion.prompt_tokens import cut_message
+from mmattn.inference.diffusion.sd_text_encoding import sd_text_encodings
+from mmattn.inference.diffusion.setup import Trained
+from mmattn.inference.diffusion.text_encoding import PromptEncoder, TextEncoding
+from mmattn.inference.diffusion.text_fingerprints import encoders_fingerprint
 from mmattn.inference.text_to_image import TextToImage
 
 _log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mmattn.errors import CheckpointError, UsageError
-from mmattn.inference.unet_files import LORA_FILE, save_unet_lora
+from mmattn.inference.diffusion.unet_files import LORA_FILE, save_unet_lora
 from mmattn.training.selection import LoRAConfig, add_lora
 from tests.swap.zoo_sd import FAMILIES, SD1, text_encoder, unet_with
 

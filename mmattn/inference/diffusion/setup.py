@@ -13,13 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mmattn.errors import CheckpointError, ConfigError
-from mmattn.inference.denoising import DenoisingNetwork
-from mmattn.inference.new_token import NewTokenEmbedding, add_new_token
-from mmattn.inference.pixel_pipeline import PixelPipeline
-from mmattn.inference.text_encoder_setup import TextEncoderConfig, make_text_encoding
+from mmattn.inference.diffusion.denoising import DenoisingNetwork
+from mmattn.inference.diffusion.new_token import NewTokenEmbedding, add_new_token
+from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
+from mmattn.inference.diffusion.text_encoder_setup import TextEncoderConfig, make_text_encoding
+from mmattn.inference.diffusion.unet_files import save_unet_lora
 from mmattn.inference.text_to_image import TextToImage
 from mmattn.inference.trained import model_source, run_part, trained_model
-from mmattn.inference.unet_files import save_unet_lora
 from mmattn.models.unet import UNet
 from mmattn.models.unet.kv_file import cross_attention_kv_names, save_cross_attention_kv
 from mmattn.training.selection import LoRAConfig, add_lora, train_only

@@ -19,7 +19,7 @@ from torch import nn
 
 from mmattn.errors import CheckpointError, MmattnError, UsageError
 from mmattn.inference import folders
-from mmattn.inference.pixel_pipeline import PixelPipeline
+from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
 from mmattn.models.saving import weights_dtype
 from mmattn.models.sources import read_json
 from mmattn.models.unet import UNet
