@@ -18,8 +18,8 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-# Without torchvision, importing diffusers' pipelines makes transformers say twice which image processor it takes instead.
-# Text to image has no use for either.
+# Without torchvision, importing diffusers' pipelines makes transformers say twice which image processor it takes
+# instead. Text to image has no use for either.
 with _quiet_transformers():
     import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
     import diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl  # noqa: F401

@@ -12,6 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 from mmattn.data.scenes import SceneDataset
 from mmattn.data.spec import DataConfig
 from mmattn.errors import OptionalPackageError, RunError
+from mmattn.inference.diffusion import scores as scores_module
 from mmattn.inference.diffusion.scores import EvalConfig, sample_prompts, scene_scores, score_splits
 from mmattn.inference.diffusion.text_encoder_setup import TextEncoderConfig, new_text_encoder
 from tests.inference.tiny_pipelines import WORDS
