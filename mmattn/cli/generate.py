@@ -100,7 +100,9 @@ def generate(
         on_batch=save,
     )
     if grid is not None:
-        _save_grid(grid, images, of_picture, facts)
+        # A row for each prompt, where each has several pictures.
+        columns = num_images if num_images > 1 and len(texts) > 1 else None
+        _save_grid(grid, images, of_picture, facts, columns)
 
 
 def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
@@ -154,11 +156,13 @@ def _say(path: Path, own: dict[str, Any], json_lines: bool) -> None:
     print(json.dumps({"file": str(path), **own}, ensure_ascii=False) if json_lines else path, flush=True)
 
 
-def _save_grid(grid: Path, images: list[Image.Image], labels: list[str], facts: dict[str, Any]) -> None:
+def _save_grid(
+    grid: Path, images: list[Image.Image], labels: list[str], facts: dict[str, Any], columns: int | None
+) -> None:
     import sys
 
     from mmattn.inference.diffusion.picture_files import save_picture
     from mmattn.inference.diffusion.picture_grid import picture_grid
 
-    save_picture(picture_grid(images, labels), grid, facts)
+    save_picture(picture_grid(images, labels, columns=columns), grid, facts)
     print(f"wrote {grid}", file=sys.stderr)

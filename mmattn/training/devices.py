@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
 
 from mmattn._optional import require
 from mmattn.errors import MmattnError, RunError, UsageError
@@ -30,12 +30,14 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """
     for name in config.trackers:
         require(name, f"training.trackers={name}")
-    device = PartialState(cpu=config.device == "cpu", timeout=_COLLECTIVE_TIMEOUT).device
+    # Accelerate reads this variable only after the processes have been joined, or not.
+    cpu = config.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    device = PartialState(cpu=cpu, timeout=_COLLECTIVE_TIMEOUT).device
     precision = resolve_precision(config.mixed_precision, torch.device(device or "cpu"))
     # Accelerate keeps one precision for the life of the process; a second run may want another.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
-        cpu=config.device == "cpu",
+        cpu=cpu,
         mixed_precision=precision,
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(

@@ -159,7 +159,7 @@ def test_things_without_attention():
     plain = {"block_out_channels": (8, 8), "norm_num_groups": 4, "cross_attention_dim": 8}
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
     unet = UNet2DConditionModel(**plain, **blocks)
-    with pytest.raises(UsageError, match="found no attention layer in UNet2DConditionModel"):
+    with pytest.raises(UsageError, match="found no attention layer to swap in UNet2DConditionModel"):
         mmattn.swap_attention(unet)
     with pytest.raises(UsageError, match="model is a Linear, neither a diffusers nor a transformers model"):
         mmattn.swap_attention(nn.Linear(2, 2))

@@ -22,9 +22,8 @@ from mmattn.errors import CheckpointError, UsageError
 from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
 from mmattn.models.unet import UNet
 from mmattn.nn import CrossAttention
+from tests.inference.tiny_pipelines import pixel_parts, seeds
 from tests.swap.zoo_base import quiet
-
-from .tiny_pipelines import pixel_parts, seeds
 
 PROMPTS = ["a red circle", "a blue square above a green star"]
 
