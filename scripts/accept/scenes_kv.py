@@ -70,9 +70,9 @@ def main() -> None:
     shutil.rmtree(work, ignore_errors=True)
     base = trained_model(run)
     model = opened(base)
-    by_pair = {pair: accuracy(model, [pair], 40, first_seed=0) for pair in sorted(HELD_OUT_PAIRS)}
+    by_pair = {pair: accuracy(model, [pair], 20, first_seed=0) for pair in sorted(HELD_OUT_PAIRS)}
     pair = min(by_pair, key=lambda pair: by_pair[pair])
-    old_before = accuracy(model, TRAINED_PAIRS, 12)
+    old_before = accuracy(model, TRAINED_PAIRS, 8)
     captions = write_pictures(work / "pictures", pair)
     overrides = [
         f"model.from_pretrained={base}",
@@ -84,7 +84,7 @@ def main() -> None:
         "loss.caption_dropout=0.1",
         "evaluation.sample_prompts=[]",
         f"training.output_dir={work / 'run'}",
-        "training.max_steps=300",
+        "training.max_steps=200",
         "training.batch_size=64",
         "training.micro_batch_size=null",
         "training.learning_rate=3e-4",
@@ -100,10 +100,10 @@ def main() -> None:
     taught.load_cross_attention_kv(file)
     figures = {
         "pair": " ".join(pair),
-        "pair_before": accuracy(model, [pair], 40),
-        "pair_after": accuracy(taught, [pair], 40),
+        "pair_before": accuracy(model, [pair], 60),
+        "pair_after": accuracy(taught, [pair], 60),
         "old_before": old_before,
-        "old_after": accuracy(taught, TRAINED_PAIRS, 12),
+        "old_after": accuracy(taught, TRAINED_PAIRS, 8),
         **changes(model, taught, file / WEIGHTS_FILE),
         "difference": difference(base, taught, file),
     }
