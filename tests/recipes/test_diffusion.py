@@ -216,6 +216,11 @@ def test_nothing_to_score_is_said(sd, photos, tmp_path):
     recipe.train(config)
     with pytest.raises(UsageError, match="nothing to score: evaluation.splits is empty"):
         recipe.evaluate(tmp_path / "run", config)
+    # A run's own config that cannot be read is said, not passed over for another.
+    own = sorted((tmp_path / "run").glob("checkpoints/step-*/config.yaml"))[-1]
+    own.write_text(own.read_text() + "nonsense: 1\n")
+    with pytest.raises(ConfigError, match="nonsense"):
+        recipe.evaluate(tmp_path / "run", config)
 
 
 def test_a_trained_text_encoder_is_saved_and_what_it_does_not_use_stays(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -130,21 +130,9 @@ class DiffusionTask(Task):
         self.denoising = make_loss(self.t2i, config)
 
     def _data(self, split: str, caption_dropout: float = 0.0) -> DiffusionData:
-        config = self.config
-        return DiffusionData(
-            self.t2i,
-            self.trained,
-            config.data,
-            config.pictures,
-            config.noise,
-            config.cache,
-            cache_folder=Path(config.training.output_dir) / CACHE_FOLDER,
-            seed=config.training.seed,
-            caption_dropout=caption_dropout,
-            batch_size=config.training.batch_size,
-            split=split,
-            device=_encoding_device(config.training),
-            is_preview=self.is_preview,
+        device = _encoding_device(self.config.training)
+        return _open_data(
+            self.t2i, self.trained, self.config, split, device, caption_dropout, is_preview=self.is_preview
         )
 
     def __len__(self) -> int:
@@ -166,22 +154,12 @@ class DiffusionTask(Task):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         with self._drawing(model):
             scores = score_splits(self.t2i, self.config.data, self.config.evaluation)
-        return scores | self.losses()
+        return scores | _split_losses(self.model, self.denoising, self.config, self._scored_data)
 
-    def losses(self) -> dict[str, float]:
-        """The denoising loss of each split, `split/loss`, where the config wants it."""
-        evaluation, training = self.config.evaluation, self.config.training
-        splits = evaluation.splits if evaluation.loss else []
-        for split in splits:
-            if split not in self._scored:
-                self._scored[split] = self._data(split)
-        at_once = training.micro_batch_size or min(training.batch_size, 16)
-        return {
-            f"{split}/loss": denoising_loss(
-                self.model, self.denoising, self._scored[split], evaluation.limit, batch_size=at_once
-            )
-            for split in splits
-        }
+    def _scored_data(self, split: str) -> DiffusionData:
+        if split not in self._scored:
+            self._scored[split] = self._data(split)
+        return self._scored[split]
 
     def draw(self, model: nn.Module) -> Mapping[str, Image]:
         with self._drawing(model):
@@ -210,36 +188,59 @@ def evaluate_folder(folder: Path, config: DiffusionConfig) -> dict[str, float]:
     Which model it is, and what of it was trained, is said by the config beside the run's checkpoints: `config` may be
     of other data. A folder that belongs to no run is taken to be what `config` says.
     """
-    own = config
-    with contextlib.suppress(ConfigError):
-        own = load_config(DiffusionConfig, str(trained_config(folder)))
+    try:
+        file = trained_config(folder)
+    except ConfigError:
+        own = config
+    else:
+        own = load_config(DiffusionConfig, str(file))
     t2i = open_trained(folder, own.model, own.train_what)
     network = DenoisingNetwork(t2i.pipeline.unet, None, pixel_factor(t2i.pipeline)).eval()
     scores = score_splits(t2i, config.data, config.evaluation)
-    return scores | _losses(t2i, network, config)
+
+    def data(split: str) -> DiffusionData:
+        return _open_data(t2i, Trained(network, "all"), config, split, t2i.device, is_preview=True)
+
+    return scores | _split_losses(network, make_loss(t2i, config), config, data)
 
 
-def _losses(t2i: TextToImage, network: DenoisingNetwork, config: DiffusionConfig) -> dict[str, float]:
-    trained = Trained(network, "all")
-    training = config.training
-    losses: dict[str, float] = {}
-    for split in config.evaluation.splits if config.evaluation.loss else []:
-        data = DiffusionData(
-            t2i,
-            trained,
-            config.data,
-            config.pictures,
-            config.noise,
-            config.cache,
-            cache_folder=Path(training.output_dir) / CACHE_FOLDER,
-            seed=training.seed,
-            split=split,
-            is_preview=True,
-        )
-        loss = make_loss(t2i, config)
-        at_once = training.micro_batch_size or min(training.batch_size, 16)
-        losses[f"{split}/loss"] = denoising_loss(network, loss, data, config.evaluation.limit, batch_size=at_once)
-    return losses
+def _open_data(
+    t2i: TextToImage,
+    trained: Trained,
+    config: DiffusionConfig,
+    split: str,
+    device: torch.device,
+    caption_dropout: float = 0.0,
+    *,
+    is_preview: bool,
+) -> DiffusionData:
+    return DiffusionData(
+        t2i,
+        trained,
+        config.data,
+        config.pictures,
+        config.noise,
+        config.cache,
+        cache_folder=Path(config.training.output_dir) / CACHE_FOLDER,
+        seed=config.training.seed,
+        caption_dropout=caption_dropout,
+        batch_size=config.training.batch_size,
+        split=split,
+        device=device,
+        is_preview=is_preview,
+    )
+
+
+def _split_losses(
+    network: nn.Module, loss: DenoisingLoss, config: DiffusionConfig, data: Callable[[str], DiffusionData]
+) -> dict[str, float]:
+    """The denoising loss of each split, `split/loss`, where the config wants it."""
+    evaluation, training = config.evaluation, config.training
+    at_once = training.micro_batch_size or min(training.batch_size, 16)
+    return {
+        f"{split}/loss": denoising_loss(network, loss, data(split), evaluation.limit, batch_size=at_once)
+        for split in (evaluation.splits if evaluation.loss else [])
+    }
 
 
 def make_loss(t2i: TextToImage, config: DiffusionConfig) -> DenoisingLoss:
