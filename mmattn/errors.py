@@ -8,9 +8,17 @@ from __future__ import annotations
 
 
 class MmattnError(Exception):
-    """An expected failure."""
+    """An expected failure.
+
+    Attributes:
+        exit_code: of the command line.
+        is_everywhere: every process of the run raises it, so that the first alone needs to say it.
+        is_consequence: of another process's failure, which says more.
+    """
 
     exit_code = 1
+    is_everywhere = False
+    is_consequence = False
 
 
 class UsageError(MmattnError, ValueError):

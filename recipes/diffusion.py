@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mmattn.training import train as run_loop
 from mmattn.training.memory import estimate_run
 
 Config = DiffusionConfig
+open_task = functools.partial(DiffusionTask, is_preview=True)  # for `mmattn export`
 
 
 def train(config: Config, *, resume: bool | str = False) -> TrainingResult:

@@ -14,6 +14,7 @@ from torch import nn
 
 from mmattn.data.parallel import open_parallel
 from mmattn.data.parallel_spec import ParallelConfig
+from mmattn.data.stream_rows import stream_layout
 from mmattn.errors import ConfigError
 from mmattn.inference.alignment_choice import choose_alignment_heads
 from mmattn.inference.trained import check_train_what, trained_model
@@ -28,9 +29,11 @@ from mmattn.inference.translator_setup import (
     save_trained,
     training_pairs,
 )
+from mmattn.nn import TransformerLayer
 from mmattn.training import Batch, Draw, Loss, Task, TrainingConfig, TrainingResult
 from mmattn.training import train as run_loop
 from mmattn.training.memory import estimate_run
+from mmattn.training.recipe_settings import SCORES_AND_PATHS
 from mmattn.training.selection import LoRAConfig, selection
 
 
@@ -53,6 +56,9 @@ class Config:
 class TranslateTask(Task):
     """Translations as next-token prediction, and where gold alignments are to be learned, where to look for them."""
 
+    free_settings = SCORES_AND_PATHS
+    repeated_layers = (TransformerLayer,)
+
     def __init__(self, config: Config) -> None:
         if config.evaluation.quantize is not None:
             raise ConfigError("evaluation.quantize is for `mmattn eval`: leave it out of training")
@@ -65,8 +71,9 @@ class TranslateTask(Task):
             choose_trained(self.translator.network, config.train_what, config.lora)
         self.model = self.translator.network
         self.best = config.evaluation.best
-        self.pairs = training_pairs(self.translator, source, config.examples, codes)
-        self.lengths = self.pairs.lengths
+        by_tokens = config.training.batch_tokens is not None
+        self.pairs = training_pairs(self.translator, source, config.examples, codes, by_tokens=by_tokens)
+        self.lengths, self.stream = self.pairs.lengths, stream_layout(source)
         self.chooses_heads = self.pairs.num_aligned > 0 and self.model.config.alignment_layer is None
 
     def __len__(self) -> int:
@@ -77,7 +84,7 @@ class TranslateTask(Task):
 
     def collate(self, draws: Sequence[Draw]) -> Batch:
         batch: Batch = dict(self.pairs.collate(self.pairs.source, draws))
-        if batch["source_mask"].all():  # attention is faster without a mask
+        if "source_mask" in batch and batch["source_mask"].all():  # attention is faster without a mask
             del batch["source_mask"]
         return batch
 
@@ -91,11 +98,13 @@ class TranslateTask(Task):
             source_mask=batch.get("source_mask"),
             labels=batch["labels"],
             alignment=batch.get("alignment"),
+            source_segments=batch.get("source_segments"),
+            target_segments=batch.get("target_segments"),
         )
         if output.alignment_sum is None:
-            return Loss(output.loss_sum, len(output.logits))
+            return Loss(output.loss_sum, len(output.targets))
         total = output.loss_sum + self.config.examples.guided_alignment_weight * output.alignment_sum
-        return Loss(total, len(output.logits), {"alignment": (output.alignment_sum, int(output.num_aligned))})
+        return Loss(total, len(output.targets), {"alignment": (output.alignment_sum, int(output.num_aligned))})
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         if self.chooses_heads:
@@ -109,11 +118,15 @@ class TranslateTask(Task):
 
     def describe(self) -> str:
         pairs, config = self.pairs, self.translator.network.config
-        left_out = f" ({pairs.num_left_out:,} too long, left out)" if pairs.num_left_out else ""
+        reason = "too long, left out" if self.stream is None else "left out"
+        left_out = f" ({pairs.num_left_out:,} {reason})" if pairs.num_left_out else ""
         return (
             f"{pairs.source.name}: {len(self):,} pairs{left_out}; vocabulary of {config.vocab_size:,}; "
             f"training {self.config.train_what}: {selection(self.model)}"
         )
+
+
+open_task = TranslateTask  # for `mmattn export`
 
 
 def train(config: Config, *, resume: bool | str = False) -> TrainingResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,12 @@ from mmattn.data.readers import open_image_text
 from mmattn.data.scenes import SceneDataset
 from mmattn.data.skipping import preview
 from mmattn.data.spec import DataConfig
+from mmattn.data.stream_rows import stream_layout
 from mmattn.data.tokenizer import item_texts
 from mmattn.inference import showcase
 from mmattn.inference.trained import check_train_what, trained_model
 from mmattn.inference.vlm import VisionLanguageModel
+from mmattn.inference.vlm_features import FeatureCacheConfig, open_features
 from mmattn.inference.vlm_scores import EvalConfig, PictureBlindBaseline, sample_items, score_splits
 from mmattn.inference.vlm_setup import (
     ExampleConfig,
@@ -30,9 +33,11 @@ from mmattn.inference.vlm_setup import (
     make_vlm,
     save_trained,
 )
+from mmattn.nn import GatedCrossAttention, TransformerLayer
 from mmattn.training import Batch, Draw, Loss, Task, TrainingConfig, TrainingResult
 from mmattn.training import train as run_loop
 from mmattn.training.memory import estimate_run
+from mmattn.training.recipe_settings import SCORES_AND_PATHS
 from mmattn.training.selection import LoRAConfig, selection
 
 _TARGETS = [r"decoder\..*(q_proj|k_proj|v_proj|out_proj)"]  # what every checkpoint format can name
@@ -47,6 +52,7 @@ class Config:
     train_what: str = "all"  # or "lora", "cross_attention"
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(targets=list(_TARGETS)))
     examples: ExampleConfig = field(default_factory=ExampleConfig)
+    cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(output_dir="runs/vlm"))
 
@@ -55,11 +61,15 @@ class Config:
 
 
 class VLMTask(Task):
-    """Captions and answers as next-token prediction; n texts share a picture's keys and values."""
+    """Captions and answers as next-token prediction; texts share a picture's keys and values. A preview caches none."""
 
-    def __init__(self, config: Config) -> None:
+    free_settings = (*SCORES_AND_PATHS, "cache.*", "examples.packing")
+    repeated_layers = (TransformerLayer, GatedCrossAttention)
+
+    def __init__(self, config: Config, *, is_preview: bool = False) -> None:
         self.config = config
         self.source = open_image_text(config.data, "train")
+        self.stream = stream_layout(self.source)
         items = sample_items(self.source)
         with torch.random.fork_rng(devices=[]):  # new weights and adapters are a function of the seed
             torch.manual_seed(config.training.seed)
@@ -68,7 +78,10 @@ class VLMTask(Task):
         self.model = self.vlm.network
         self.baseline = PictureBlindBaseline(items)
         self.best = config.evaluation.best
-        self._collate = make_collator(self.vlm, config.examples, config.training.seed)
+        self.features = open_features(
+            self.vlm, self.source, config.cache, config.training, config.examples, is_preview=is_preview
+        )
+        self._collate = make_collator(self.vlm, config.examples, config.training.seed, self.features.cache)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -78,15 +91,16 @@ class VLMTask(Task):
 
     def collate(self, draws: Sequence[Draw]) -> Batch:
         batch = self._collate(self.source, draws)
-        del batch["attention_mask"]  # padding stands on the right, and the decoder is causal
+        batch.pop("attention_mask", None)  # padding stands on the right, and the decoder is causal
         return batch
 
     def count(self, batch: Batch) -> int:
-        return int((batch["labels"][:, 1:] >= 0).sum())
+        labels = batch["labels"] if "segments" in batch else batch["labels"][:, 1:]
+        return int((labels >= 0).sum())
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         output = model(**batch)
-        return Loss(output.loss_sum, len(output.logits))
+        return Loss(output.loss_sum, len(output.targets))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         scores = score_splits(self.vlm, self.config.data, self.config.evaluation, self.baseline)
@@ -96,7 +110,11 @@ class VLMTask(Task):
         save_trained(self.vlm, folder)
 
     def describe(self) -> str:
-        return f"{self.source.name}: {len(self)} pictures; training {self.config.train_what}: {selection(self.model)}"
+        what = f"training {self.config.train_what}: {selection(self.model)}"
+        return "; ".join(filter(None, (f"{self.source.name}: {len(self)} pictures", what, self.features.remark)))
+
+
+open_task = functools.partial(VLMTask, is_preview=True)  # for `mmattn export`
 
 
 def train(config: Config, *, resume: bool | str = False) -> TrainingResult:
@@ -108,7 +126,7 @@ def train(config: Config, *, resume: bool | str = False) -> TrainingResult:
 def check(config: Config) -> list[str]:
     """What training with this config would do: data, parameters, memory. Reads data, trains nothing."""
     config.training.validate()
-    task = VLMTask(config)
+    task = VLMTask(config, is_preview=True)
     lines = [task.describe()]
     for split in config.evaluation.splits:
         source = open_image_text(config.data, split)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Proves and measures mmattn on a CUDA card, in under 6 minutes on an H100 or H200: the tests marked `gpu`, then tables
-# of attention kernels, translator, vision-language model and diffusion models beside stock, written to docs/gpu.md.
+# Proves and measures mmattn on a CUDA card, in under 10 minutes on an H100 or H200: first each recipe by `accelerate
+# launch` in bfloat16 (200 steps, killed and resumed; speed, MFU, memory), then the tests marked `gpu`, then tables of
+# attention kernels, translator, vision-language model and diffusion models beside stock, written to docs/gpu.md.
 #
 #   scripts/gpu_check.sh [--quick] [--output FILE] [--logs FOLDER] [--part PART]
 #

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mmattn.config.resolve import copy_config
+from mmattn.config.resolve import copy_config, list_launcher_configs
 
 
 def cp(
@@ -16,4 +16,6 @@ def cp(
 ) -> None:
     """Copy a shipped config, to edit it."""
     path = copy_config(name, target)
-    print(f"wrote {path}: edit it, then run `mmattn train {path}`")
+    is_launcher = name in list_launcher_configs()
+    then = f"accelerate launch --config_file {path} recipes/..." if is_launcher else f"mmattn train {path}"
+    print(f"wrote {path}: edit it, then run `{then}`")

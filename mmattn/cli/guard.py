@@ -37,11 +37,11 @@ def run_guarded(action: Callable[[], Any], *, debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MmattnError as error:
-        _say(_one_line(error), debug)
+        _fail(_one_line(error), debug, error.exit_code, error)
         return error.exit_code
     except Exception as error:
         hint = "" if debug else " (unexpected; --debug shows the traceback)"
-        _say(f"{type(error).__name__}: {_one_line(error)}{hint}", debug)
+        _fail(f"{type(error).__name__}: {_one_line(error)}{hint}", debug, 1, MmattnError())
         return 1
 
 
@@ -52,6 +52,20 @@ def _exit_code(stop: SystemExit) -> int:
         return stop.code
     print(stop.code, file=sys.stderr)
     return 1
+
+
+def _fail(message: str, debug: bool, exit_code: int, kind: MmattnError) -> None:
+    if "RANK" not in os.environ:
+        _say(message, debug)
+        return
+    from mmattn.cli import rank_report
+
+    is_repetition = kind.is_everywhere and not rank_report.is_first()
+    rank_report.write_report(message, exit_code, is_consequence=kind.is_consequence or is_repetition)
+    if debug:
+        traceback.print_exc()
+    if not is_repetition and not rank_report.is_launched():
+        _say(message, debug=False)
 
 
 def _say(message: str, debug: bool) -> None:

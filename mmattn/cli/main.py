@@ -9,7 +9,23 @@ from typing import Annotated
 import typer
 
 from mmattn import __version__
-from mmattn.cli import ask, caption, check, cp, demo, doctor, eval, generate, ls, show, swap, train, translate
+from mmattn.cli import (
+    ask,
+    caption,
+    check,
+    cp,
+    demo,
+    doctor,
+    eval,
+    export,
+    generate,
+    ls,
+    plot,
+    show,
+    swap,
+    train,
+    translate,
+)
 from mmattn.cli.guard import run_guarded, split_debug
 from mmattn.cli.options import OVERRIDES_CONTEXT
 
@@ -32,6 +48,8 @@ app.command("caption")(caption.caption)
 app.command("ask")(ask.ask)
 app.command("generate")(generate.generate)
 app.command("swap")(swap.swap)
+app.command("plot")(plot.plot)
+app.command("export", context_settings=OVERRIDES_CONTEXT)(export.export)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 

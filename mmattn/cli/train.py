@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -13,9 +15,27 @@ def train(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    processes: Annotated[
+        int | None, typer.Option("--processes", "-n", min=1, help="Processes on this machine: one a GPU, or on a CPU.")
+    ] = None,
 ) -> None:
     """Train from a config."""
     from mmattn.cli.recipe_main import train_recipe
-    from mmattn.config import load_recipe, recipe_of
+    from mmattn.config import load_config, load_recipe, recipe_of
+    from mmattn.errors import UsageError
 
-    train_recipe(load_recipe(recipe_of(config)), config, overrides or (), resume=resume)
+    if processes is not None and "RANK" in os.environ:
+        raise UsageError(
+            f"-n {processes}: another launcher has started this process (RANK is set): leave -n out, and give the "
+            "number of processes to the launcher"
+        )
+    recipe = load_recipe(recipe_of(config))
+    if processes is not None and processes > 1:
+        from mmattn.cli.launch import launch
+
+        settings = load_config(recipe.Config, config, overrides or ())  # what is wrong with it is said once
+        debug = ["--debug"] if "--debug" in sys.argv else []  # taken off the command line before it comes here
+        arguments = [*debug, "train", config, *(overrides or ()), *(["--resume"] if resume else [])]
+        launch(arguments, processes, settings.training.device)
+        return
+    train_recipe(recipe, config, overrides or (), resume=resume)

@@ -14,6 +14,7 @@ from types import ModuleType
 
 from mmattn.errors import ConfigError
 
+_LAUNCHER = "accelerate"
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -45,7 +46,16 @@ def list_recipes() -> list[str]:
 
 
 def list_configs() -> list[str]:
-    """Names of the shipped configs, sorted: `<recipe>/<name>`."""
+    """Names of the shipped configs of recipes, sorted: `<recipe>/<name>`."""
+    return [name for name in _all_configs() if not name.startswith(f"{_LAUNCHER}/")]
+
+
+def list_launcher_configs() -> list[str]:
+    """Names of the shipped configs for `accelerate launch --config_file`, sorted: `accelerate/<name>`."""
+    return [name for name in _all_configs() if name.startswith(f"{_LAUNCHER}/")]
+
+
+def _all_configs() -> list[str]:
     return sorted(f"{path.parent.name}/{path.stem}" for path in _folder("configs").glob("*/*.yaml"))
 
 
@@ -74,7 +84,8 @@ def config_path(source: str | Path) -> Path:
 
 def describe_config(source: str | Path) -> str:
     """One line about a config: the first comment line of its file ('' when it has none)."""
-    for line in config_path(source).read_text(encoding="utf-8").splitlines():
+    path = _shipped(str(source)) if str(source) in list_launcher_configs() else config_path(source)
+    for line in path.read_text(encoding="utf-8").splitlines():
         text = line.strip()
         if text.startswith("#"):
             return text.lstrip("#").strip()
@@ -95,7 +106,7 @@ def copy_config(name: str, target: Path) -> Path:
     Raises:
         ConfigError: no shipped config of that name, the new file exists already, or its folder does not exist.
     """
-    shipped = list_configs()
+    shipped = _all_configs()
     if name not in shipped:
         raise ConfigError(f"{name}: no shipped config.{nearest(name, shipped)} `mmattn ls` lists them")
     source = _shipped(name)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 from mmattn.data.records import ImageTextRecord, ImageTextSource, TextItem, read_records, read_texts
 from mmattn.data.skipping import SkippingSource
+from mmattn.data.stream_rows import sample_numbers, stream_layout
 from mmattn.errors import DataError
 
 _TEXTS_AT_ONCE = 1000
+_CAPTION_SAMPLE = 20_000  # of a streamed source
 
 
 def captions_of(texts: Iterable[TextItem]) -> list[str]:
@@ -38,6 +41,14 @@ def all_captions(source: ImageTextSource) -> list[str]:
         for texts in read_texts(source, range(start, min(start + _TEXTS_AT_ONCE, len(source)))):
             found.update(dict.fromkeys(captions_of(texts)))
     return list(found)
+
+
+def known_captions(source: ImageTextSource) -> list[str]:
+    """Every caption of a source once; of a streamed one those of some thousand records from all over it."""
+    if stream_layout(source) is None:
+        return all_captions(source)
+    texts = read_texts(source, sample_numbers(source, _CAPTION_SAMPLE, ()))
+    return list(dict.fromkeys(captions_of(itertools.chain(*texts))))
 
 
 class CheckedSource:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from mmattn.data.cached_features import PictureTexts, read_features
 from mmattn.data.draws import draw_generator
 from mmattn.data.images import PixelTransform
 from mmattn.data.records import ImageTextRecord, ImageTextSource, TextItem, read_records
+from mmattn.data.tensor_cache import TensorCache
 from mmattn.errors import UsageError
+from mmattn.ops.segments import Segments
 
 IGNORED = -100
 
@@ -36,6 +40,9 @@ class ImageTextCollator:
             one (word dropout, arXiv 1511.06349 section 3.1): it then has to look at the picture instead of going by
             what usually follows. Labels stay.
         view: Random crops and the like for training.
+        features: What a frozen image encoder made of whole pictures (`cache_features`): batches then hold that, no
+            picture is opened, and `view` must be None.
+        packed: Without padding: all rows one after the other.
         bos_id, sep_id, eos_id, pad_id: Where the model's differ from the tokenizer's (BLIP's bos is not in its
             tokenizer's settings, and its eos is the sep token).
 
@@ -55,6 +62,8 @@ class ImageTextCollator:
         kind_weights: Mapping[str, float] | None = None,
         token_dropout: float = 0.0,
         view: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+        features: TensorCache | None = None,
+        packed: bool = False,
         bos_id: int | None = None,
         sep_id: int | None = None,
         eos_id: int | None = None,
@@ -62,7 +71,10 @@ class ImageTextCollator:
     ) -> None:
         if texts_per_image < 1 or max_length < 4:
             raise UsageError(f"need texts_per_image >= 1 and max_length >= 4, not {texts_per_image} and {max_length}")
-        self.transform, self.tokenizer, self.view = transform, tokenizer, view
+        if view is not None and features is not None:
+            raise UsageError("features are those of whole pictures, which a view would change: pass one of the two")
+        self.transform, self.tokenizer, self.view, self.features = transform, tokenizer, view, features
+        self.packed = packed
         self.texts_per_image, self.max_length, self.seed = texts_per_image, max_length, seed
         self.kind_weights = dict(kind_weights) if kind_weights is not None else None
         self.bos_id = _token_id("bos", bos_id, tokenizer.bos_token_id)
@@ -76,27 +88,40 @@ class ImageTextCollator:
         self._prompt_ids = self._encode(prompt) if prompt else []
         self._known: dict[str, list[int]] = {}
 
-    def __call__(self, source: ImageTextSource, draws: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    def __call__(self, source: ImageTextSource, draws: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """The batch for (epoch, example) pairs.
 
         Returns:
-            `pixel_values` float32 [B, 3, S, S]; `input_ids`, `labels` (-100 where not scored) and `attention_mask`
-            int64 [B * T, L], T = `texts_per_image`; row i belongs to picture i // T. Labels stand under their own
-            token: the model shifts them.
+            `pixel_values` float32 [B, 3, S, S], or None and `features` [B, Lk, C] where there are any; `input_ids`,
+            `labels` (-100 where not scored) and `attention_mask` int64 [B * T, L], T = `texts_per_image`; row i belongs
+            to picture i // T. Labels stand under their own token: the model shifts them.
+
+            Packed, `input_ids` and `labels` are those of `pack`, with `segments` in place of the mask.
         """
-        records = read_records(source, [example for _, example in draws])
-        images, rows = [], []
+        pictures, records = self._pictures(source, draws)
+        rows = []
         for record, (epoch, example) in zip(records, draws, strict=True):
-            image = record.image
-            if self.view is not None:
-                image = self.view(image, draw_generator(self.seed, epoch, example, "view"))
-            images.append(image)
             items = self.draw_texts(record, draw_generator(self.seed, epoch, example, "texts"))
             rows += [self.lay_out(item) for item in items]
         batch = self.pad(rows)
         if self.token_dropout:
             self._drop_tokens(batch, draws)
-        return {"pixel_values": self.transform(images), **batch}
+        return {**pictures, **(pack(batch) if self.packed else batch)}
+
+    def _pictures(
+        self, source: ImageTextSource, draws: Sequence[tuple[int, int]]
+    ) -> tuple[dict[str, torch.Tensor | None], Sequence[ImageTextRecord | PictureTexts]]:
+        """What the batch says of pictures, and who knows their texts."""
+        examples = [example for _, example in draws]
+        if self.features is not None:
+            features, texts = read_features(self.features, examples)
+            return {"pixel_values": None, "features": features}, texts
+        records = read_records(source, examples)
+        images = [record.image for record in records]
+        if self.view is not None:
+            generators = [draw_generator(self.seed, epoch, example, "view") for epoch, example in draws]
+            images = [self.view(image, generator) for image, generator in zip(images, generators, strict=True)]
+        return {"pixel_values": self.transform(images)}, records
 
     def _drop_tokens(self, batch: dict[str, torch.Tensor], draws: Sequence[tuple[int, int]]) -> None:
         """Replace part of the scored tokens in `input_ids`, in place."""
@@ -106,7 +131,7 @@ class ImageTextCollator:
         is_dropped = torch.from_numpy(np.concatenate(drawn)[:, : ids.shape[1]] < self.token_dropout)
         ids[is_dropped & (labels != IGNORED)] = self.unknown_id
 
-    def draw_texts(self, record: ImageTextRecord, generator: np.random.Generator) -> list[TextItem]:
+    def draw_texts(self, record: ImageTextRecord | PictureTexts, generator: np.random.Generator) -> list[TextItem]:
         """`texts_per_image` of the record's texts."""
         if self.kind_weights is None:
             weights = np.ones(len(record.texts))
@@ -163,6 +188,23 @@ class ImageTextCollator:
             if len(self._known) < 100_000:
                 self._known[text] = ids
         return ids
+
+
+def pack(batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Padded rows, as `ImageTextCollator.pad` gives them, one after the other without padding.
+
+    A row's last token predicts nothing and is left out.
+
+    Returns:
+        `input_ids` int64 [N], `labels` int64 [N], the token that follows each (-100 where that is not scored), and the
+        `segments` of the rows.
+    """
+    is_followed = batch["attention_mask"][:, 1:].bool()
+    return {
+        "input_ids": batch["input_ids"][:, :-1][is_followed],
+        "labels": batch["labels"][:, 1:][is_followed],
+        "segments": Segments.of(is_followed.sum(dim=1).tolist()),
+    }
 
 
 def _token_id(name: str, given: int | None, own: object) -> int:

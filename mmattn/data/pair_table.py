@@ -216,24 +216,29 @@ class PairBuilder:
         Raises:
             DataError: more bad pairs than `max_bad`.
         """
-        for side, text in (("source", source), ("target", target)):
-            problem = _problem(text)
-            if problem is not None:
-                return self.add_bad(place, f"the {side} {problem}")
-        source, target = source.strip(), target.strip()
-        links = _written_alignment(alignment)
-        problem = None if links is None else _alignment_problem(links, source, target)
+        if not self.accepts(place, source, target, alignment):
+            return
+        row = source.strip(), target.strip(), place, src_lang or self.src_lang, tgt_lang or self.tgt_lang
+        self._rows.append((*row, written_alignment(alignment), kind))
+        if len(self._rows) >= _CHUNK:
+            self._flush()
+
+    def accepts(self, place: str, source: Any, target: Any, alignment: Any = None) -> bool:
+        """Whether a pair can be used and is wanted; counts it, and why not.
+
+        Raises:
+            DataError: more bad pairs than `max_bad`.
+        """
+        problem = pair_problem(source, target, alignment)
         if problem is not None:
-            return self.add_bad(place, problem)
+            self.add_bad(place, problem)
+            return False
         self.num_seen += 1
+        source, target = source.strip(), target.strip()
         reason = self.keeps.reason(source, target) or self._repetition(source, target)
         if reason is not None:
             self.dropped[reason] += 1
-            return None
-        self._rows.append((source, target, place, src_lang or self.src_lang, tgt_lang or self.tgt_lang, links, kind))
-        if len(self._rows) >= _CHUNK:
-            self._flush()
-        return None
+        return reason is None
 
     def add_bad(self, place: str, reason: str) -> None:
         """Counts a pair that cannot be used, and names the first few in the log.
@@ -255,9 +260,7 @@ class PairBuilder:
         Raises:
             DataError: too many bad pairs, or none that can be used.
         """
-        if not self.num_seen:
-            raise DataError(f"{self.name} is empty: no sentence pairs")
-        self._check_bad(allowed_bad(self.num_seen, self.max_bad_fraction, self.max_bad))
+        self.require_few_bad()
         self._flush()
         batches, self._batches = self._batches, []  # let go of, since the table copies them into one
         table = PairTable(self.name, pa.Table.from_batches(batches, _SCHEMA), self.dropped, self.num_bad)
@@ -267,6 +270,12 @@ class PairBuilder:
         if not len(table):
             raise DataError(f"{table.describe()}: nothing is left")
         return table
+
+    def require_few_bad(self) -> None:
+        """Raise `DataError` when there were too many bad pairs, of all that came, or none came."""
+        if not self.num_seen:
+            raise DataError(f"{self.name} is empty: no sentence pairs")
+        self._check_bad(allowed_bad(self.num_seen, self.max_bad_fraction, self.max_bad))
 
     def _check_bad(self, allowed: int) -> None:
         if self.num_bad > allowed or self.num_bad == self.num_seen:
@@ -292,6 +301,16 @@ class PairBuilder:
             self._rows = []
 
 
+def pair_problem(source: Any, target: Any, alignment: Any = None) -> str | None:
+    """What is wrong with a pair as it was read; None when nothing is."""
+    for side, text in (("source", source), ("target", target)):
+        problem = _problem(text)
+        if problem is not None:
+            return f"the {side} {problem}"
+    links = written_alignment(alignment)
+    return None if links is None else _alignment_problem(links, source, target)
+
+
 def _problem(text: Any) -> str | None:
     """What is wrong with one side of a pair."""
     if isinstance(text, DataError):
@@ -307,7 +326,7 @@ def _problem(text: Any) -> str | None:
     return None
 
 
-def _written_alignment(value: Any) -> str | None:
+def written_alignment(value: Any) -> str | None:
     """An alignment as text; what cannot be one is left for `_alignment_problem` to name."""
     if value is None or value == "":
         return None

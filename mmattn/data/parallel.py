@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mmattn.data.gettext_catalogs import read_catalogs
 from mmattn.data.office_help import open_office_help
+from mmattn.data.pair_columns import PairColumns
 from mmattn.data.pair_table import PairBuilder, PairFilter, PairTable
-from mmattn.data.parallel_spec import OFFICE_HELP_WORDS, SPLITS, ParallelColumns, ParallelConfig, ParallelPart
+from mmattn.data.parallel_spec import OFFICE_HELP_WORDS, SPLITS, ParallelConfig, ParallelPart
 from mmattn.data.scenes.translation import SceneTranslations
 from mmattn.data.sentence_pairs import JoinedPairs, ParallelSource, spread
-from mmattn.data.tables import hub_split, load_hub, missing_column, read_table, table_files
+from mmattn.data.stream_pairs import StreamedPairs
+from mmattn.data.stream_rows import StreamedRows
+from mmattn.data.stream_shards import Row
+from mmattn.data.tables import hub_split, load_hub, read_table, table_files
 from mmattn.data.text_rows import aligned_lines, delimited_rows, json_rows, require_file
 from mmattn.errors import DataError
-
-Row = tuple[str, dict[str, Any] | DataError]
-"""Where a row is ("line 17"), and its columns or what is wrong with it."""
 
 _LINE_FORMATS = (".jsonl", ".ndjson", ".csv", ".tsv")
 
@@ -42,6 +43,11 @@ def open_parallel(spec: ParallelPart, split: str = "train") -> ParallelSource:
         return _open_scenes(spec, split)
     if split == "heldout":
         raise DataError(f"data.kind={spec.kind} has no split 'heldout': use train, validation or test")
+    if spec.streaming and split == "train":
+        rows = StreamedRows(spec, limit=spec.limit, header=spec.header, quoting=spec.quoting)
+        return StreamedPairs(rows, spec)
+    if spec.streaming and spec.eval_path is None:
+        raise DataError(f"streamed data has no pairs for split {split!r}: set data.eval_path")
     return _limited(_OPENERS[spec.kind](spec, split), spec, split)
 
 
@@ -108,9 +114,9 @@ def _open_office_help(spec: ParallelPart, split: str) -> PairTable:
 
 
 def _open_files(spec: ParallelPart, split: str) -> PairTable:
-    if spec.path is None:
-        raise DataError("data.kind=files needs data.path")
     path = spec.path if split == "train" or spec.eval_path is None else spec.eval_path
+    if path is None:
+        raise DataError("data.kind=files needs data.path")
     table = _read_rows(spec, path, _file_rows(spec, path))
     return part_of(table, spec, split, has_own=spec.eval_path is not None)
 
@@ -189,55 +195,6 @@ def _read_rows(spec: ParallelPart, name: str, rows: Iterable[Row]) -> PairTable:
             builder.add_bad(place, str(row))
             continue
         if reader is None:
-            reader = _RowReader(spec, name, list(row), row)
+            reader = PairColumns(spec, name, list(row), row)
         builder.add(place, **reader.values(row))
     return builder.finish()
-
-
-class _RowReader:
-    """Takes pairs out of rows, by the columns that the first row has.
-
-    Raises:
-        DataError: a column that is not there, or a `translation` column without languages to take from it.
-    """
-
-    def __init__(self, spec: ParallelPart, name: str, present: Sequence[str], first: dict[str, Any]) -> None:
-        columns: ParallelColumns = spec.columns
-        self.others = {
-            key: column
-            for key in ("src_lang", "tgt_lang", "alignment", "kind")
-            if (column := getattr(columns, key)) is not None
-        }
-        self.languages: tuple[str, str] | None = None
-        self.sides = {"source": columns.source, "target": columns.target}
-        if columns.source is None and columns.target is None and isinstance(first.get("translation"), dict):
-            self.languages = self._translation_languages(spec, name, first["translation"])
-        else:
-            usual = ("source", "target") if spec.header or "1" not in present else ("1", "2")
-            for side, default in zip(self.sides, usual, strict=True):
-                self.sides[side] = self.sides[side] or default
-        used = self.others if self.languages else {**self.sides, **self.others}
-        for role, column in used.items():
-            if column not in present:
-                raise DataError(missing_column(name, role, str(column), present))
-
-    def _translation_languages(self, spec: ParallelPart, name: str, entries: dict[str, Any]) -> tuple[str, str]:
-        known = ", ".join(entries)
-        if spec.src_lang is None or spec.tgt_lang is None:
-            raise DataError(
-                f"{name} has texts by language ({known}) in column 'translation': set data.src_lang and data.tgt_lang"
-            )
-        for language in (spec.src_lang, spec.tgt_lang):
-            if language not in entries:
-                raise DataError(f"{name} has no language {language!r} in column 'translation', it has {known}")
-        return spec.src_lang, spec.tgt_lang
-
-    def values(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What `PairBuilder.add` takes."""
-        if self.languages is not None:
-            entries = row.get("translation") or {}
-            source, target = (entries.get(language) for language in self.languages)
-        else:
-            source, target = (row.get(str(column)) for column in self.sides.values())
-        others = {key: row.get(column) for key, column in self.others.items()}
-        return {"source": source, "target": target, **others}

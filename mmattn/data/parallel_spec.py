@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from mmattn.data.stream_spec import StreamSettings
 from mmattn.errors import ConfigError
 
 KINDS = ("scenes", "office-help", "files", "aligned", "hub", "gettext")
 SPLITS = ("train", "validation", "test", "heldout")
 OFFICE_HELP_WORDS = (3, 40)
+FILTERS = ("min_words", "max_words", "max_ratio", "drop_equal", "drop_duplicates")
 
 
 @dataclass
@@ -34,8 +36,8 @@ class ParallelColumns:
 
 
 @dataclass
-class ParallelPart:
-    """One data set of sentence pairs.
+class ParallelPart(StreamSettings):
+    """One data set of sentence pairs; `StreamSettings` for one that is larger than memory.
 
     Args:
         kind: "scenes" (built in), "office-help" (LibreOffice help of Debian packages), "files" (JSONL, CSV, TSV or
@@ -113,10 +115,12 @@ class ParallelPart:
         if self.eval_path is not None and self.kind not in ("files", "gettext"):
             raise ConfigError(f"data.eval_path is for kinds files and gettext, not {self.kind}")
         self._check_aligned()
-        filters = ("min_words", "max_words", "max_ratio", "drop_equal", "drop_duplicates")
-        given = [key for key in filters if getattr(self, key) is not None]
+        given = [key for key in FILTERS if getattr(self, key) is not None]
         if self.kind == "scenes" and given:
             raise ConfigError(f"data.{given[0]} is for other people's text, not for kind scenes")
+        self.check_streaming(self.kind, ("files",), ("eval_fraction",))
+        if self.streaming and self.drop_duplicates:
+            raise ConfigError("data.drop_duplicates needs all pairs in memory: leave it out with data.streaming=true")
 
     def _check_kind(self) -> None:
         if self.kind not in KINDS:
@@ -155,6 +159,11 @@ class ParallelConfig(ParallelPart):
         super().__post_init__()
         if bool(self.parts) != (self.kind == "parts"):
             raise ConfigError("data.kind=parts and data.parts belong together: set both, or neither")
+        if any(part.streaming for part in self.parts):
+            raise ConfigError(
+                "data.parts cannot be streamed: put their pairs into the same shards, with columns for the languages "
+                "(data.columns.src_lang, data.columns.tgt_lang)"
+            )
         for item in dataclasses.fields(ParallelPart) if self.parts else ():
             default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
             if item.name != "kind" and getattr(self, item.name) != default:

@@ -9,6 +9,8 @@ from mmattn.data.scenes import SceneDataset
 from mmattn.data.skipping import SkippingSource
 from mmattn.data.spec import SPLITS, DataConfig
 from mmattn.data.stamps import StampsSource
+from mmattn.data.stream_pictures import StreamedPictures
+from mmattn.data.stream_rows import StreamedRows
 from mmattn.data.tables import TableSource, hub_split, load_hub, read_table
 from mmattn.errors import DataError
 
@@ -38,13 +40,29 @@ def open_image_text(spec: DataConfig, split: str = "train") -> ImageTextSource:
         stamps = StampsSource(spec.path, split, spec.seed)
         stamps.stamps = stamps.stamps[: spec.limit]
         return _skipping(stamps, spec)
-    if spec.path is None:
+    if spec.streaming and (split == "train" or _is_tar(spec)):
+        return _skipping(_open_stream(spec, split), spec)
+    if spec.streaming and spec.eval_path is None:
+        raise DataError(f"streamed data has no records for split {split!r}: set data.eval_path")
+    if spec.path is None and not spec.streaming:
         raise DataError(f"data.kind={spec.kind} needs data.path")
     opener = {"files": _open_files, "imagefolder": _open_folder, "hub": _open_hub}[spec.kind]
-    source = opener(spec, spec.path, split)
+    source = opener(spec, spec.path or "", split)
     if spec.limit is not None:
         source = source.keep(range(min(spec.limit, len(source))))
     return _skipping(source, spec)
+
+
+def _is_tar(spec: DataConfig) -> bool:
+    return spec.eval_path is not None and Path(spec.eval_path).suffix.lower() == ".tar"
+
+
+def _open_stream(spec: DataConfig, split: str) -> StreamedPictures:
+    paths = spec.shard_paths if split == "train" else [str(spec.eval_path)]
+    if spec.kind == "imagefolder":
+        paths = [_metadata_file(Path(path)) for path in paths]
+    rows = StreamedRows(spec, limit=spec.limit, paths=paths)
+    return StreamedPictures(rows, spec, default_image="file_name" if spec.kind == "imagefolder" else "image")
 
 
 def _skipping(source: ImageTextSource, spec: DataConfig) -> SkippingSource:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mmattn.data.images import MAX_PIXELS
+from mmattn.data.stream_spec import StreamSettings
 from mmattn.errors import ConfigError
 
 KINDS = ("scenes", "stamps", "files", "imagefolder", "hub")
@@ -33,8 +34,8 @@ class ColumnConfig:
 
 
 @dataclass
-class DataConfig:
-    """A data set of pictures with texts.
+class DataConfig(StreamSettings):
+    """A data set of pictures with texts; `StreamSettings` for one that is larger than memory.
 
     Args:
         kind: "scenes" (built in), "stamps" (the Debian package tuxpaint-stamps-default), "files" (JSONL, CSV or
@@ -75,6 +76,8 @@ class DataConfig:
     max_bad_fraction: float = 0.05
     max_bad: int | None = None
     max_pixels: int = MAX_PIXELS
+    # A row group of pictures is large: fewer are shuffled together than of texts.
+    window: int = field(default=1000, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -87,3 +90,6 @@ class DataConfig:
             raise ConfigError(f"data.eval_path is for kinds files and imagefolder, not {self.kind}")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"data.limit must be 1 or more, not {self.limit}")
+        self.check_streaming(self.kind, ("files", "imagefolder"), ("eval_fraction",))
+        if self.streaming and self.columns.group is not None:
+            raise ConfigError("data.columns.group changes nothing with data.streaming=true: every row is a record")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,11 +154,7 @@ class TableSource:
         return list(groups.values())
 
     def _items(self, row: dict[str, Any]) -> list[TextItem]:
-        question = row[self.columns.question] if self.columns.question else None
-        question = None if question is None or not str(question).strip() else str(question).strip()
-        kind = row[self.columns.kind] if self.columns.kind else None
-        kind = str(kind) if kind is not None else "caption" if question is None else "answer"
-        return [TextItem(text, question, kind) for text in _texts(row[self.columns.text])]
+        return row_items(row, self.columns, self.columns.text)
 
     def picture(self, row: int) -> tuple[str, Path | bytes]:
         """What to call the picture of a row of the table, and where it is.
@@ -167,20 +163,44 @@ class TableSource:
             DataError: the row has none.
         """
         value = self.table[row][self.image_column]
-        if isinstance(value, dict):
-            data, path = value.get("bytes"), value.get("path")
-            if data is not None:
-                return f"{self.name} row {row + 1}" + (f" ({path})" if path else ""), data
-            value = path
-        if isinstance(value, bytes):
-            return f"{self.name} row {row + 1}", value
-        if not isinstance(value, str) or not value:
-            kind = "nothing" if value is None or value == "" else f"a {type(value).__name__}"
-            raise DataError(f"{self.name} row {row + 1}: column {self.image_column!r} holds {kind}, not a picture")
-        if "://" in value:
-            raise DataError(f"{self.name} row {row + 1}: {value} is an address; download the pictures first")
-        path = Path(value) if self.image_root is None else self.image_root / value
-        return str(path), path
+        return row_picture(value, f"{self.name} row {row + 1}", self.image_column, self.image_root)
+
+
+def row_picture(value: Any, place: str, column: str, root: Path | None) -> tuple[str, Path | bytes]:
+    """What to call the picture that a row's image column holds, and where it is.
+
+    Args:
+        value: A path, bytes, or both as `datasets` has them.
+        place: Where the row is.
+        column: The column's name.
+        root: Folder of relative paths.
+
+    Raises:
+        DataError: there is none.
+    """
+    if isinstance(value, dict):
+        data, path = value.get("bytes"), value.get("path")
+        if data is not None:
+            return place + (f" ({path})" if path else ""), data
+        value = path
+    if isinstance(value, bytes):
+        return place, value
+    if not isinstance(value, str) or not value:
+        kind = "nothing" if value is None or value == "" else f"a {type(value).__name__}"
+        raise DataError(f"{place}: column {column!r} holds {kind}, not a picture")
+    if "://" in value:
+        raise DataError(f"{place}: {value} is an address; download the pictures first")
+    path = Path(value) if root is None else root / value
+    return str(path), path
+
+
+def row_items(row: Mapping[str, Any], columns: ColumnConfig, text_column: str) -> list[TextItem]:
+    """The texts of a row; a column that it lacks counts as empty."""
+    question = row.get(columns.question) if columns.question else None
+    question = None if question is None or not str(question).strip() else str(question).strip()
+    kind = row.get(columns.kind) if columns.kind else None
+    kind = str(kind) if kind is not None else "caption" if question is None else "answer"
+    return [TextItem(text, question, kind) for text in _texts(row.get(text_column))]
 
 
 def _texts(value: Any) -> list[str]:

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -27,9 +26,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mmattn.data.whole_files import build_lock, sync_folder
 from mmattn.errors import DataError, RunError, UsageError
 
-_LOGGER = logging.getLogger(__name__)
 INDEX, MANIFEST = "index.jsonl", "manifest.json"
 FORMAT = 1
 _SYNC_SECONDS = 5.0
@@ -103,7 +102,9 @@ class TensorCache:
             raise UsageError("a tensor cache needs at least one key, and each key once")
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path):
+        with contextlib.ExitStack() as stack:
+            with _writing(path):
+                stack.enter_context(build_lock(path))
             if not (path / MANIFEST).exists():
                 _build(path, fingerprint, keys, encode, batch_size, label)
         return cls(path)
@@ -207,25 +208,6 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".building-{path.name}")
 
 
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One process at a time builds `path`; the lock ends with its process, however that ends."""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    with _writing(path):
-        file = open(path.with_name(f".lock-{path.name}"), "w")  # noqa: SIM115 (held until the end)
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            _LOGGER.warning("waiting for another process that builds the cache %s", path)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
-
-
 def _build(
     path: Path, fingerprint: Mapping[str, Any], keys: Sequence[str], encode: Encode, batch_size: int, label: str
 ) -> None:
@@ -247,7 +229,7 @@ def _build(
             writer.finish(fingerprint, len(keys))
             shutil.rmtree(path, ignore_errors=True)  # without a manifest, or it would have been opened
             os.rename(_partial(path), path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
 
 class _Writer:
@@ -309,7 +291,7 @@ class _Writer:
         tensors = {name: vars(form) for name, form in self.forms.items()}
         content = {"format": FORMAT, "entries": entries, "tensors": tensors, "fingerprint": fingerprint}
         _write_synced(self.folder / MANIFEST, json.dumps(content, indent=1) + "\n", "w")
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     @property
     def _forms_file(self) -> Path:
@@ -362,13 +344,3 @@ def _write_synced(path: Path, text: str, mode: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

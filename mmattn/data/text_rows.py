@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,18 @@ def json_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | DataErro
         if isinstance(line, str):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                yield number, DataError(f"not JSON ({error})")
-                continue
-            yield number, row if isinstance(row, dict) else DataError("a JSON value, but no object")
+            yield number, json_row(line)
         else:
             yield number, line
+
+
+def json_row(line: str) -> dict[str, Any] | DataError:
+    """A line of a JSONL file, or what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return DataError(f"not JSON ({error})")
+    return row if isinstance(row, dict) else DataError("a JSON value, but no object")
 
 
 def delimited_rows(
@@ -122,13 +127,37 @@ def delimited_rows(
             ) from error
 
 
+def delimited_row(
+    names: Sequence[str], data: bytes, delimiter: str, *, quoting: bool = True
+) -> dict[str, Any] | DataError:
+    """One row of a CSV or TSV file from its bytes, or what is wrong with it; see `delimited_rows`."""
+    return _row(names, _fields(data, delimiter, quoting=quoting))
+
+
+def header_names(path: str | Path, data: bytes, delimiter: str, *, quoting: bool = True) -> list[str]:
+    """The fields of a CSV or TSV file's first row, from the bytes up to its end.
+
+    Raises:
+        DataError: they are no UTF-8.
+    """
+    names = _fields(data, delimiter, quoting=quoting)
+    _check_header(path, 1, names)
+    return names
+
+
+def _fields(data: bytes, delimiter: str, *, quoting: bool) -> list[str]:
+    options: dict[str, Any] = {} if quoting else {"quoting": csv.QUOTE_NONE}
+    text = io.StringIO(data.removeprefix(_BOM).decode(errors="surrogateescape"), newline="")
+    return next((fields for fields in csv.reader(text, delimiter=delimiter, **options) if fields), [])
+
+
 def _check_header(path: str | Path, line: int, names: list[str]) -> None:
     row = _row(names, names)
     if isinstance(row, DataError):
         raise DataError(f"{path} line {line}: {row}")
 
 
-def _row(names: list[str], fields: list[str]) -> dict[str, Any] | DataError:
+def _row(names: Sequence[str], fields: list[str]) -> dict[str, Any] | DataError:
     for text in fields:
         try:
             text.encode()

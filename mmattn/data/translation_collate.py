@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +14,11 @@ from mmattn.data.collate import IGNORED
 from mmattn.data.sentence_pairs import ParallelSource, SentencePair, read_pairs
 from mmattn.data.translation_tokens import PairTokenizer, TokenizedPair
 from mmattn.errors import DataError, UsageError
+from mmattn.ops.segments import Segments
 
 
 class TranslationCollator:
-    """Pads pairs on the right, and lays out what the decoder reads and predicts.
+    """Pads pairs on the right, or packs them, and lays out what the decoder reads and predicts.
 
     The decoder reads `start tokens`, and predicts `tokens eos`. For NLLB and M2M100 the target's language token stands
     first among the tokens; it is forced when translating, and not scored here unless asked for.
@@ -29,9 +32,10 @@ class TranslationCollator:
         with_alignment: Also make the target of guided alignment (arXiv 1909.02074).
         score_language: Whether a language token is scored, as in transformers' examples.
         language_codes: See `PairTokenizer`.
+        packed: Without padding: all sources one after the other, and all targets.
 
     Raises:
-        UsageError: a size that leaves no room, or no padding token.
+        UsageError: a size that leaves no room, no padding token, or packing with alignments.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class TranslationCollator:
         with_alignment: bool = False,
         score_language: bool = False,
         language_codes: Mapping[str, str] | None = None,
+        packed: bool = False,
     ) -> None:
         if max_source_length < 3 or max_target_length < 3:
             raise UsageError(
@@ -63,18 +68,23 @@ class TranslationCollator:
         self.pad_id = int(own_pad if pad_id is None else pad_id)  # pyright: ignore[reportArgumentType]
         self.decoder_start_id = decoder_start_id
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
-        self.with_alignment, self.score_language = with_alignment, score_language
+        if packed and with_alignment:
+            raise UsageError("alignments are read from padded batches: make a collator with packed or with_alignment")
+        self.with_alignment, self.score_language, self.packed = with_alignment, score_language, packed
 
-    def __call__(self, source: ParallelSource, draws: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    def __call__(self, source: ParallelSource, draws: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """The batch for (epoch, example) pairs; see `collate`."""
         return self.collate(read_pairs(source, [example for _, example in draws]))
 
-    def collate(self, pairs: Sequence[SentencePair]) -> dict[str, torch.Tensor]:
+    def collate(self, pairs: Sequence[SentencePair]) -> dict[str, Any]:
         """The batch of these pairs.
 
         Returns:
-            `source_ids` int64 and `source_mask` bool (False at padding) [B, Ls]; `target_in` and `labels` (-100 where
-            not scored) int64 [B, Lt]; with alignment also `alignment` float32 [B, Lt, Ls], how much of each label
+            Packed: `source_ids` int64 [N], `target_in` and `labels` (-100 where not scored) int64 [M], and the
+            `source_segments` and `target_segments` that say where each pair lies, shorter targets first.
+
+            Padded: `source_ids` int64 and `source_mask` bool (False at padding) [B, Ls]; `target_in` and `labels` (-100
+            where not scored) int64 [B, Lt]; with alignment also `alignment` float32 [B, Lt, Ls], how much of each label
             comes from each source token: rows sum to 1, or to 0 where nothing is aligned.
 
         Raises:
@@ -83,6 +93,32 @@ class TranslationCollator:
         rows = self.pair_tokenizer(pairs)
         for pair, row in zip(pairs, rows, strict=True):
             self._check_length(pair, row)
+        return self._pack(rows) if self.packed else self._pad(pairs, rows)
+
+    def _pack(self, rows: Sequence[TokenizedPair]) -> dict[str, Any]:
+        # Neighbours of like length share a call where attention has no kernel for packed sequences.
+        rows = sorted(rows, key=lambda row: row.lengths[::-1])
+        sources, targets, labels = [row.source for row in rows], [], []
+        for row in rows:
+            read, label = self._target(row)
+            targets.append(read)
+            labels.append(label)
+        parts = {"source_ids": sources, "target_in": targets, "labels": labels}
+        batch: dict[str, Any] = {
+            name: torch.tensor(list(itertools.chain.from_iterable(lists)), dtype=torch.int64)
+            for name, lists in parts.items()
+        }
+        batch["source_segments"] = Segments.of(map(len, sources))
+        batch["target_segments"] = Segments.of(map(len, targets))
+        return batch
+
+    def _target(self, row: TokenizedPair) -> tuple[list[int], list[int]]:
+        """What the decoder reads of a row, and the labels."""
+        target = [*row.prefix, *row.target]
+        unscored = 0 if self.score_language else len(row.prefix)
+        return [self.decoder_start_id, *target[:-1]], [IGNORED] * unscored + target[unscored:]
+
+    def _pad(self, pairs: Sequence[SentencePair], rows: Sequence[TokenizedPair]) -> dict[str, Any]:
         longest_source, longest_target = (max(sizes) for sizes in zip(*(row.lengths for row in rows), strict=True))
         source_ids = np.full((len(rows), longest_source), self.pad_id, dtype=np.int64)
         source_mask = np.zeros(source_ids.shape, dtype=bool)
@@ -91,10 +127,9 @@ class TranslationCollator:
         for number, row in enumerate(rows):
             source_ids[number, : len(row.source)] = row.source
             source_mask[number, : len(row.source)] = True
-            target = [*row.prefix, *row.target]
-            target_in[number, : len(target)] = [self.decoder_start_id, *target[:-1]]
-            unscored = 0 if self.score_language else len(row.prefix)
-            labels[number, unscored : len(target)] = target[unscored:]
+            read, label = self._target(row)
+            target_in[number, : len(read)] = read
+            labels[number, : len(label)] = label
         arrays = {"source_ids": source_ids, "source_mask": source_mask, "target_in": target_in, "labels": labels}
         if self.with_alignment:
             arrays["alignment"] = np.zeros((*target_in.shape, longest_source), dtype=np.float32)

@@ -38,6 +38,10 @@ def trained_model(folder: Path) -> Path:
             f"{folder}: holds no model of its own, but {trained.name}, to be put into the model that it was trained "
             "on: name that model, and this folder by --lora or --kv"
         )
+    if next(folder.glob("checkpoints/*/trained-*.safetensors"), None) is not None:
+        raise CheckpointError(
+            f"{folder}: its checkpoints are sharded: make a model of them by mmattn export {folder} NEW"
+        )
     raise CheckpointError(
         f"{folder}: no model here: neither {' nor '.join(_MODEL_FILES)} nor best/ nor final/; did training finish?"
     )

@@ -15,6 +15,7 @@ from mmattn._optional import require
 from mmattn.data.parallel import open_parallel
 from mmattn.data.parallel_spec import ParallelConfig
 from mmattn.data.sentence_pairs import ParallelSource, SentencePair, read_pairs, spread
+from mmattn.data.stream_rows import sample_numbers
 from mmattn.data.translation_tokens import PairTokenizer
 from mmattn.errors import UsageError
 from mmattn.inference.alignment_scores import alignment_scores
@@ -52,8 +53,8 @@ class EvalConfig:
 
 
 def sample_pairs(source: ParallelSource) -> list[SentencePair]:
-    """The pairs of a source, or 40,000 evenly spread ones when it has more."""
-    return read_pairs(source, spread(len(source), _PAIR_SAMPLE).tolist())
+    """The pairs of a source, or 40,000 evenly spread ones when it has more; of a streamed one runs of pairs."""
+    return read_pairs(source, sample_numbers(source, _PAIR_SAMPLE, spread(len(source), _PAIR_SAMPLE)))
 
 
 @dataclass(frozen=True)

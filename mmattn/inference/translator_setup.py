@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from mmattn.data.sentence_pairs import ParallelSource, SentencePair
+from mmattn.data.stream_pairs import StreamedPairs
 from mmattn.data.translation_collate import TranslationCollator
 from mmattn.data.translation_tokenizer import train_marian_tokenizer
 from mmattn.data.translation_tokens import PairTokenizer, drop_too_long, token_lengths
 from mmattn.errors import ConfigError, DataError, UsageError
 from mmattn.inference import folders, trained
+from mmattn.inference.streamed_pairs import streamed_training
 from mmattn.inference.translator import Translator
 from mmattn.inference.translator_checks import generation_defaults
 from mmattn.models.sources import find_folder
@@ -94,6 +96,8 @@ class ExampleConfig:
             (arXiv 1909.02074, where it is 0.05); 0 for none.
         score_language: Whether the language token that starts an M2M100 or NLLB target is learned too; it is given when
             translating.
+        packing: Whether batches have no padding: all sentences one after the other, each attending to itself. "auto"
+            packs but for guided alignment, which reads padded batches. The loss is the same but for rounding.
     """
 
     max_source_length: int | None = None
@@ -102,14 +106,27 @@ class ExampleConfig:
     label_smoothing: float = 0.0
     guided_alignment_weight: float = 0.0
     score_language: bool = False
+    packing: bool | str = "auto"
 
     def __post_init__(self) -> None:
+        if self.packing not in (True, False, "auto"):
+            raise ConfigError(f"examples.packing must be true, false or auto, not {self.packing!r}")
+        if self.packing is True and self.guided_alignment_weight:
+            raise ConfigError(
+                "examples.packing=true: guided alignment reads padded batches: set packing to auto or false, or "
+                "guided_alignment_weight to 0"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"examples.label_smoothing must be at least 0 and below 1, not {self.label_smoothing}")
         if self.guided_alignment_weight < 0:
             raise ConfigError(
                 f"examples.guided_alignment_weight must not be negative, is {self.guided_alignment_weight}"
             )
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether batches are packed."""
+        return not self.guided_alignment_weight if self.packing == "auto" else bool(self.packing)
 
 
 def make_translator(
@@ -228,8 +245,8 @@ class TrainingPairs:
 
     Attributes:
         source: the pairs that it has room for.
-        lengths: int [N, 2], tokens of both sides.
-        num_left_out: pairs that are too long.
+        lengths: int [N, 2], tokens of both sides; None for streamed pairs that are not measured.
+        num_left_out: pairs that are too long; of streamed pairs all that are left out.
         num_aligned: pairs with word alignments.
         collate: makes batches of them.
     """
@@ -242,9 +259,21 @@ class TrainingPairs:
 
 
 def training_pairs(
-    translator: Translator, source: ParallelSource, examples: ExampleConfig, language_codes: Mapping[str, str]
+    translator: Translator,
+    source: ParallelSource,
+    examples: ExampleConfig,
+    language_codes: Mapping[str, str],
+    *,
+    by_tokens: bool = True,
 ) -> TrainingPairs:
     """Measure a source for a translator, and leave out what is too long.
+
+    Args:
+        translator: what is trained.
+        source: the pairs; streamed ones are measured only where it is needed.
+        examples: how they become examples.
+        language_codes: what the tokenizer calls a language, where the pairs call it otherwise.
+        by_tokens: whether batches are made by tokens.
 
     Raises:
         DataError: pairs that are too long where they are refused, languages that do not fit, or no alignments though
@@ -257,14 +286,19 @@ def training_pairs(
         name: config.max_positions if length is None else min(length, config.max_positions)
         for name, length in asked.items()
     }
-    measured = token_lengths(source, tokenizer)
     is_guided = examples.guided_alignment_weight > 0
-    if is_guided and not measured.num_aligned:
+    if isinstance(source, StreamedPairs):
+        streamed = streamed_training(source, tokenizer, by_tokens=by_tokens, refuse=examples.refuse_long, **limits)
+        kept, lengths, num_left_out, num_aligned = streamed
+    else:
+        measured = token_lengths(source, tokenizer)
+        num_aligned = measured.num_aligned
+        kept, lengths, num_left_out = drop_too_long(source, measured, **limits, refuse=examples.refuse_long)
+    if is_guided and not num_aligned:
         raise DataError(
             f"examples.guided_alignment_weight={examples.guided_alignment_weight} needs word alignments, and "
             f"{source.name} has none: name their column (data.columns.alignment), or set the weight to 0"
         )
-    kept, lengths, num_left_out = drop_too_long(source, measured, **limits, refuse=examples.refuse_long)
     collate = TranslationCollator(
         tokenizer,
         **limits,
@@ -272,15 +306,17 @@ def training_pairs(
         pad_id=config.pad_token_id,
         with_alignment=is_guided,
         score_language=examples.score_language,
+        packed=examples.is_packed,
     )
-    return TrainingPairs(kept, lengths, num_left_out, measured.num_aligned, collate)
+    return TrainingPairs(kept, lengths, num_left_out, num_aligned, collate)
 
 
 def preview_pairs(pairs: TrainingPairs, count: int = 3) -> list[str]:
     """The first pairs and their lengths, a line each."""
     lines = []
     for number in range(min(count, len(pairs.source))):
-        pair, (source, target) = pairs.source[number], pairs.lengths[number]
+        pair = pairs.source[number]
+        source, target = pairs.collate.pair_tokenizer([pair])[0].lengths
         lines.append(f"{pair.id}: {pair.source!r} -> {pair.target!r} ({source} and {target} tokens)")
     return lines
 

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmattn.data.readers import open_image_text
 from mmattn.data.records import ImageTextRecord, ImageTextSource, TextItem, read_records, read_texts
 from mmattn.data.spec import DataConfig
+from mmattn.data.stream_rows import sample_numbers
 from mmattn.errors import UsageError
 from mmattn.inference.pictures import Pictures
 from mmattn.inference.vlm import VisionLanguageModel
@@ -43,8 +44,9 @@ class EvalConfig:
 
 
 def sample_items(source: ImageTextSource) -> list[TextItem]:
-    """The texts of a source, or of its first 20,000 records when it has more."""
-    by_record = read_texts(source, range(min(len(source), _TEXT_SAMPLE)))
+    """The texts of a source, or of its first 20,000 records when it has more; of a streamed one from all over it."""
+    first = range(min(len(source), _TEXT_SAMPLE))
+    by_record = read_texts(source, sample_numbers(source, _TEXT_SAMPLE, first))
     return [item for items in by_record for item in items]
 
 

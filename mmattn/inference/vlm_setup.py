@@ -13,6 +13,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from mmattn.data.collate import ImageTextCollator
 from mmattn.data.images import PixelTransform, RandomView
+from mmattn.data.tensor_cache import TensorCache
 from mmattn.data.tokenizer import train_tokenizer
 from mmattn.errors import ConfigError
 from mmattn.inference import folders, trained
@@ -60,6 +61,7 @@ class ExampleConfig:
         kind_weights: How likely a kind of text ("caption", "color", ...) is drawn, 1 for kinds that are not named.
         max_length: Tokens of a row at most.
         prompt: Stands before every caption and is not scored.
+        packing: Texts of a batch one after the other, without padding between them; the losses are the same.
         token_dropout: Part of the text that the decoder does not see while it learns, so that it has to look.
         view_min_area: Crop pictures at random, down to this part of their area; 1 for whole pictures.
         view_flip: Mirror half of the pictures; not where captions speak of left and right.
@@ -69,9 +71,15 @@ class ExampleConfig:
     kind_weights: dict[str, float] = field(default_factory=dict)
     max_length: int = 32
     prompt: str = ""
+    packing: bool = True
     token_dropout: float = 0.0
     view_min_area: float = 1.0
     view_flip: bool = False
+
+    @property
+    def has_view(self) -> bool:
+        """Whether pictures are changed at random."""
+        return self.view_min_area < 1 or self.view_flip
 
 
 def make_vlm(config: ModelConfig, texts: Iterable[str]) -> VisionLanguageModel:
@@ -118,10 +126,11 @@ def _with_vocabulary(config: VLMConfig, tokenizer: PreTrainedTokenizerBase) -> V
     return dataclasses.replace(config, text=text)
 
 
-def make_collator(vlm: VisionLanguageModel, examples: ExampleConfig, seed: int) -> ImageTextCollator:
+def make_collator(
+    vlm: VisionLanguageModel, examples: ExampleConfig, seed: int, features: TensorCache | None = None
+) -> ImageTextCollator:
     """Batches in the layout that the model was made for; see `ImageTextCollator`."""
     config = vlm.network.config
-    is_changed = examples.view_min_area < 1 or examples.view_flip
     return ImageTextCollator(
         PixelTransform.from_processor(vlm.processor),
         vlm.tokenizer,
@@ -131,7 +140,9 @@ def make_collator(vlm: VisionLanguageModel, examples: ExampleConfig, seed: int) 
         prompt=examples.prompt,
         kind_weights=examples.kind_weights,
         token_dropout=examples.token_dropout,
-        view=RandomView(examples.view_min_area, examples.view_flip) if is_changed else None,
+        view=RandomView(examples.view_min_area, examples.view_flip) if examples.has_view else None,
+        features=features,
+        packed=examples.packing,
         bos_id=config.bos_token_id,
         sep_id=config.sep_token_id,
         eos_id=config.stop_token_id,

@@ -12,6 +12,7 @@ from mmattn.nn.names import OUR_ATTENTION, AttentionNames
 from mmattn.nn.norms import NormKind
 from mmattn.nn.projected_attention import ProjectedAttention, split_heads
 from mmattn.ops.cache import ContextKV
+from mmattn.ops.segments import Segments
 
 
 class CrossAttention(ProjectedAttention):
@@ -93,6 +94,8 @@ class CrossAttention(ProjectedAttention):
         *,
         key_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        segments: Segments | None = None,
+        context_segments: Segments | None = None,
     ) -> Tensor:
         """Attend from x to the context.
 
@@ -104,13 +107,21 @@ class CrossAttention(ProjectedAttention):
             context: `[B, Lk, Cc]`, or what `project_context` returned.
             key_mask: `[B, Lk]`, False where the context is padding; combined by "and" with the context's own.
             attn_mask: True = may attend, `[L, Lk]`, `[B * n, L, Lk]` or `[B * n, 1 or H, L, Lk]`.
+            segments: The sequences that x `[N, C]` holds one after the other, without padding.
+            context_segments: Those of the context `[M, Cc]`; with B of them and B * n of x, sequence i of x attends to
+                context i // n.
 
         Returns:
-            `[B * n, L, C]`. A row that may attend to nothing gets the output projection of zeros.
+            `[B * n, L, C]`, with segments `[N, C]`. A row that may attend to nothing gets the output projection of
+            zeros.
 
         Raises:
-            UsageError: On a wrong shape, or when the rows of x are no multiple of the context's.
+            UsageError: On a wrong shape, when the rows of x are no multiple of the context's, or masks, a projected
+                context or one kind of segments alone with segments.
         """
+        if segments is not None or context_segments is not None:
+            self._check_packed(x, self.embed_dim, "x", key_mask=key_mask, attn_mask=attn_mask)
+            return self._forward_packed(x, context, segments, context_segments)
         self._check_input(x, self.embed_dim, "x")
         if not isinstance(context, ContextKV):
             context, key_mask = self._project(context, key_mask), None
@@ -140,6 +151,21 @@ class CrossAttention(ProjectedAttention):
         if repeats != 1:
             attended = attended.reshape(rows, length, -1)
         return self.out_proj(attended)
+
+    def _forward_packed(
+        self, x: Tensor, context: Tensor | ContextKV, segments: Segments | None, context_segments: Segments | None
+    ) -> Tensor:
+        if segments is None or context_segments is None or isinstance(context, ContextKV):
+            raise UsageError(
+                "CrossAttention: packed sequences need segments, context_segments and the context's rows [M, Cc]"
+            )
+        self._check_packed(context, self.context_dim, "context")
+        query = self.q_proj(x).unflatten(1, (self.num_heads, -1))
+        key, value = (linear(context).unflatten(1, (self.num_kv_heads, -1)) for linear in (self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        queries = segments.merged(len(context_segments.lengths))
+        return self.out_proj(self._attend_packed(query, key, value, queries, context_segments, is_causal=False))
 
     def _project(self, context: Tensor, key_mask: Tensor | None) -> ContextKV:
         self._check_input(context, self.context_dim, "context")

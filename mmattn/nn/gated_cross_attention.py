@@ -9,6 +9,7 @@ from mmattn.nn.cross_attention import CrossAttention
 from mmattn.nn.feed_forward import ActivationName, FeedForward
 from mmattn.nn.norms import NormKind, make_norm
 from mmattn.ops.cache import ContextKV
+from mmattn.ops.segments import Segments
 
 
 class GatedCrossAttention(nn.Module):
@@ -83,6 +84,8 @@ class GatedCrossAttention(nn.Module):
         *,
         context_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        segments: Segments | None = None,
+        context_segments: Segments | None = None,
     ) -> Tensor:
         """Add what the context says to x.
 
@@ -91,13 +94,22 @@ class GatedCrossAttention(nn.Module):
             context: `[B, Lk, Cc]`, or what `project_context` returned.
             context_mask: `[B, Lk]`, False where the context is padding.
             attn_mask: True = may attend, as in `CrossAttention`.
+            segments: The sequences that x `[N, C]` holds without padding, as in `CrossAttention`.
+            context_segments: Those of the context `[M, Cc]`.
 
         Returns:
-            `[B * n, L, C]`.
+            As x.
 
         Raises:
             UsageError: On a wrong shape.
         """
-        attended = self.cross_attn(self.cross_attn_norm(x), context, key_mask=context_mask, attn_mask=attn_mask)
+        attended = self.cross_attn(
+            self.cross_attn_norm(x),
+            context,
+            key_mask=context_mask,
+            attn_mask=attn_mask,
+            segments=segments,
+            context_segments=context_segments,
+        )
         x = x + self.attn_gate.tanh() * attended
         return x + self.ffn_gate.tanh() * self.ffn(self.ffn_norm(x))

@@ -15,6 +15,7 @@ from mmattn.nn.norms import NormKind, make_norm
 from mmattn.nn.positions import RotaryEmbedding, RotaryTables
 from mmattn.nn.self_attention import SelfAttention
 from mmattn.ops.cache import ContextKV, KVCache
+from mmattn.ops.segments import Segments
 
 
 class TransformerLayer(nn.Module):
@@ -164,11 +165,13 @@ class TransformerLayer(nn.Module):
         context_attn_mask: Tensor | None = None,
         cache: KVCache | None = None,
         positions: Tensor | RotaryTables | None = None,
+        segments: Segments | None = None,
+        context_segments: Segments | None = None,
     ) -> Tensor:
         """Run the layer.
 
         Args:
-            x: `[B * n, L, C]`.
+            x: `[B * n, L, C]`; with segments `[N, C]`.
             attn_mask: Mask of the self-attention, as in `SelfAttention`.
             key_mask: Padding of the self-attention, `[B * n, Lk]`.
             context: `[B, Lk, Cc]`, or what `project_context` returned; row i of x looks at context row i // n.
@@ -176,9 +179,11 @@ class TransformerLayer(nn.Module):
             context_attn_mask: Mask of the cross-attention, as `attn_mask` in `CrossAttention`.
             cache: Keys and values of the positions before.
             positions: Places for the rotary embedding, or its tables for them, as in `SelfAttention`.
+            segments: The sequences that x holds one after the other, without padding; no masks and no cache then.
+            context_segments: Those of the context, `[M, Cc]` and not projected, as in `CrossAttention`.
 
         Returns:
-            `[B * n, L, C]`.
+            As x.
 
         Raises:
             UsageError: On a wrong shape, or an argument for a sublayer that is not there.
@@ -189,17 +194,26 @@ class TransformerLayer(nn.Module):
         self_attn, self_attn_norm = self.self_attn, self.self_attn_norm
         if self_attn is not None and self_attn_norm is not None:
             inputs = self_attn_norm(x) if self.norm_first else x
-            out = self_attn(inputs, attn_mask=attn_mask, key_mask=key_mask, cache=cache, positions=positions)
+            out = self_attn(
+                inputs, attn_mask=attn_mask, key_mask=key_mask, cache=cache, positions=positions, segments=segments
+            )
             x = self._add(x, out, self_attn_norm)
         elif not all(argument is None for argument in (attn_mask, key_mask, cache, positions)):
             raise UsageError("TransformerLayer: attn_mask, key_mask, cache and positions need a self-attention")
         cross_attn, cross_attn_norm = self.cross_attn, self.cross_attn_norm
         if cross_attn is not None and cross_attn_norm is not None:
             inputs = cross_attn_norm(x) if self.norm_first else x
-            out = cross_attn(inputs, context, key_mask=context_mask, attn_mask=context_attn_mask)
+            out = cross_attn(
+                inputs,
+                context,
+                key_mask=context_mask,
+                attn_mask=context_attn_mask,
+                segments=segments,
+                context_segments=context_segments,
+            )
             x = self._add(x, out, cross_attn_norm)
-        elif context_attn_mask is not None:
-            raise UsageError("TransformerLayer: context_attn_mask needs a cross-attention")
+        elif context_attn_mask is not None or context_segments is not None:
+            raise UsageError("TransformerLayer: context_attn_mask and context_segments need a cross-attention")
         ffn_norm = self.ffn_norm
         out = self.ffn(ffn_norm(x) if self.norm_first else x)
         return self._add(x, out, ffn_norm, self.ffn_dropout_p)
@@ -208,5 +222,6 @@ class TransformerLayer(nn.Module):
         dropout_p = self.dropout_p if dropout_p is None else dropout_p
         if self.training and dropout_p > 0:
             out = F.dropout(out, dropout_p)
-        x = x + out
+        # In this order: a sum is laid out as its first term, and x may be a transposed picture, which norms would copy.
+        x = out + x
         return x if self.norm_first else norm(x)

@@ -16,6 +16,8 @@ from mmattn.nn.names import OUR_ATTENTION, AttentionNames, find, place
 from mmattn.nn.norms import NormKind, make_norm
 from mmattn.nn.packed_linears import PackedLinears, packing_refusals
 from mmattn.ops.attention import attention
+from mmattn.ops.packed import packed_attention
+from mmattn.ops.segments import Segments
 
 
 class ProjectedAttention(nn.Module):
@@ -213,6 +215,40 @@ class ProjectedAttention(nn.Module):
             caller=self,
         )
         return cast(Tensor, out).transpose(1, 2).flatten(2)
+
+    def _check_packed(self, x: Tensor, width: int, name: str, **unused: object) -> None:
+        """Check rows of packed sequences, and that nothing is given which they take no notice of."""
+        kind = type(self).__name__
+        given = [name for name, value in unused.items() if value is not None]
+        if given:
+            raise UsageError(f"{kind}: packed sequences (segments) take no {' or '.join(given)}")
+        if x.dim() != 2 or x.shape[1] != width:
+            raise UsageError(f"{kind}: {name} has shape {list(x.shape)}, expected packed rows [rows, {width}]")
+
+    def _attend_packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_segments: Segments,
+        key_segments: Segments,
+        *,
+        is_causal: bool,
+    ) -> Tensor:
+        """Attention over heads `[N, H, D]` of packed sequences, then heads side by side: `[N, H * D]`."""
+        return packed_attention(
+            query,
+            key,
+            value,
+            query_segments,
+            key_segments,
+            is_causal=is_causal,
+            scale=self.scale,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            backend=self.backend,
+            role=self.role,
+            caller=self,
+        ).flatten(1)
 
     def extra_repr(self) -> str:
         """What `print(module)` adds."""

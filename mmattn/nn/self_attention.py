@@ -15,6 +15,7 @@ from mmattn.nn.projected_attention import ProjectedAttention, split_heads
 from mmattn.ops.cache import KVCache
 from mmattn.ops.masks import sliding_window_mask
 from mmattn.ops.rotary import rotate
+from mmattn.ops.segments import Segments
 
 
 class SelfAttention(ProjectedAttention):
@@ -86,24 +87,30 @@ class SelfAttention(ProjectedAttention):
         key_mask: Tensor | None = None,
         cache: KVCache | None = None,
         positions: Tensor | RotaryTables | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
         """Attend within x.
 
         Args:
-            x: `[B, L, C]`; with a cache, the new positions only.
+            x: `[B, L, C]`; with a cache, the new positions only. With segments `[N, C]`.
             attn_mask: True = may attend, `[L, Lk]`, `[B, L, Lk]` or `[B, 1 or H, L, Lk]`; Lk counts the cached ones.
             key_mask: `[B, Lk]`, False where a key is padding.
             cache: Keys and values of the positions before; x's are appended to it.
             positions: Places for the rotary embedding, `[L]` or `[B, L]`, or its tables for them, made once for all
                 layers; those that follow the cache when None.
+            segments: The sequences that x holds one after the other, without padding; each attends to itself. There
+                are no masks and no cache then, and positions are `[N]`, from 0 in each sequence when None.
 
         Returns:
-            `[B, L, C]`.
+            `[B, L, C]`, with segments `[N, C]`.
 
         Raises:
-            UsageError: On a wrong shape, a full cache, a windowed cache without causality, or positions without a
-                rotary embedding.
+            UsageError: On a wrong shape, a full cache, a windowed cache without causality, positions without a
+                rotary embedding, or masks or a cache with segments.
         """
+        if segments is not None:
+            self._check_packed(x, self.embed_dim, "x", attn_mask=attn_mask, key_mask=key_mask, cache=cache)
+            return self._forward_packed(x, segments, positions)
         self._check_input(x, self.embed_dim, "x")
         query, key, value = self._project(x)
         if self.q_norm is not None and self.k_norm is not None:
@@ -112,11 +119,7 @@ class SelfAttention(ProjectedAttention):
             if positions is None:
                 start = 0 if cache is None else cache.position
                 positions = torch.arange(start, start + query.shape[2], device=query.device)
-            if isinstance(positions, Tensor):
-                tables: RotaryTables = self.rotary(positions, torch.promote_types(query.dtype, torch.float32))
-            else:
-                tables = positions
-            query, key = self._rotated(query, key, tables)
+            query, key = self._rotated(query, key, self._rotary_tables(positions, query.dtype))
         elif positions is not None:
             raise UsageError("SelfAttention: positions were given, but the module has no rotary embedding to use them")
         # A single newest query sees every cached key: causal without a mask.
@@ -127,6 +130,25 @@ class SelfAttention(ProjectedAttention):
                 attn_mask = self._windowed(attn_mask, query, key, cache.window)
         attended = self._attend(query, key, value, attn_mask=attn_mask, key_mask=key_mask, is_causal=is_causal)
         return self.out_proj(attended)
+
+    def _forward_packed(self, x: Tensor, segments: Segments, positions: Tensor | RotaryTables | None) -> Tensor:
+        query = self.q_proj(x).unflatten(1, (self.num_heads, -1))
+        key, value = (linear(x).unflatten(1, (self.num_kv_heads, -1)) for linear in (self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.rotary is not None:
+            tables = self._rotary_tables(segments.positions() if positions is None else positions, query.dtype)
+            rotated = self._rotated(query.transpose(0, 1)[None], key.transpose(0, 1)[None], tables)
+            query, key = (heads[0].transpose(0, 1) for heads in rotated)
+        elif positions is not None:
+            raise UsageError("SelfAttention: positions were given, but the module has no rotary embedding to use them")
+        return self.out_proj(self._attend_packed(query, key, value, segments, segments, is_causal=self.is_causal))
+
+    def _rotary_tables(self, positions: Tensor | RotaryTables, dtype: torch.dtype) -> RotaryTables:
+        if not isinstance(positions, Tensor):
+            return positions
+        assert self.rotary is not None  # who asks has checked
+        return self.rotary(positions, torch.promote_types(dtype, torch.float32))
 
     def _rotated(self, query: Tensor, key: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor]:
         cos, sin = tables

@@ -28,6 +28,7 @@ class Limits:
         has_weights: can return the weights.
         min_head_dim: smallest head_dim.
         max_head_dim: largest head_dim; None without a bound.
+        head_dim_step: head_dim must be a multiple of it.
         max_keys: most keys; None without a bound.
     """
 
@@ -40,6 +41,7 @@ class Limits:
     has_weights: bool = False
     min_head_dim: int = 1
     max_head_dim: int | None = None
+    head_dim_step: int = 1
     max_keys: int | None = None
 
     def refusals(self, traits: Traits) -> list[str]:
@@ -54,6 +56,8 @@ class Limits:
             )
         if traits.head_dim < self.min_head_dim or (self.max_head_dim and traits.head_dim > self.max_head_dim):
             reasons.append(f"head_dim {traits.head_dim} (serves {self.min_head_dim} to {self.max_head_dim or 'any'})")
+        if traits.head_dim % self.head_dim_step:
+            reasons.append(f"head_dim {traits.head_dim} (serves multiples of {self.head_dim_step})")
         wanted = {"causal": traits.is_causal, "key": traits.has_key_mask, traits.mask: traits.mask != "none"}
         masks = self.masks.get(traits.device, MASKS)
         for kind, is_wanted in wanted.items():

@@ -65,7 +65,7 @@ def prepare(
     """
     device_type = query.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        query, key, value = _autocast(device_type, query, key, value)
+        query, key, value = cast_to_autocast(device_type, query, key, value)
     query_shape, key_shape = query.shape, key.shape
     if len(query_shape) != 4 or len(key_shape) != 4 or key_shape != value.shape:
         raise UsageError(
@@ -135,7 +135,7 @@ def _check_device(name: str, mask: Tensor, query: Tensor) -> None:
         raise UsageError(f"attention: {name} is on {mask.device}, query on {query.device}; move them together")
 
 
-def _autocast(device_type: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+def cast_to_autocast(device_type: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast inputs take its dtype, as torch's own attention does; float64 stays."""
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors)

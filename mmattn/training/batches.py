@@ -14,6 +14,7 @@ from mmattn.training.sampler import ExampleSampler, StepSampler
 from mmattn.training.signals import ignore_stop_signals
 from mmattn.training.task import Batch, Task
 from mmattn.training.token_sampler import TokenSampler, token_lengths
+from mmattn.training.window_sampler import WindowSampler, WindowTokenSampler, make_window_sampler
 
 Key = tuple[int, int]
 """(step, micro-batch)."""
@@ -21,14 +22,17 @@ Key = tuple[int, int]
 
 def make_sampler(
     task: Task, config: TrainingConfig, num_processes: int = 1
-) -> ExampleSampler | GroupSampler | TokenSampler:
-    """Batches by `config.batch_tokens` where that is set, else by `config.batch_size`, of one of `task.groups` each.
+) -> ExampleSampler | GroupSampler | TokenSampler | WindowSampler | WindowTokenSampler:
+    """Batches by `config.batch_tokens` where that is set, else by `config.batch_size`, of one of `task.groups` each;
+    in windows where `task.stream` says that examples are read from shards.
 
     Raises:
         DataError: when there are no examples, or one is longer than `batch_tokens` or `micro_batch_tokens`.
         UsageError: when the processes cannot share `batch_size`, or a task without `lengths`, or with `groups`, is to
             use `batch_tokens`.
     """
+    if task.stream is not None:
+        return make_window_sampler(task, task.stream, config, num_processes)
     groups = example_groups(task)
     if groups is not None:
         if config.batch_tokens is not None:
@@ -91,11 +95,14 @@ def step_batches(
         worker_init_fn=ignore_stop_signals,
     )
     loaded = iter(loader)
-    for step in steps:
-        batches: list[Batch] = []
-        for _ in range(sampler.num_micro_batches(step)):
-            batch = next(loaded)
-            if isinstance(batch, MmattnError):
-                raise batch
-            batches.append(batch)
-        yield batches
+    try:
+        for step in steps:
+            batches: list[Batch] = []
+            for _ in range(sampler.num_micro_batches(step)):
+                batch = next(loaded)
+                if isinstance(batch, MmattnError):
+                    raise batch
+                batches.append(batch)
+            yield batches
+    finally:
+        del loaded  # ends the workers, even where somebody holds the error that came out of here

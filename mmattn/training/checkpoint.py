@@ -12,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -51,17 +52,52 @@ class CheckpointStore:
         Raises:
             RunError: when the disk is full or cannot be written; earlier checkpoints are untouched.
         """
-        final, temporary = self.path(step), self.folder / f"{_TEMPORARY}step-{step:08d}"
-        try:
-            _write_folder(temporary, write, {"step": step})
+        temporary = self.begin(step)
+        with self._failing_as_a_whole(step):
+            write(temporary)
+        return self.finish(step)
+
+    def begin(self, step: int) -> Path:
+        """An empty folder to write a checkpoint into, which several processes may do; `finish` makes it one.
+
+        Raises:
+            RunError: as `save`.
+        """
+        temporary = self._temporary(step)
+        with self._failing_as_a_whole(step):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        return temporary
+
+    def finish(self, step: int) -> Path:
+        """Sync what lies in the folder that `begin` gave, write its manifest and give it its name.
+
+        Raises:
+            RunError: as `save`.
+        """
+        final, temporary = self.path(step), self._temporary(step)
+        with self._failing_as_a_whole(step):
+            _complete(temporary, {"step": step})
             if final.exists():  # not a checkpoint, or `latest` would have found it: kept for whoever wants to look
                 os.rename(final, _free_name(final.with_name(f"{final.name}.damaged")))
             os.rename(temporary, final)
             _sync_folder(self.folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise RunError(self._failure(final, error)) from error
         return final
+
+    def abandon(self, step: int) -> None:
+        """Remove what was written since `begin`."""
+        shutil.rmtree(self._temporary(step), ignore_errors=True)
+
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f"{_TEMPORARY}step-{step:08d}"
+
+    @contextmanager
+    def _failing_as_a_whole(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            self.abandon(step)
+            raise RunError(self.failure(self.path(step), error)) from error
 
     def publish(self, source: Path, name: str) -> Path:
         """Copy a folder of a checkpoint to `<output_dir>/<name>`, in place of what is there.
@@ -94,7 +130,7 @@ class CheckpointStore:
             shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise RunError(self._failure(final, error)) from error
+            raise RunError(self.failure(final, error)) from error
         return final
 
     def steps(self) -> list[int]:
@@ -126,7 +162,8 @@ class CheckpointStore:
                 os.rename(self.path(step), doomed)
                 shutil.rmtree(doomed)
 
-    def _failure(self, final: Path, error: Exception) -> str:
+    def failure(self, final: Path, error: Exception) -> str:
+        """One line about a save that failed."""
         text = str(error)
         is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
         reason = "the disk is full" if is_full else " ".join(text.split())
@@ -170,10 +207,7 @@ def _problem(folder: Path, *, hashes: bool) -> str | None:
     return None
 
 
-def _write_folder(folder: Path, write: Callable[[Path], None], facts: dict) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write(folder)
+def _complete(folder: Path, facts: dict) -> None:
     _sync_tree(folder)
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}

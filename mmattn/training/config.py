@@ -10,6 +10,7 @@ from mmattn.errors import ConfigError
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 DEVICES = ("auto", "cpu")
+SHARDINGS = ("auto", "none", "fsdp2")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 TRACKER_FOLDER = "trackers"
 SAMPLES_FOLDER = "samples"  # pictures drawn at evaluations
@@ -60,6 +61,9 @@ class TrainingConfig:
     max_grad_norm: float | None = 1.0
     mixed_precision: str = "auto"  # auto: bf16 on a GPU that has it, else none
     device: str = "auto"  # or "cpu"
+    sharding: str = "auto"  # auto: as the launcher says; none: whole models (DDP); fsdp2: each process holds a part
+    sharded_checkpoints: bool = False  # every process writes its part; the model is then made by `mmattn export`
+    activation_checkpointing: bool = False  # layers run again in the backward pass: less memory, a third more time
     ema_decay: float | None = None
     average_last: int = 0  # final/: the mean weights of so many checkpoints of every save_every steps; 0: the last step
     eval_every: int = 0  # 0: never; otherwise also after the last step
@@ -113,12 +117,25 @@ class TrainingConfig:
             _not_one_of("schedule", self.schedule, SCHEDULES),
             _not_one_of("mixed_precision", self.mixed_precision, PRECISIONS),
             _not_one_of("device", self.device, DEVICES),
+            _not_one_of("sharding", self.sharding, SHARDINGS),
             *[_not_one_of("trackers", name, TRACKERS) for name in self.trackers],
         ]
 
     def _joint_rules(self) -> list[tuple[bool, str]]:
         last, periodic = self.average_last, self.max_steps // max(self.save_every, 1)
         return [
+            (
+                self.sharded_checkpoints and self.sharding == "none",
+                "sharded_checkpoints needs sharding fsdp2 (or auto, under a launcher that shards)",
+            ),
+            (
+                self.sharded_checkpoints and last > 0,
+                f"average_last {last} averages whole checkpoints, and sharded_checkpoints writes none: set one of them",
+            ),
+            (
+                self.sharding == "fsdp2" and self.mixed_precision == "fp16",
+                "mixed_precision fp16 is not for sharding fsdp2: use bf16, or no",
+            ),
             (
                 self.batch_tokens is not None and self.micro_batch_size is not None,
                 "micro_batch_size counts examples, and batch_tokens is set: use micro_batch_tokens",

@@ -30,12 +30,6 @@ class ParameterAverage:
         torch._foreach_lerp_(list(self.averages.values()), values, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         self.updates += 1
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside, the tensors hold their averages; afterwards their own values, bit for bit."""
-        with replaced(self.tensors, self.averages):
-            yield
-
     @torch.no_grad()
     def restart(self) -> None:
         """Begin again from the tensors as they are now."""
@@ -53,15 +47,16 @@ class ParameterAverage:
 def replaced(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> Iterator[None]:
     """Inside, tensors hold the values of the same names; afterwards their own, bit for bit."""
     own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    _assign(tensors, values)
+    assign(tensors, values)
     try:
         yield
     finally:
-        _assign(tensors, own)
+        assign(tensors, own)
 
 
 @torch.no_grad()
-def _assign(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+def assign(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copy into tensors the values of the same names."""
     for name, tensor in tensors.items():
         tensor.copy_(values[name])
 

@@ -6,39 +6,49 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from mmattn.errors import RunError
 from mmattn.training.averaging import LastCheckpoints
+from mmattn.training.batch_norm import shared_batch_norm
 from mmattn.training.batches import make_sampler, step_batches
 from mmattn.training.checkpoint import CheckpointStore
 from mmattn.training.config import TrainingConfig, config_dict
-from mmattn.training.devices import make_accelerator, on_main
-from mmattn.training.ema import ParameterAverage, replaced
+from mmattn.training.devices import describe_processes, make_accelerator, on_main
+from mmattn.training.launcher_sharding import resolve_sharding
 from mmattn.training.lock import OutputLock
 from mmattn.training.metrics import RunLog
-from mmattn.training.optim import learning_rate, make_optimizer, set_learning_rate
-from mmattn.training.signals import StopSignal, TrainingStoppedError
+from mmattn.training.optim import learning_rate, set_learning_rate
+from mmattn.training.peers import deaths_said
+from mmattn.training.prepared import WholeModel
+from mmattn.training.rates import Rates
+from mmattn.training.recipe_settings import recipe_changes
+from mmattn.training.sharded_state import save_sharded
+from mmattn.training.sharding import ShardedModel
+from mmattn.training.signals import EvaluationInterrupted, StopSignal, TrainingStoppedError
 from mmattn.training.start import Start, check_continuation, find_start
 from mmattn.training.state import (
+    FullState,
     LoopState,
-    frozen_checksum,
     read_facts,
     read_state,
     stored_buffers,
-    trained_tensors,
     write_run_facts,
     write_state,
+    write_tensors,
 )
 from mmattn.training.step import BufferGuard, StepResult, run_step, seed_draws
+from mmattn.training.step_record import record_step
 from mmattn.training.task import Batch, Task
+from mmattn.training.window_sampler import stream_facts
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ def train(
     command: str = "",
     resolved_config: dict[str, Any] | None = None,
 ) -> TrainingResult:
-    """Train `task.model` for `config.max_steps` steps.
+    """Train `task.model` for `config.max_steps` steps; with sharding copies of it, so that the result is what is saved.
 
     Args:
         task: What to train and on what.
@@ -85,12 +95,19 @@ def train(
     """
     config.validate()
     accelerator = make_accelerator(config)
-    with StopSignal() as stop, OutputLock(Path(config.output_dir), enabled=accelerator.is_main_process) as lock:
+    with (
+        StopSignal() as stop,
+        OutputLock(Path(config.output_dir), enabled=accelerator.is_main_process) as lock,
+        shared_batch_norm(task.model, accelerator.num_processes),
+    ):
         on_main(accelerator, lock.check)
         run = _Run(task, config, accelerator, stop)
-        run.start(resume, command, resolved_config)
+        said = functools.partial(deaths_said, accelerator.num_processes, config.output_dir, lambda: run.state.step)
+        with said():
+            run.start(resume, command, resolved_config)
         try:
-            return run.run()
+            with said():
+                return run.run()
         finally:
             run.close()
 
@@ -108,13 +125,9 @@ class _Run:
         self.state = LoopState()
         self.sampler = make_sampler(task, config, accelerator.num_processes)
         self.last_checkpoints = LastCheckpoints(self.store, config) if config.average_last else None
-        self.had_own_forward = "forward" in vars(task.model)
-        optimizer = make_optimizer(task.model, config, accelerator.device)
-        self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
-        self.inner = accelerator.unwrap_model(self.model)
-        self.average: ParameterAverage | None = None
-        if config.ema_decay is not None and accelerator.is_main_process:
-            self.average = ParameterAverage(trained_tensors(self.inner), config.ema_decay)
+        self.sharding = resolve_sharding(config.sharding)
+        self.prepared = (ShardedModel if self.sharding == "fsdp2" else WholeModel)(task, config, accelerator)
+        self.model, self.optimizer, self.average = self.prepared.model, self.prepared.optimizer, self.prepared.average
         self.losses: list[float] = []
         self.batches: Generator[Sequence[Batch], None, None] | None = None
         self.saved_step: int | None = None
@@ -127,7 +140,9 @@ class _Run:
             "num_processes": self.accelerator.num_processes,
             "num_examples": len(self.task),
             "lengths_checksum": self.sampler.lengths_checksum(),
-            "frozen_checksum": frozen_checksum(self.inner),
+            "stream": stream_facts(self.task.stream),
+            "frozen_checksum": self.prepared.frozen_checksum,
+            "sharding": self.sharding,
         }
         start = on_main(self.accelerator, lambda: find_start(self.store, resume))
         remarks = list(start.remarks)
@@ -139,33 +154,36 @@ class _Run:
         if self.accelerator.is_main_process:
             self.store.folder.mkdir(parents=True, exist_ok=True)
             self.store.clean()
-        self.log = RunLog(self.accelerator, self.config, self.first_step, unit=self.task.unit)
-        self.buffers = BufferGuard(stored_buffers(self.inner))
+        self.log = RunLog(self.accelerator, self.config, self.state, unit=self.task.unit)
+        self.buffers = BufferGuard(stored_buffers(self.prepared.inner))
         for remark in [*remarks, *self._announcement()]:
             self.log.say(remark)
 
     def _load(self, start: Start) -> list[str]:
         assert start.checkpoint is not None
         saved = read_facts(start.checkpoint)
-        remarks = check_continuation(start, saved, self.facts, self.config)
-        self.state = read_state(start.checkpoint, self.inner, self.optimizer.optimizer, self.average)
+        recipe = recipe_changes(start.checkpoint, self.resolved_config, self.task.free_settings)
+        remarks = check_continuation(start, saved, self.facts, self.config, recipe)
+        self.state = read_state(start.checkpoint, self.prepared.inner, self.optimizer.optimizer, self.average)
         if self.accelerator.scaler is not None and self.state.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         if start.is_continued:
             self.saved_step = self.state.step
         else:  # the best of another folder's run is not here to be kept
             self.state.best_step = self.state.best_value = None
+            self.state.is_evaluation_due = False
         return [*remarks, f"resumed from {start.checkpoint}"]
 
     def _announcement(self) -> list[str]:
-        parameters = list(self.inner.parameters())
+        parameters = list(self.prepared.inner.parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         accelerator = self.accelerator
         return [
             self.task.describe(),
             f"training {trained:,} of {sum(parameter.numel() for parameter in parameters):,} parameters, steps "
-            f"{self.first_step} to {self.config.max_steps}, on {accelerator.device.type}, "
+            f"{self.first_step} to {self.config.max_steps}, on {describe_processes(accelerator)}, "
             f"precision {accelerator.mixed_precision}, {self.sampler.describe()}",
+            *([self.prepared.describe()] if self.prepared.describe() else []),
             *self.sampler.remarks(),
             *([f"final/ will hold {self.last_checkpoints.describe()}"] if self.last_checkpoints is not None else []),
         ]
@@ -174,11 +192,17 @@ class _Run:
         """Do the steps, then publish `final/` and `best/`."""
         self.model.train()
         self.batches = self._batches()
+        self.rates = Rates(self.accelerator, self.first_step, self.config.max_steps)
+        if self.rates.remark is not None:
+            self.log.say(self.rates.remark)
+        if self.state.is_evaluation_due:
+            self._finish_step(stop_signal=0)
         while self.state.step < self.config.max_steps:
             waiting = time.perf_counter()
             micro_batches = next(self.batches)
             working = time.perf_counter()
-            result = self._step(micro_batches)
+            with self.rates.counted():
+                result = self._step(micro_batches)
             self._record(result, data_s=working - waiting, step_s=time.perf_counter() - waiting)
             self._after_step(result)
         metrics, best_step, best_value = on_main(self.accelerator, self._publish)
@@ -186,7 +210,7 @@ class _Run:
         return TrainingResult(self.state.step, metrics, best, self.store.output_dir, self.losses)
 
     def _batches(self) -> Generator[Sequence[Batch], None, None]:
-        batches = step_batches(
+        yield from step_batches(
             self.task,
             self.sampler,
             rank=self.accelerator.process_index,
@@ -195,12 +219,6 @@ class _Run:
             num_workers=self.config.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        try:
-            yield from batches
-        except RuntimeError as error:
-            if "DataLoader worker" in str(error) and "exited unexpectedly" in str(error):
-                raise RunError(f"a data worker died at step {self.state.step}: {error}".replace("\n", " ")) from error
-            raise
 
     def _step(self, micro_batches: Sequence[Batch]) -> StepResult:
         step = self.state.step
@@ -231,72 +249,48 @@ class _Run:
         return result
 
     def _record(self, result: StepResult, *, data_s: float, step_s: float) -> None:
-        step = self.state.step
-        clock = {
-            "step_s": round(step_s, 6),
-            "data_s": round(data_s, 6),
-            "tokens_per_s": round(result.count / max(step_s, 1e-9), 3),
-            "at": round(time.time(), 3),
-        }
-        if self.accelerator.device.type == "cuda":
-            clock["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.accelerator.device)
-        if result.skip_reason is not None:
-            self._record_skip(result, clock)
-            return
-        rate = learning_rate(self.config, step - 1)
-        self.losses.append(result.loss)
-        figures = {"loss": result.loss, **result.parts, "learning_rate": rate, "grad_norm": result.grad_norm}
-        counters = {"count": result.count, "examples": self.state.examples, "tokens": self.state.tokens}
-        self.log.write({"kind": "train", "step": step, **figures, **counters, "time": clock})
-        if step % self.config.log_every == 0 or step == self.config.max_steps:
-            rates = {key: value for key, value in clock.items() if key != "at"}
-            self.log.track("train", {**figures, **rates}, step)
-        self.log.progress.step(
-            step,
-            loss=result.loss,
-            learning_rate=rate,
-            tokens_per_s=result.count / max(step_s, 1e-9),
-            data_share=data_s / max(step_s, 1e-9),
-        )
-
-    def _record_skip(self, result: StepResult, clock: dict[str, float]) -> None:
-        step = self.state.step
-        suspects = [
-            draw for rank, index in result.suspects for draw in self.sampler.micro_draws(step - 1, rank, index)
-        ] or self.sampler.draws(step - 1)
-        line = {"kind": "skipped", "step": step, "reason": result.skip_reason, "draws": suspects, "time": clock}
-        self.log.write(line)
-        if not result.is_overflow:
-            examples = sorted({example for _, example in suspects})
-            shown = ", ".join(map(str, examples[:8])) + (", ..." if len(examples) > 8 else "")
-            self.log.say(f"step {step} skipped: {result.skip_reason}; examples {shown} (all in metrics.jsonl)")
+        clock = self.rates.clock(self.state.step, result.count, data_s=data_s, step_s=step_s)
+        record_step(self.log, self.config, self.sampler, self.state, result, clock)
+        if result.skip_reason is None:
+            self.losses.append(result.loss)
 
     def _after_step(self, result: StepResult) -> None:
-        config, step = self.config, self.state.step
-        is_last = step == config.max_steps
-        if self.state.skipped_in_a_row >= config.max_bad_steps:
+        if self.state.skipped_in_a_row >= self.config.max_bad_steps:
             raise RunError(
-                f"stopped at step {step}: {self.state.skipped_in_a_row} steps in a row were not finite, the last "
-                f"because {result.skip_reason}; lower learning_rate or look at the examples named in "
+                f"stopped at step {self.state.step}: {self.state.skipped_in_a_row} steps in a row were not finite, the "
+                f"last because {result.skip_reason}; lower learning_rate or look at the examples named in "
                 f"{self.store.output_dir / 'metrics.jsonl'}"
             )
+        self._finish_step(result.stop_signal)
+
+    def _finish_step(self, stop_signal: int) -> None:
+        """Evaluate, save and stop, each where it is time for it."""
+        config, step = self.config, self.state.step
+        is_last = step == config.max_steps
         is_better = bool(config.eval_every) and (is_last or step % config.eval_every == 0) and self._evaluate()
-        if is_last or is_better or result.stop_signal or (config.save_every and step % config.save_every == 0):
+        if is_last or is_better or stop_signal or (config.save_every and step % config.save_every == 0):
             self._save()
         if is_better:
             on_main(self.accelerator, self._publish_best)
-        if result.stop_signal and not is_last:
-            name = signal.Signals(result.stop_signal).name
-            raise TrainingStoppedError(
-                f"stopped by {name} after step {step}, saved in {self.store.path(step)}; continue with --resume",
-                result.stop_signal,
-            )
+        if stop_signal and not is_last:
+            self._stop(stop_signal, "after")
+
+    def _stop(self, number: int, when: str) -> NoReturn:
+        where, name = self.store.path(self.state.step), signal.Signals(number).name
+        text = f"stopped by {name} {when} step {self.state.step}, saved in {where}; continue with --resume"
+        raise TrainingStoppedError(text, number)
 
     def _evaluate(self) -> bool:
         """Evaluate with the average if there is one; whether the result is the best so far."""
         started = time.perf_counter()
-        metrics = self.state.metrics = on_main(self.accelerator, self._score)
+        full = self.prepared.full_state(has_optimizer=False)
+        metrics = on_main(self.accelerator, lambda: self._score_or_stop(self.prepared.to_hold(full)))
         self.model.train()
+        self.state.is_evaluation_due = isinstance(metrics, int)
+        if isinstance(metrics, int):
+            self._save()
+            self._stop(metrics, "in the evaluation after")
+        self.state.metrics = metrics
         is_better = self._is_better(metrics)
         if is_better:
             self.state.best_step, self.state.best_value = self.state.step, metrics[self.task.best or ""]
@@ -314,49 +308,67 @@ class _Run:
         old = self.state.best_value
         return value is not None and math.isfinite(value) and (old is None or sign * value > sign * old)
 
-    def _score(self) -> dict[str, float]:
-        accelerator = self.accelerator
-        seed_draws(self.config.seed, self.state.step, accelerator.process_index, accelerator.device, is_evaluation=True)
-        self.inner.eval()
-        with self._averaged(), torch.no_grad():
-            metrics = {key: float(value) for key, value in self.task.evaluate(self.inner).items()}
-            self.log.show(self.task.draw(self.inner), self.state.step)
-            return metrics
+    def _score_or_stop(self, tensors: dict[str, Tensor]) -> dict[str, float] | int:
+        """The scores, or the signal that came before they were complete."""
+        try:
+            return self._score(tensors, self.stop.interrupting())
+        except EvaluationInterrupted:
+            return self.stop.received
 
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        with self.average.applied() if self.average is not None else nullcontext():
-            yield
+    def _score(self, tensors: dict[str, Tensor], guard: AbstractContextManager[None] | None = None) -> dict[str, float]:
+        accelerator, model = self.accelerator, self.prepared.plain
+        seed_draws(self.config.seed, self.state.step, accelerator.process_index, accelerator.device, is_evaluation=True)
+        model.eval()
+        # Inside all others: nothing may interrupt the way back to the trained weights.
+        with self.prepared.holding(tensors), torch.no_grad(), guard or nullcontext():
+            metrics = {key: float(value) for key, value in self.task.evaluate(model).items()}
+            self.log.show(self.task.draw(model), self.state.step)
+            return metrics
 
     def _save(self) -> None:
         if self.saved_step == self.state.step:
             return
-        on_main(self.accelerator, self._save_on_main)
-        self.saved_step = self.state.step
-
-    def _save_on_main(self) -> None:
-        self.log.sync()
         if self.average is not None:
             self.state.average_updates = self.average.updates
         if self.accelerator.scaler is not None:
             self.state.scaler = self.accelerator.scaler.state_dict()
-        self.store.save(self.state.step, self._write_checkpoint)
+        on_main(self.accelerator, self.log.sync)
+        step = self.state.step
+        if isinstance(self.prepared, ShardedModel) and self.config.sharded_checkpoints:
+            save_sharded(self.accelerator, self.store, step, self.prepared, self._write_facts)
+        else:
+            full = self.prepared.full_state()
+            on_main(self.accelerator, lambda: self._save_whole(full))
+        on_main(self.accelerator, self._prune)
+        self.saved_step = step
+
+    def _save_whole(self, full: FullState) -> None:
+        self.store.save(self.state.step, functools.partial(self._write_checkpoint, full))
+
+    def _prune(self) -> None:
         kept = {self.state.best_step} if self.state.best_step is not None else set()
         if self.last_checkpoints is not None:
             kept.update(self.last_checkpoints.until(self.state.step))
         self.store.prune(self.config.keep_last, kept)
 
-    def _write_checkpoint(self, folder: Path) -> None:
-        write_state(folder, self.state, self.facts, self.inner, self.optimizer.optimizer, self.average)
-        write_run_facts(folder, self.command, self.facts["training"], self.resolved_config)
+    def _write_checkpoint(self, full: FullState, folder: Path) -> None:
+        write_tensors(folder, full)
+        self._write_facts(folder)
         (folder / "model").mkdir()
-        with self._averaged():
-            self.task.save(self.inner, folder / "model")
+        with self.prepared.holding(self.prepared.to_hold(full)):
+            self.task.save(self.prepared.plain, folder / "model")
+
+    def _write_facts(self, folder: Path) -> None:
+        write_state(folder, self.state, self.facts)
+        write_run_facts(folder, self.command, self.facts["training"], self.resolved_config)
 
     def _publish(self) -> tuple[dict[str, float], int | None, float | None]:
         """Write `final/` and `best/`; the last evaluation, and step and value of the best one."""
         if self.last_checkpoints is not None:
             return self._publish_average(self.last_checkpoints)
+        if self.config.sharded_checkpoints:
+            self.log.say(f"make a model of the checkpoints by: mmattn export {self.store.output_dir} FOLDER")
+            return self.state.metrics, self.state.best_step, self.state.best_value
         self.store.publish(self.store.path(self.state.step) / "model", "final")
         self._publish_best()
         return self.state.metrics, self.state.best_step, self.state.best_value
@@ -365,10 +377,10 @@ class _Run:
         # Nothing of this may reach the state: the run may go on with a larger max_steps.
         state, best = self.state, (self.state.best_step, self.state.best_value)
         started = time.perf_counter()
-        with replaced(trained_tensors(self.inner), checkpoints.tensors()):
-            final = self.store.publish_new("final", functools.partial(self.task.save, self.inner))
-            metrics = self._score() if self.config.eval_every else {}
-        self.inner.train()
+        with self.prepared.holding(checkpoints.tensors()):
+            final = self.store.publish_new("final", functools.partial(self.task.save, self.prepared.plain))
+            metrics = self._score({}) if self.config.eval_every else {}
+        self.model.train()
         is_better = bool(metrics) and self._is_better(metrics)
         if is_better:
             self.store.publish(final, "best")
@@ -393,7 +405,5 @@ class _Run:
         if self.batches is not None:
             self.batches.close()
         self.log.close()
-        if not self.had_own_forward:  # Accelerate puts its autocasting one over the class's
-            vars(self.inner).pop("forward", None)
-            vars(self.inner).pop("_original_forward", None)
+        self.prepared.close()
         self.accelerator.free_memory()

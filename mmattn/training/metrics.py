@@ -6,7 +6,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from mmattn.errors import RunError
 from mmattn.training.config import SAMPLES_FOLDER, TrainingConfig, config_dict
+from mmattn.training.state import LoopState
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -29,11 +29,12 @@ class MetricsLog:
     equals that of an unbroken one.
     """
 
-    def __init__(self, output_dir: Path, *, keep_to_step: int) -> None:
-        """Open the file to append, without the lines beyond step `keep_to_step`, and without an end (`final`)."""
+    def __init__(self, output_dir: Path, *, keep_to_step: int, is_evaluation_due: bool = False) -> None:
+        """Open the file to append, without the lines beyond step `keep_to_step`, and without an end (`final`), or
+        where that step's evaluation is to be made again without that."""
         self.path = output_dir / METRICS_FILE
         if self.path.exists():
-            os.truncate(self.path, _length_to_step(self.path, keep_to_step))
+            os.truncate(self.path, _length_to_step(self.path, keep_to_step, is_evaluation_due))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -69,13 +70,14 @@ def read_metrics(path: Path | str, *, kind: str | None = None) -> list[dict[str,
     return [line for line in lines if kind is None or line["kind"] == kind]
 
 
-def _length_to_step(path: Path, last_step: int) -> int:
+def _length_to_step(path: Path, last_step: int, is_evaluation_due: bool) -> int:
     length = 0
     with open(path, "rb") as file:
         for raw in file:
             try:
                 line = json.loads(raw)
                 is_kept = raw.endswith(b"\n") and line["step"] <= last_step and line["kind"] != "final"
+                is_kept &= not (is_evaluation_due and line["kind"] == "eval" and line["step"] == last_step)
             except (ValueError, KeyError, TypeError):
                 is_kept = False
             if not is_kept:
@@ -96,14 +98,18 @@ class RunLog:
     """All three places of a run; on other processes than the main one nothing is written."""
 
     def __init__(
-        self, accelerator: Accelerator, config: TrainingConfig, first_step: int, *, unit: str = "tokens"
+        self, accelerator: Accelerator, config: TrainingConfig, state: LoopState, *, unit: str = "tokens"
     ) -> None:
-        """Open them, to go on after `first_step`; `unit` is what a step counts."""
+        """Open them, to go on from `state`; `unit` is what a step counts."""
+        first_step = state.step
         self.accelerator, self.has_trackers = accelerator, bool(config.trackers)
         self.samples = Path(config.output_dir) / SAMPLES_FOLDER
         is_main = accelerator.is_main_process
         self.progress = Progress(first_step, config.max_steps, log_every=config.log_every, enabled=is_main, unit=unit)
-        self.metrics = MetricsLog(Path(config.output_dir), keep_to_step=first_step) if is_main else None
+        self.metrics = None
+        if is_main:
+            folder, is_due = Path(config.output_dir), state.is_evaluation_due
+            self.metrics = MetricsLog(folder, keep_to_step=first_step, is_evaluation_due=is_due)
         if self.has_trackers:
             settings = {key: "none" if value is None else value for key, value in config_dict(config).items()}
             flat = {key: str(value) if isinstance(value, list) else value for key, value in settings.items()}
@@ -174,8 +180,7 @@ class Progress:
         unit: str = "tokens",
     ) -> None:
         self.stream, self.unit = stream or sys.stderr, unit
-        self.first_step, self.last_step, self.log_every, self.enabled = first_step, last_step, log_every, enabled
-        self._started = time.perf_counter()
+        self.last_step, self.log_every, self.enabled = last_step, log_every, enabled
         self._bar: tqdm | None = None
         if enabled and self.stream.isatty():
             self._bar = tqdm(total=last_step, initial=first_step, file=self.stream, unit="step", dynamic_ncols=True)
@@ -189,25 +194,32 @@ class Progress:
         else:
             print(text, file=self.stream, flush=True)
 
-    def step(self, step: int, *, loss: float, learning_rate: float, tokens_per_s: float, data_share: float) -> None:
-        """Show the end of a step: every step in the bar, every `log_every`-th as a line."""
+    def step(self, step: int, *, loss: float, learning_rate: float, clock: Mapping[str, float]) -> None:
+        """Show the end of a step: every step in the bar, every `log_every`-th as a line; `clock` is that of `Rates`."""
         if not self.enabled:
             return
+        data_share = clock["data_s"] / max(clock["step_s"], 1e-9)
         figures = (
-            f"loss {loss:.4f} | lr {learning_rate:.2e} | {tokens_per_s:,.0f} {self.unit}/s | data {data_share:.0%}"
+            f"loss {loss:.4f} | lr {learning_rate:.2e} | {clock['tokens_per_s']:,.0f} {self.unit}/s | "
+            f"data {data_share:.0%} | {_size(clock['peak_memory_bytes'])}"
         )
+        if "mfu" in clock:
+            figures += f" | MFU {clock['mfu']:.0%}"
         if self._bar is not None:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update(step - self._bar.n)
         elif step % self.log_every == 0 or step == self.last_step:
-            rate = (step - self.first_step) / max(time.perf_counter() - self._started, 1e-9)
-            left = _duration((self.last_step - step) / rate)
-            self.say(f"step {step}/{self.last_step} | {figures} | {rate:.2f} steps/s | {left} left")
+            left = _duration(clock["left_s"])
+            self.say(f"step {step}/{self.last_step} | {figures} | {clock['steps_per_s']:.2f} steps/s | {left} left")
 
     def close(self) -> None:
         """End the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _size(number: float) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 
 def _duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmattn.errors import UsageError
 from mmattn.training.config import TrainingConfig
+from mmattn.training.tensor_rows import own_rows
 
 _UNDECAYED_MODULES = (
     nn.Embedding,
@@ -88,12 +89,22 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, nn.Para
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], tensors: dict[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave; the learning rates are set anew by each step."""
+    """Put back what `optimizer_tensors` gave, of sharded parameters the rows that this process holds; the learning
+    rates are set anew by each step."""
     for name, parameter in names.items():
         state = {kind: tensors.get(f"{kind}.{name}") for kind in ("step", "exp_avg", "exp_avg_sq")}
         if any(value is None for value in state.values()):
             continue
         # A fused optimiser keeps its step counter beside the parameter; clones are aligned, as fresh tensors are.
         optimizer.state[parameter] = {
-            kind: value.to(parameter.device, copy=True) for kind, value in state.items() if value is not None
+            kind: _like(parameter, value) if kind != "step" else value.to(parameter.device, copy=True)
+            for kind, value in state.items()
+            if value is not None
         }
+
+
+@torch.no_grad()
+def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    moment = torch.zeros_like(parameter, dtype=value.dtype)
+    own_rows(moment).local.copy_(value)
+    return moment

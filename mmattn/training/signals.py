@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,9 +15,15 @@ from mmattn.errors import RunError
 class TrainingStoppedError(RunError):
     """The run was asked to stop, saved, and can be resumed. `exit_code` is 128 + the signal: 143 TERM, 130 INT."""
 
+    is_everywhere = True
+
     def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class EvaluationInterrupted(BaseException):
+    """A stop signal came inside `StopSignal.interrupting`."""
 
 
 class StopSignal:
@@ -28,6 +36,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received = 0
+        self._interrupts = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -40,9 +49,27 @@ class StopSignal:
     ) -> None:
         self._restore()
 
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Inside, the signal does not only leave a note, for what runs here may take longer than a scheduler waits.
+
+        Raises:
+            EvaluationInterrupted: the signal has come, before or inside.
+        """
+        if self.received:
+            raise EvaluationInterrupted
+        self._interrupts = True
+        try:
+            yield
+        finally:
+            self._interrupts = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
+        if self._interrupts:
+            self._interrupts = False
+            raise EvaluationInterrupted
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

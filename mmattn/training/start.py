@@ -19,6 +19,8 @@ from mmattn.training.config import (
     maths_keys,
 )
 from mmattn.training.metrics import METRICS_FILE
+from mmattn.training.recipe_settings import RecipeChanges
+from mmattn.training.window_sampler import stream_differences
 
 LOCK_FILE = ".lock"
 
@@ -93,7 +95,9 @@ def _require_free(store: CheckpointStore) -> list[str]:
     raise UsageError(f"output_dir {folder} is not empty: choose another output_dir, or move its files away")
 
 
-def check_continuation(start: Start, saved: dict[str, Any], facts: dict[str, Any], config: TrainingConfig) -> list[str]:
+def check_continuation(
+    start: Start, saved: dict[str, Any], facts: dict[str, Any], config: TrainingConfig, recipe: RecipeChanges
+) -> list[str]:
     """Compare a checkpoint's facts with this run's; what to tell the user.
 
     Raises:
@@ -102,16 +106,18 @@ def check_continuation(start: Start, saved: dict[str, Any], facts: dict[str, Any
     old, new = saved["training"], config_dict(config)
     changed = config_differences(old, new, maths_keys(config))
     changed += config_differences(saved, facts, ("num_examples", "lengths_checksum", "frozen_checksum"))
+    changed += stream_differences(saved.get("stream"), facts["stream"])
+    changed += recipe.changed
     if changed and start.is_continued:
         raise UsageError(
             f"cannot resume {config.output_dir} with other settings ({'; '.join(changed)}): restore them, or start "
             f"a new run from {start.checkpoint} in another output_dir"
         )
-    remarks = [f"differs from the checkpoint: {change}" for change in changed]
+    remarks = [*(f"differs from the checkpoint: {change}" for change in changed), *recipe.remarks]
     if saved["step"] > config.max_steps:
         raise UsageError(f"{start.checkpoint} is at step {saved['step']}, beyond max_steps {config.max_steps}")
     rounding = config_differences(old, new, ROUNDING_KEYS)
-    rounding += config_differences(saved, facts, ("num_processes",))
+    rounding += config_differences({"sharding": "none", **saved}, facts, ("num_processes", "sharding"))
     remarks += [f"changed, so losses agree to rounding only: {change}" for change in rounding]
     horizon = config_differences(old, new, ("max_steps",))
     if horizon:

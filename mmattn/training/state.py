@@ -15,21 +15,19 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmattn._optional import package_version
 from mmattn.errors import CheckpointError
 from mmattn.training.ema import ParameterAverage
-from mmattn.training.optim import load_optimizer_tensors, optimizer_tensors, trainable_parameters
+from mmattn.training.optim import load_optimizer_tensors, trainable_parameters
+from mmattn.training.tensor_rows import TensorFiles, own_rows
 
 FORMAT = 1
-STATE_FILE, TRAINED_FILE, OPTIMIZER_FILE, AVERAGE_FILE = (
-    "state.json",
-    "trained.safetensors",
-    "optimizer.safetensors",
-    "average.safetensors",
-)
+STATE_FILE = "state.json"
+TRAINED, OPTIMIZER, AVERAGE = TENSOR_KINDS = ("trained", "optimizer", "average")
+TRAINED_FILE = f"{TRAINED}.safetensors"
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PACKAGES = ("mmattn", "torch", "transformers", "diffusers", "accelerate", "datasets", "peft", "safetensors", "numpy")
 
@@ -48,6 +46,22 @@ class LoopState:
     metrics: dict[str, float] = field(default_factory=dict)
     average_updates: int = 0
     scaler: dict[str, Any] | None = None
+    is_evaluation_due: bool = False  # a signal has ended the one after this step: it is made first when going on
+
+
+@dataclass(frozen=True)
+class FullState:
+    """The whole tensors of a run by name.
+
+    Attributes:
+        trained: See `trained_tensors`.
+        optimizer: See `optim.optimizer_tensors`.
+        average: Averages of the parameters, None without.
+    """
+
+    trained: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    average: dict[str, Tensor] | None
 
 
 def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -80,19 +94,15 @@ def _bit_sum(bits: Tensor) -> list[int]:
     return sums
 
 
-def write_state(
-    folder: Path,
-    state: LoopState,
-    facts: dict[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: ParameterAverage | None,
-) -> None:
-    """Write the loop's state: tensors as safetensors, the rest as JSON."""
-    _save_tensors(trained_tensors(model), folder / TRAINED_FILE)
-    _save_tensors(optimizer_tensors(optimizer, trainable_parameters(model)), folder / OPTIMIZER_FILE)
-    if average is not None:
-        _save_tensors(average.averages, folder / AVERAGE_FILE)
+def write_tensors(folder: Path, full: FullState) -> None:
+    """Write the whole tensors of a run, a file a kind."""
+    for kind, tensors in zip(TENSOR_KINDS, (full.trained, full.optimizer, full.average), strict=True):
+        if tensors is not None:
+            _save_tensors(tensors, folder / f"{kind}.safetensors")
+
+
+def write_state(folder: Path, state: LoopState, facts: dict[str, Any]) -> None:
+    """Write the loop's state but for its tensors."""
     (folder / STATE_FILE).write_text(
         json.dumps({"format": FORMAT, **dataclasses.asdict(state), **facts}, indent=1) + "\n"
     )
@@ -115,21 +125,53 @@ def read_facts(folder: Path) -> dict[str, Any]:
 def read_state(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: ParameterAverage | None
 ) -> LoopState:
-    """Put a checkpoint's tensors back in place; the state beside them.
+    """Put a checkpoint's tensors back in place, those rows of each that this process holds; the state beside them.
 
     Raises:
-        CheckpointError: when the checkpoint's trained tensors are not those of the model.
+        CheckpointError: when the checkpoint's trained tensors are not those of the model, or a piece is missing.
     """
     content = read_facts(folder)
-    state = LoopState(**{field.name: content[field.name] for field in dataclasses.fields(LoopState)})
-    _copy_into(trained_tensors(model), load_file(folder / TRAINED_FILE), folder)
-    load_optimizer_tensors(optimizer, trainable_parameters(model), load_file(folder / OPTIMIZER_FILE))
+    known = {field.name for field in dataclasses.fields(LoopState)}
+    state = LoopState(**{name: value for name, value in content.items() if name in known})
+    trained, parameters = trained_tensors(model), trainable_parameters(model)
+    read_trained(folder, trained)
+    with TensorFiles(folder, OPTIMIZER) as files:
+        owners = {name: parameters.get(name.partition(".")[2]) for name in files.shapes}
+        own = {name: _own(files, name, owner) for name, owner in owners.items() if owner is not None}
+        load_optimizer_tensors(optimizer, parameters, own)
     if average is not None:
-        if (folder / AVERAGE_FILE).exists():
-            average.load(load_file(folder / AVERAGE_FILE), state.average_updates)
+        if TensorFiles.exist(folder, AVERAGE):
+            with TensorFiles(folder, AVERAGE) as files:
+                averages = {name: _own(files, name, trained[name]) for name in average.averages}
+            average.load(averages, state.average_updates)
         else:  # a run continued elsewhere that had no average: it starts from the weights
             average.restart()
     return state
+
+
+@torch.no_grad()
+def read_trained(folder: Path, targets: dict[str, Tensor], kind: str = TRAINED) -> None:
+    """Fill tensors from those of the same names in a checkpoint: for each the rows that this process holds.
+
+    Args:
+        folder: The checkpoint.
+        targets: The `trained_tensors` of a model.
+        kind: `TRAINED`; or `AVERAGE`, which leaves those alone that are not averaged, integers.
+
+    Raises:
+        CheckpointError: when the names or shapes differ.
+    """
+    with TensorFiles(folder, kind) as files:
+        if kind == AVERAGE:
+            targets = {name: target for name, target in targets.items() if target.is_floating_point()}
+        _require_same(targets, files.shapes, folder)
+        for name, target in targets.items():
+            files.read_into(target, name)
+
+
+def _own(files: TensorFiles, name: str, like: Tensor) -> Tensor:
+    rows = own_rows(like)
+    return files.read(name, rows.first, rows.local.shape[0]) if rows.shape and files.shapes[name] else files.read(name)
 
 
 def write_run_facts(
@@ -153,18 +195,15 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)
 
 
-@torch.no_grad()
-def _copy_into(targets: dict[str, Tensor], tensors: dict[str, Tensor], folder: Path) -> None:
-    missing, extra = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets.keys())
+def _require_same(targets: dict[str, Tensor], found: dict[str, tuple[int, ...]], folder: Path) -> None:
+    missing, extra = sorted(targets.keys() - found.keys()), sorted(found.keys() - targets.keys())
     shapes = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(target.shape)}"
+        f"{name} {found[name]} instead of {tuple(target.shape)}"
         for name, target in targets.items()
-        if name in tensors and tensors[name].shape != target.shape
+        if name in found and found[name] != tuple(target.shape)
     ]
     if missing or extra or shapes:
         raise CheckpointError(
             f"{folder} was written for another model or another choice of what to train: "
             f"missing {missing[:5]}, unexpected {extra[:5]}, wrong shapes {shapes[:5]}"
         )
-    for name, target in targets.items():
-        target.copy_(tensors[name])

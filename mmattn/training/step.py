@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from mmattn.errors import UsageError
 from mmattn.training.devices import sum_over_processes
@@ -89,7 +91,7 @@ def run_step(
     scale = accelerator.num_processes / max(count, 1)
     losses = _accumulate(task, model, accelerator, micro_batches, counts, scale)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norm = torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+    norm = _clip(model, parameters, accelerator, max_grad_norm or math.inf)
     figures = _gather(accelerator, losses, norm.item(), stop_signal())
     loss = sum(figures.totals) / max(count, 1)
     grad_norm, is_scaled = figures.grad_norm, accelerator.scaler is not None
@@ -110,6 +112,13 @@ def run_step(
     )
 
 
+def _clip(model: nn.Module, parameters: list[nn.Parameter], accelerator: Accelerator, max_norm: float) -> Tensor:
+    if isinstance(model, FSDPModule):  # Accelerate knows only those that it has sharded itself
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_norm))
+
+
 def _accumulate(
     task: Task,
     model: nn.Module,
@@ -120,10 +129,11 @@ def _accumulate(
 ) -> list[Loss]:
     losses: list[Loss] = []
     for index, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
-        is_last = index == len(micro_batches) - 1
-        with nullcontext() if is_last else accelerator.no_sync(model):
+        # Gradients that wait to be summed over processes are whole ones, which sharding is there to avoid.
+        is_summed = index == len(micro_batches) - 1 or isinstance(model, FSDPModule)
+        with nullcontext() if is_summed else accelerator.no_sync(model):
             batch = cast(Batch, send_to_device(batch, accelerator.device, non_blocking=True))
-            with accelerator.autocast():
+            with accelerator.autocast(), _through_forward(task, model, accelerator):
                 loss = task.loss(model, batch)
             if count is None:
                 loss = _without_weight(loss)
@@ -136,6 +146,30 @@ def _accumulate(
         parts = {name: (total.detach(), number) for name, (total, number) in loss.parts.items()}
         losses.append(Loss(loss.total.detach(), loss.count, parts))
     return losses
+
+
+@contextmanager
+def _through_forward(task: Task, model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Check that the loss runs the module that it is given: past it, processes would train apart without a word."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = model.register_forward_pre_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not calls:
+        raise UsageError(
+            f"{type(task).__name__}.loss has to call the model that it receives, which with several processes is "
+            f"another module than {type(task).__name__}.model, and it did not"
+        )
 
 
 def _without_weight(loss: Loss) -> Loss:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL.Image import Image
@@ -34,12 +34,38 @@ class Loss:
     parts: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)
 
 
+class StreamLayout(Protocol):
+    """How examples lie in shards that are read while training: what decides their order besides the seed."""
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """Where that which is read at once begins, int64 [units + 1], from 0 to the number of examples."""
+        ...
+
+    @property
+    def window(self) -> int:
+        """Examples that are shuffled together, about."""
+        ...
+
+    @property
+    def blocks_at_once(self) -> int:
+        """How many runs of neighbouring examples a window mixes at most."""
+        ...
+
+    @property
+    def shards(self) -> Mapping[str, str]:
+        """The shards by name, in their order, with a fingerprint of what each holds."""
+        ...
+
+
 class Task(ABC):
     """One training task. Only parameters with `requires_grad` are trained.
 
     Attributes:
-        model: What is trained, as one module. `loss` receives it wrapped for the run (DDP, autocast), and has to go
-            through its `forward`.
+        model: What is trained, as one module. `loss` receives it wrapped for the run (DDP, autocast), or a sharded
+            copy, and has to go through the `forward` of what it receives; the other methods receive this one.
+        free_settings: Patterns of the recipe's settings that a resumed run may change, as `recipe_settings` reads them;
+            all others have to be what they were.
         best: The metric of `evaluate` that chooses the best checkpoint; None keeps no best.
         is_higher_better: Whether a larger `best` metric is better.
         unit: What `count` counts, for the log.
@@ -49,14 +75,22 @@ class Task(ABC):
         groups: Which group each example is in, integers of shape [num_examples], where examples of different groups
             cannot share a batch (pictures of several sizes): all examples of a step are then of one group. None where
             any examples can.
+        repeated_layers: Classes of the layers that the model repeats. Each such layer is sharded by itself, and with
+            `TrainingConfig.activation_checkpointing` computed anew in the backward pass. All of its parameters have to
+            be used through its `forward`.
+        stream: How the examples lie, where they are read from shards while training: their order is then that of
+            `window_order.WindowOrder`. `lengths` may then be mapped from a file; an example with zeros is left out.
     """
 
     model: nn.Module
+    free_settings: tuple[str, ...] = ()
     best: str | None = None
     is_higher_better: bool = True
     unit: str = "tokens"
     lengths: np.ndarray | None = None
     groups: np.ndarray | None = None
+    repeated_layers: tuple[type[nn.Module], ...] = ()
+    stream: StreamLayout | None = None
 
     @abstractmethod
     def __len__(self) -> int:

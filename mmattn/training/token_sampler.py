@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import functools
 import hashlib
+from abc import abstractmethod
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,55 +21,29 @@ from mmattn.training.task import Draw, Task
 WINDOW_BATCHES = 100  # Marian's default too: larger windows pad less and mix less
 
 
-@dataclass(frozen=True, eq=False)  # by identity, for it keys a cache
-class TokenSampler(StepSampler):
-    """Batches of at most `batch_tokens` padded tokens, over all processes and micro-batches.
-
-    A batch's padded tokens are its examples times the longest of them, on the side (source, target) where that is
-    most. Each epoch is a permutation by (seed, epoch), cut into windows of about `WINDOW_BATCHES` batches. A window is
-    sorted, longest first, and cut from the front into batches as large as `batch_tokens` allows; the epoch's batches
-    are then shuffled by (seed, epoch). Every example is drawn once an epoch, and no batch crosses an epoch's end.
+class TokenBatches(StepSampler):
+    """Steps of examples of like length, longest first, shared out to processes and micro-batches.
 
     Within a step, process r of n takes every n-th draw from r on, cut into micro-batches of at most
     `micro_batch_tokens` padded tokens, or none where that is None. The cuts are those that the first process needs,
     whose draws are the longest; where another has no draw left for the last of them, it takes a fill-in.
-
-    Attributes:
-        lengths: Token counts, [num_examples, sides], from `token_lengths`.
     """
 
-    lengths: np.ndarray
     batch_tokens: int
-    seed: int = 0
-    num_processes: int = 1
-    micro_batch_tokens: int | None = None
-    _sizes: np.ndarray = field(init=False, repr=False)
-    _first_steps: list[int] = field(init=False, repr=False, default_factory=lambda: [0])
+    num_processes: int
+    micro_batch_tokens: int | None
 
-    def __post_init__(self) -> None:
-        """Raise when there is nothing to draw, or an example that alone is too long."""
-        require_examples(len(self.lengths))
-        # The side that is padded most is that of the longest example, so an example's largest side is its size.
-        object.__setattr__(self, "_sizes", np.maximum(self.lengths.max(axis=1), 1))
-        for key in ("batch_tokens", "micro_batch_tokens"):
-            limit = getattr(self, key)
-            if limit is not None:
-                self._require_fitting(key, limit)
+    @abstractmethod
+    def _batch(self, step: int) -> tuple[int, np.ndarray]:
+        """The epoch of a step, and its examples, longest first."""
 
-    def _require_fitting(self, key: str, limit: int) -> None:
-        longest = int(self._sizes.argmax())
-        if self._sizes[longest] > limit:
-            number = int((self._sizes > limit).sum())
-            others = f", and {number - 1:,} others are too long" if number > 1 else ""
-            raise DataError(
-                f"training example {longest} has {self._sizes[longest]:,} tokens, more than training.{key} {limit:,} "
-                f"allows{others}: raise {key}, or shorten or leave out such examples"
-            )
+    @abstractmethod
+    def _sizes_of(self, examples: np.ndarray) -> np.ndarray:
+        """The tokens of examples on the side where they have most."""
 
-    @property
-    def window(self) -> int:
-        """How many examples are sorted together: as many as fill about `WINDOW_BATCHES` batches."""
-        return max(1, WINDOW_BATCHES * self.batch_tokens * len(self._sizes) // int(self._sizes.sum()))
+    @abstractmethod
+    def longest(self, number: int) -> list[int]:
+        """The examples with the most tokens over all sides, [number]."""
 
     def draws(self, step: int) -> list[Draw]:
         """The draws of a step, over all processes, longest first."""
@@ -99,6 +74,66 @@ class TokenSampler(StepSampler):
         micro = self.micro_batch_tokens
         return text if micro is None else f"{text} in micro-batches of up to {micro:,}"
 
+    @property
+    def micro_limit(self) -> int:
+        """Padded tokens of the largest micro-batch that one process can meet."""
+        return min(self.batch_tokens, self.micro_batch_tokens or self.batch_tokens)
+
+    def padded_tokens(self, examples: list[int]) -> int:
+        """Padded tokens of a batch of these examples."""
+        return len(examples) * int(self._sizes_of(np.array(examples)).max())
+
+    def _cuts(self, step: int) -> list[int]:
+        # Of sorted shares the first is the longest at every place, so its cuts keep the limit in the others too.
+        sizes = self._sizes_of(self._batch(step)[1][:: self.num_processes])
+        return cut_sizes(sizes, self.micro_batch_tokens or int(sizes[0]) * len(sizes))
+
+    def _require_fitting(self, key: str, limit: int, longest: int, number: int) -> None:
+        """Raise `DataError` where `number` examples, of which `longest` is the longest, have more than `limit`."""
+        if number:
+            others = f", and {number - 1:,} others are too long" if number > 1 else ""
+            raise DataError(
+                f"training example {longest} has {self._sizes_of(np.array([longest]))[0]:,} tokens, more than "
+                f"training.{key} {limit:,} allows{others}: raise {key}, or shorten or leave out such examples"
+            )
+
+
+@dataclass(frozen=True, eq=False)  # by identity, for it keys a cache
+class TokenSampler(TokenBatches):
+    """Batches of at most `batch_tokens` padded tokens, over all processes and micro-batches.
+
+    A batch's padded tokens are its examples times the longest of them, on the side (source, target) where that is
+    most. Each epoch is a permutation by (seed, epoch), cut into windows of about `WINDOW_BATCHES` batches. A window is
+    sorted, longest first, and cut from the front into batches as large as `batch_tokens` allows; the epoch's batches
+    are then shuffled by (seed, epoch). Every example is drawn once an epoch, and no batch crosses an epoch's end.
+
+    Attributes:
+        lengths: Token counts, [num_examples, sides], from `token_lengths`.
+    """
+
+    lengths: np.ndarray
+    batch_tokens: int
+    seed: int = 0
+    num_processes: int = 1
+    micro_batch_tokens: int | None = None
+    _sizes: np.ndarray = field(init=False, repr=False)
+    _first_steps: list[int] = field(init=False, repr=False, default_factory=lambda: [0])
+
+    def __post_init__(self) -> None:
+        """Raise when there is nothing to draw, or an example that alone is too long."""
+        require_examples(len(self.lengths))
+        # The side that is padded most is that of the longest example, so an example's largest side is its size.
+        object.__setattr__(self, "_sizes", np.maximum(self.lengths.max(axis=1), 1))
+        for key in ("batch_tokens", "micro_batch_tokens"):
+            limit = getattr(self, key)
+            if limit is not None:
+                self._require_fitting(key, limit, int(self._sizes.argmax()), int((self._sizes > limit).sum()))
+
+    @property
+    def window(self) -> int:
+        """How many examples are sorted together: as many as fill about `WINDOW_BATCHES` batches."""
+        return max(1, WINDOW_BATCHES * self.batch_tokens * len(self._sizes) // int(self._sizes.sum()))
+
     def remarks(self) -> list[str]:
         """How many batches the first epoch has, and how well they are filled."""
         return [
@@ -118,18 +153,12 @@ class TokenSampler(StepSampler):
         longest = np.maximum.reduceat(self.lengths[epoch.examples], starts)
         return float(self.lengths.sum() / max(1, ((ends - starts)[:, None] * longest).sum()))
 
-    @property
-    def micro_limit(self) -> int:
-        """Padded tokens of the largest micro-batch that one process can meet."""
-        return min(self.batch_tokens, self.micro_batch_tokens or self.batch_tokens)
-
     def longest(self, number: int) -> list[int]:
         """The examples with the most tokens over all sides, [number]."""
         return np.argsort(-self.lengths.sum(axis=1), kind="stable")[:number].tolist()
 
-    def padded_tokens(self, examples: list[int]) -> int:
-        """Padded tokens of a batch of these examples."""
-        return len(examples) * int(self._sizes[examples].max())
+    def _sizes_of(self, examples: np.ndarray) -> np.ndarray:
+        return self._sizes[examples]
 
     def _batch(self, step: int) -> tuple[int, np.ndarray]:
         firsts = self._first_steps  # of the epochs met so far, so that a step's epoch is known
@@ -138,11 +167,6 @@ class TokenSampler(StepSampler):
         number = bisect.bisect_right(firsts, step) - 1
         epoch, place = _epoch(self, number), step - firsts[number]
         return number, epoch.examples[epoch.starts[place] : epoch.ends[place]]
-
-    def _cuts(self, step: int) -> list[int]:
-        # Of sorted shares the first is the longest at every place, so its cuts keep the limit in the others too.
-        sizes = self._sizes[self._batch(step)[1][:: self.num_processes]]
-        return _cut(sizes, self.micro_batch_tokens or int(sizes[0]) * len(sizes))
 
 
 @dataclass(frozen=True)
@@ -160,16 +184,22 @@ def _epoch(sampler: TokenSampler, number: int) -> _Epoch:
     windows, bounds = [], [0]
     for start in range(0, len(shuffled), sampler.window):
         window = shuffled[start : start + sampler.window]
-        # Of equal size, those of like sides stand together. lexsort is stable: the rest stays shuffled.
-        window = window[np.lexsort((*-sampler.lengths[window].T[::-1], -sampler._sizes[window]))]
-        bounds += [start + cut for cut in _cut(sampler._sizes[window], sampler.batch_tokens)[1:]]
+        window = sort_by_size(window, sampler.lengths[window])
+        bounds += [start + cut for cut in cut_sizes(sampler._sizes[window], sampler.batch_tokens)[1:]]
         windows.append(window)
     order = np.random.default_rng([sampler.seed, number, 1]).permutation(len(bounds) - 1)
     ends = np.array(bounds)
     return _Epoch(np.concatenate(windows), ends[:-1][order], ends[1:][order])
 
 
-def _cut(sizes: np.ndarray, limit: int) -> list[int]:
+def sort_by_size(examples: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Examples, longest first, by their token counts [num_examples, sides]."""
+    # Of equal size, those of like sides stand together. lexsort is stable: the rest stays shuffled.
+    lengths = np.asarray(lengths, dtype=np.int64)
+    return examples[np.lexsort((*-lengths.T[::-1], -np.maximum(lengths.max(axis=1), 1)))]
+
+
+def cut_sizes(sizes: np.ndarray, limit: int) -> list[int]:
     """Cut sizes that fall into pieces of at most `limit` as length times largest; the bounds, from 0 to the end."""
     bounds = [0]
     while bounds[-1] < len(sizes):
@@ -178,7 +208,12 @@ def _cut(sizes: np.ndarray, limit: int) -> list[int]:
 
 
 def token_lengths(task: Task) -> np.ndarray:
-    """The token counts of a task's examples, [num_examples, sides], as int64.
+    """The token counts of a task's examples, [num_examples, sides], as int64; raises as `require_lengths`."""
+    return require_lengths(task).astype(np.int64)
+
+
+def require_lengths(task: Task) -> np.ndarray:
+    """The token counts of a task's examples, [num_examples, sides], where and as they are.
 
     Raises:
         UsageError: when the task has none, or they are not what `Task.lengths` asks for.
@@ -196,7 +231,7 @@ def token_lengths(task: Task) -> np.ndarray:
             f"{name}.lengths must be integers of shape ({len(task)},) or ({len(task)}, sides), not "
             f"{lengths.dtype} of shape {lengths.shape}"
         )
-    lengths = (lengths[:, None] if lengths.ndim == 1 else lengths).astype(np.int64)
+    lengths = lengths[:, None] if lengths.ndim == 1 else lengths
     if lengths.size and lengths.min() < 0:
         example = int(lengths.min(axis=1).argmin())
         raise UsageError(f"{name}.lengths must not be negative: example {example} has {lengths[example].min()}")

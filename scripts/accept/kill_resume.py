@@ -12,6 +12,7 @@ checkpoint folder must match its manifest. In the end the metrics (their clock a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from mmattn.errors import CheckpointError
 from mmattn.training import read_metrics, verify_checkpoint
@@ -40,6 +43,22 @@ class Command:
         arguments = [*self.arguments, f"{self.output_key}={folder}", *(["--resume"] if resume else [])]
         with open(log, "ab") as file:
             return subprocess.Popen(arguments, stdout=file, stderr=file, start_new_session=True)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End a run at once: all its processes, those of a launcher (in sessions of their own) too."""
+    try:
+        children = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        children = []
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.wait()
+    psutil.wait_procs(children, timeout=60)
 
 
 def last_step(folder: Path) -> int:
@@ -74,13 +93,12 @@ def run_piece(command: Command, folder: Path, log: Path, *, step: int | None, de
         while process.poll() is None:
             if is_saving(folder) if step is None else last_step(folder) >= step:
                 time.sleep(delay_s)
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                kill(process)
                 return process.returncode == -signal.SIGKILL, is_saving(folder)
             time.sleep(_POLL_S)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill(process)
     if process.returncode != 0:
         tail = log.read_text(errors="replace").splitlines()[-5:]
         raise SystemExit(f"the run failed by itself with exit code {process.returncode}:\n" + "\n".join(tail))

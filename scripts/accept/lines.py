@@ -90,18 +90,18 @@ def evaluate(folder: Path, *overrides: str) -> dict[str, Any]:
     return json.loads(lines[-1]) if code == 0 and lines else {}
 
 
-def kills(number: int, config: str, *overrides: str) -> None:
+def kills(number: int, config: str, *overrides: str, count: int = 10) -> None:
     """SIGKILL at random steps and inside saves of a short training, and what that leaves."""
     RUNS.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="kills-", dir=RUNS)) / "run"
     command = [BIN / "mmattn", "train", config, *overrides]
-    arguments = [BIN / "python", "scripts/accept/kill_resume.py", "--kills", "10", "--work", work, "--", *command]
-    code, _, text = run(arguments, RUNS / "kills.log")
+    script = ["scripts/accept/kill_resume.py", "--kills", str(count), "--work", work]
+    code, _, text = run([BIN / "python", *script, "--", *command], RUNS / f"kills-{config.partition('/')[0]}.log")
     for line in text.splitlines():
         if line.endswith((": ok", ": short")):
             what, _, verdict = line.rpartition(": ")
             report(f"{number} {what}", "", "", verdict == "ok")
-    report(f"{number} ten kills, resumed each time", f"exit code {code}", "0", code == 0)
+    report(f"{number} {config}: {count} kills, resumed each time", f"exit code {code}", "0", code == 0)
 
 
 def main(checks: Checks) -> int:

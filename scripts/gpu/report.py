@@ -22,7 +22,7 @@ PACKAGES = ("torch", "triton", "transformers", "diffusers", "accelerate")
 HOW = """\
 Written by `scripts/gpu_check.sh`. Do not edit: on a machine with a CUDA card run
 
-    scripts/gpu_check.sh                  # the tests, then every table below: under 6 minutes on an H100 or H200
+    scripts/gpu_check.sh                  # training, tests, then every table below: under 10 minutes on an H100 or H200
     scripts/gpu_check.sh --quick          # the tests only; writes nothing
     MMATTN_PYTHON=/path/to/python scripts/gpu_check.sh --output gpu.md    # with what that Python has; installs nothing
 

@@ -17,7 +17,7 @@ SURFACE = {
     "cp": ["name", "target"],
     "show": ["config", "overrides"],
     "check": ["config", "overrides"],
-    "train": ["config", "overrides", "--resume"],
+    "train": ["config", "overrides", "--resume", "--processes -n"],
     "eval": ["folder", "overrides", "--data", "--output -o", "--json"],
     "translate": [
         *["model", "texts", "--input -i", "--output -o", "--src-lang", "--tgt-lang", "--num-beams", "--max-new-tokens"],
@@ -30,6 +30,8 @@ SURFACE = {
         *["--num-images -n", "--size", "--scheduler", "--batch-size", "--lora", "--kv", "--grid", "--force", "--json"],
     ],
     "swap": ["model", "--backend", "--role", "--part", "--dry-run", "--verify", "--strict"],
+    "export": ["source", "target", "overrides"],
+    "plot": ["runs", "--output -o", "--metric", "--force"],
     "doctor": [],
     "demo": ["--output-dir -o"],
 }
@@ -51,7 +53,7 @@ def test_help_names_every_verb(capsys):
     assert main([]) == 0
     assert capsys.readouterr().out == shown
     assert shown.startswith("Usage: mmattn [OPTIONS] COMMAND [ARGS]...\n\n  Train, score and use models")
-    assert len(shown.splitlines()) < 30
+    assert len(shown.splitlines()) < 32
     assert "..." not in shown.partition("Commands:")[2]  # no description is cut short
     for verb in SURFACE:
         assert f"\n  {verb} " in shown

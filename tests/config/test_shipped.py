@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
+from mmattn.cli.main import main
 from mmattn.config import (
     describe_config,
     list_configs,
@@ -13,6 +15,7 @@ from mmattn.config import (
     recipe_of,
     to_yaml,
 )
+from mmattn.config.resolve import list_launcher_configs
 
 
 @pytest.mark.parametrize("name", list_configs())
@@ -29,6 +32,17 @@ def test_a_shipped_config_fits_its_recipe(name: str, tmp_path):
 @pytest.mark.parametrize("name", list_configs())
 def test_a_shipped_config_says_what_it_is(name: str):
     assert 10 < len(describe_config(name)) <= 110
+
+
+@pytest.mark.parametrize("name", list_launcher_configs())
+def test_accelerate_reads_its_configs(name: str, tmp_path, capsys):
+    assert 10 < len(describe_config(name)) <= 110
+    assert main(["cp", name, str(tmp_path / "mine.yaml")]) == 0
+    assert f"run `accelerate launch --config_file {tmp_path}/mine.yaml recipes/...`" in capsys.readouterr().out
+    config = load_config_from_file(str(tmp_path / "mine.yaml"))
+    assert config.num_processes == int(name.rpartition("-")[2]) * (8 if name.startswith("accelerate/nodes") else 1)
+    assert config.mixed_precision == ("no" if "cpu" in name else "bf16")
+    assert config.fsdp_config.get("fsdp_version") == (2 if "fsdp2" in name else None)
 
 
 @pytest.mark.parametrize("recipe", list_recipes())

@@ -245,3 +245,20 @@ def test_collators_travel_to_data_workers(tagged, nllb):
         expected = collator.collate(PAIRS[:5])
         found = pickle.loads(pickle.dumps(collator)).collate(PAIRS[:5])
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_packed_batches_hold_the_same_tokens_without_padding(marian):
+    draws = [(0, index) for index in range(7)]
+    padded, packed = _collator(marian)(DATA, draws), _collator(marian, packed=True)(DATA, draws)
+    sources = [row[mask].tolist() for row, mask in zip(padded["source_ids"], padded["source_mask"], strict=True)]
+    is_target = padded["labels"] != -100
+    targets = [row[mask].tolist() for row, mask in zip(padded["target_in"], is_target, strict=True)]
+    labels = [row[mask].tolist() for row, mask in zip(padded["labels"], is_target, strict=True)]
+    order = sorted(range(7), key=lambda row: (len(targets[row]), len(sources[row])))
+    for name, rows in (("source_ids", sources), ("target_in", targets), ("labels", labels)):
+        assert packed[name].tolist() == [token for row in order for token in rows[row]]
+        assert packed[name].dtype is torch.int64
+    assert packed["source_segments"].lengths == tuple(len(sources[row]) for row in order)
+    assert packed["target_segments"].lengths == tuple(len(targets[row]) for row in order)
+    with pytest.raises(UsageError, match="alignments are read from padded batches"):
+        _collator(marian, packed=True, with_alignment=True)

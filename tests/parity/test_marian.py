@@ -93,9 +93,6 @@ def test_label_smoothing_is_torchs_over_the_scored_places(tmp_path):
         )
     check(smoothed.loss_sum[None], losses[0][None], losses[1][None], "smoothed loss")
     is_scored = labels != -100
-    with torch.no_grad():
-        plain = models.ours(ids, target, source_mask=mask).logits
-    torch.testing.assert_close(smoothed.logits, plain[is_scored], rtol=1e-5, atol=1e-5)
     assert torch.equal(smoothed.targets, labels[is_scored])
 
 

@@ -24,7 +24,10 @@ def test_it_learns_and_writes_what_it_promises(tmp_path):
     assert [line["loss"] for line in lines] == result.losses
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert {"learning_rate", "grad_norm", "count", "examples", "tokens", "half"} <= lines[0].keys()
-    assert {"step_s", "data_s", "tokens_per_s"} <= lines[0]["time"].keys()
+    clock = lines[0]["time"]
+    assert {"step_s", "data_s", "tokens_per_s", "steps_per_s", "left_s"} <= clock.keys()
+    assert clock["peak_memory_bytes"] > 50 * 2**20
+    assert "mfu" not in clock  # on a CPU
     assert lines[-1]["examples"] == 120
     assert lines[-1]["tokens"] == sum(line["count"] for line in lines)
     evaluations = read_metrics(tmp_path / "metrics.jsonl", kind="eval")
@@ -171,12 +174,13 @@ class Terminal(io.StringIO):
 def test_the_console_shows_loss_rate_and_time_left(stream):
     progress = Progress(0, 4, log_every=2, enabled=True, stream=stream)
     for step in range(1, 5):
-        progress.step(step, loss=1.25, learning_rate=1e-3, tokens_per_s=1234.5, data_share=0.25)
+        clock = {"step_s": 2, "data_s": 0.5, "tokens_per_s": 1234.5, "steps_per_s": 0.5, "peak_memory_bytes": 7 * 2**20}
+        progress.step(step, loss=1.25, learning_rate=1e-3, clock={**clock, "left_s": 61 * (4 - step), "mfu": 0.41})
     progress.say("a remark")
     progress.close()
     text = stream.getvalue()
-    assert "loss 1.2500 | lr 1.00e-03 | 1,234 tokens/s | data 25%" in text
+    assert "loss 1.2500 | lr 1.00e-03 | 1,234 tokens/s | data 25% | 7 MiB | MFU 41%" in text
     assert "a remark\n" in text
     if not stream.isatty():
         assert [line.split(" | ")[0] for line in text.splitlines()] == ["step 2/4", "step 4/4", "a remark"]
-        assert "steps/s | 0m00s left" in text
+        assert "0.50 steps/s | 2m02s left\n" in text

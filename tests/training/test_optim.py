@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mmattn.errors import UsageError
-from mmattn.training.ema import ParameterAverage
+from mmattn.training.ema import ParameterAverage, replaced
 from mmattn.training.optim import (
     learning_rate,
     load_optimizer_tensors,
@@ -97,6 +97,6 @@ def test_average_values():
         expected = decay * expected + (1 - decay) * value.detach().float()
         torch.testing.assert_close(average.averages["value"], expected)
     own = value.detach().clone()
-    with average.applied():
+    with replaced(average.tensors, average.averages):
         assert torch.equal(value, average.averages["value"].to(torch.bfloat16))
     assert torch.equal(value, own)

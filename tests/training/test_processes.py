@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,24 +22,51 @@ from tests.training.toy import RaggedTask
 pytestmark = pytest.mark.slow
 
 SCRIPT = """
-import json, signal, sys, torch
+import json, os, signal, sys, time, torch
+from pathlib import Path
 from accelerate import PartialState
 from mmattn.errors import MmattnError
 from mmattn.training import train
-from tests.training.toy import RaggedTask, toy_config
+from tests.training.toy import RaggedTask, ToyTask, toy_config
 
 folder, options = sys.argv[1], json.loads(sys.argv[2])
-bad, resume, sleep = (options.pop(key, default) for key, default in (("bad", ()), ("resume", False), ("sleep", 0)))
+extra = {"bad": (), "resume": False, "sleep": 0, "fill_at": 0, "dies": None}
+extra |= {"stop_in_evaluation": False, "batch_norm": False}
+extra = {key: options.pop(key, default) for key, default in extra.items()}
+saves = 0
 
-class Task(RaggedTask):
+class Task(ToyTask if extra["batch_norm"] else RaggedTask):
     def loss(self, model, batch):
-        import time
-        time.sleep(sleep)
+        time.sleep(extra["sleep"])
         return super().loss(model, batch)
 
-task = Task(dropout_p=0.0, dtype=torch.float64, has_batch_norm=False, bad=bad)
+    def collate(self, draws):
+        if int(os.environ.get("RANK", "0")) == 1 and extra["dies"] in [example for _, example in draws]:
+            os._exit(3)
+        return super().collate(draws)
+
+    def evaluate(self, model):
+        if extra["stop_in_evaluation"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(100)
+        return super().evaluate(model)
+
+    def save(self, model, where):
+        global saves
+        saves += 1
+        if saves == extra["fill_at"]:
+            with open(Path(folder).parent / "filler", "wb", buffering=0) as file:
+                for size in (4096, 1):
+                    try:
+                        while file.write(bytes(size)):
+                            pass
+                    except OSError:
+                        pass
+        super().save(model, where)
+
+task = Task(dropout_p=0.0, dtype=torch.float64, has_batch_norm=extra["batch_norm"], bad=extra["bad"])
 try:
-    result = train(task, toy_config(folder, **options), resume=resume)
+    result = train(task, toy_config(folder, **options), resume=extra["resume"])
 except MmattnError as error:
     print(f"rank {PartialState().process_index}: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
@@ -47,13 +75,11 @@ sys.stdout.write(line + "\\n")  # in one piece: both ranks write to one pipe
 """
 
 
-def start(tmp_path, folder, processes, *, use_cpu=True, **options):
+def start(tmp_path, folder, processes, *, before=(), **options):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    if use_cpu:
-        environment["ACCELERATE_USE_CPU"] = "true"
-    launcher = [sys.executable]
+    launcher = [*before, sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.Popen(
@@ -121,12 +147,95 @@ def test_a_failure_of_the_main_process_ends_both_with_its_line(tmp_path):
         assert f"rank {rank}: output_dir {tmp_path / 'run'} is not empty" in err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the processes find each other")
-def test_strangers_are_refused(tmp_path):
-    _, err, code = finish(start(tmp_path, tmp_path / "run", 2, use_cpu=False, device="auto"))
+def test_losses_of_4_processes_are_those_of_one_and_go_on_with_two_and_one(tmp_path):
+    options = {"batch_size": 12, "micro_batch_size": 2, "save_every": 4}
+    losses = []
+    for processes, max_steps in ((4, 4), (2, 8), (1, 12)):
+        options["resume"] = processes != 4
+        changed = {"schedule": "constant", "warmup_steps": 12}  # the rate does not depend on max_steps
+        results, err, code = finish(
+            start(tmp_path, tmp_path / "several", processes, max_steps=max_steps, **options, **changed)
+        )
+        assert code == 0, err
+        assert len(results) == processes
+        losses += results[0]["losses"]
+    options.pop("resume")
+    (one,), err, code = finish(start(tmp_path, tmp_path / "plain", 1, max_steps=12, **options, **changed))
+    assert losses == pytest.approx(one["losses"], rel=1e-9)
+
+
+def test_batch_norm_is_over_the_examples_of_all_processes(tmp_path):
+    options = {"batch_norm": True, "max_steps": 9, "eval_every": 3, "bad": [5]}
+    runs = [finish(start(tmp_path, tmp_path / str(number), number, **options)) for number in (1, 2, 3)]
+    assert [code for _, _, code in runs] == [0, 0, 0], runs[-1][1]
+    (one,) = runs[0][0]
+    assert len(one["losses"]) < 9  # one with the bad example was skipped
+    tensors = [load_file(tmp_path / f"{number}/final/model.safetensors") for number in (1, 2, 3)]
+    for (results, _, _), theirs in zip(runs[1:], tensors[1:], strict=True):
+        assert results[0]["losses"] == pytest.approx(one["losses"], rel=1e-9)
+        assert results[0]["best"]["value"] == pytest.approx(one["best"]["value"], rel=1e-9)
+        for name, tensor in tensors[0].items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-7, atol=1e-9)
+
+
+def test_too_many_bad_steps_stop_all_with_one_reason(tmp_path):
+    _, err, code = finish(start(tmp_path, tmp_path / "run", 2, bad=list(range(23)), max_bad_steps=3))
     assert code != 0
-    assert "2 processes were launched, but each would train alone (1 process)" in err
-    assert not (tmp_path / "run").exists()
+    for rank in (0, 1):
+        assert f"rank {rank}: stopped at step 3: 3 steps in a row were not finite, the last because the loss is" in err
+
+
+def test_a_dead_data_worker_of_one_process_ends_all(tmp_path):
+    process = start(tmp_path, tmp_path / "run", 2, dies=11, num_workers=1, max_steps=2000)
+    started = time.monotonic()
+    _, err, code = finish(process)
+    assert time.monotonic() - started < 60
+    assert code != 0
+    assert "rank 1: a data worker died at step" in err
+    assert "rank 0: lost another of the 2 processes after step" in err
+
+
+def test_a_signal_in_an_evaluation_stops_all(tmp_path):
+    process = start(tmp_path, tmp_path / "run", 2, stop_in_evaluation=True, eval_every=3, max_steps=9)
+    _, err, code = finish(process)
+    assert code != 0
+    for rank in (0, 1):
+        assert f"rank {rank}: stopped by SIGTERM in the evaluation after step 3, saved in" in err
+    _, err, code = finish(start(tmp_path, tmp_path / "run", 2, resume=True, eval_every=3, max_steps=9))
+    assert code == 0, err
+    assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl", kind="eval")] == [3, 6, 9]
+
+
+def _can_mount():
+    command = ["unshare", "-Urm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return shutil.which("unshare") and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not _can_mount(), reason="needs a file system of its own, by unshare")
+def test_a_full_disk_ends_all_and_keeps_the_checkpoint(tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    # Inside, one run fills its disk; after room was made, another goes on.
+    inside = f"""mount -t tmpfs -o size=2m tmpfs {small}
+        "$@" && exit 9
+        ls {small}/run/checkpoints >&2
+        rm {small}/filler
+        cp -r {small}/run {tmp_path}/kept"""
+    options = {"fill_at": 3, "save_every": 5, "max_steps": 20}
+    shell = ["unshare", "-Urm", "bash", "-euc", inside, "bash"]
+    _, err, code = finish(start(tmp_path, small / "run", 2, before=shell, **options))
+    assert code == 0, err
+    said = (
+        f"cannot save {small}/run/checkpoints/step-00000015: the disk is full; the checkpoint of step 10 is kept; "
+        "make room, then go on with --resume"
+    )
+    for rank in (0, 1):
+        assert f"rank {rank}: {said}" in err
+    assert err.splitlines()[-2:] == ["step-00000005", "step-00000010"]
+    assert_whole(tmp_path / "kept")
+    both, err, code = finish(start(tmp_path, tmp_path / "kept", 2, resume=True, save_every=5, max_steps=20))
+    assert code == 0, err
+    assert len(both[0]["losses"]) == 10
 
 
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path):

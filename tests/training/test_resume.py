@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import multiprocessing
+import os
 import random
 import signal
+import time
 
 import pytest
 import torch
@@ -140,3 +142,70 @@ def test_the_global_generators_do_not_matter(tmp_path, unbroken):
     torch.rand(100)
     run_piece(tmp_path, resume=False, task=task, **OPTIONS)
     assert_equal_runs(tmp_path, unbroken)
+
+
+class SlowlyScoredTask(ToyTask):
+    """Is sent a signal in the n-th evaluation, or the n-th save of the model, and would then take a minute."""
+
+    def __init__(self, where=None, at_call=0, number=signal.SIGTERM, pause_s=60.0):
+        super().__init__()
+        self.where, self.at_call, self.number, self.pause_s, self.calls = where, at_call, number, pause_s, 0
+
+    def _called(self, where):
+        if where == self.where:
+            self.calls += 1
+            if self.calls == self.at_call:
+                os.kill(os.getpid(), self.number)
+                time.sleep(self.pause_s)
+
+    def evaluate(self, model):
+        self._called("evaluate")
+        return super().evaluate(model)
+
+    def save(self, model, folder):
+        self._called("save")
+        super().save(model, folder)
+
+
+def test_sigterm_in_an_evaluation_saves_at_once_and_evaluates_on_resume(tmp_path, unbroken):
+    started = time.monotonic()
+    for call, step in ((2, 20), (1, 20), (3, 40)):  # the second piece is stopped in the evaluation that it resumes with
+        task = SlowlyScoredTask("evaluate", call)
+        assert run_in_child(functools.partial(run_piece, tmp_path, resume=call != 2, task=task, **OPTIONS)) == 143
+        checkpoint = latest_checkpoint(tmp_path)
+        assert checkpoint is not None
+        assert checkpoint.name == f"step-{step:08d}"
+        assert_whole(tmp_path)
+    assert time.monotonic() - started < 50
+    run_piece(tmp_path, resume=True, **OPTIONS)
+    assert_equal_runs(tmp_path, unbroken)
+
+
+def test_killed_after_the_evaluation_that_was_made_again(tmp_path, unbroken):
+    task = SlowlyScoredTask("evaluate", 1)
+    assert run_in_child(functools.partial(run_piece, tmp_path, resume=False, task=task, **OPTIONS)) == 143
+    task = KilledTask(3)
+    assert run_in_child(functools.partial(run_piece, tmp_path, resume=True, task=task, **OPTIONS)) == -signal.SIGKILL
+    run_piece(tmp_path, resume=True, **OPTIONS)
+    assert_equal_runs(tmp_path, unbroken)
+
+
+def test_sigterm_in_a_save_ends_after_the_next_step(tmp_path, unbroken):
+    task = SlowlyScoredTask("save", 2, pause_s=0)
+    assert run_in_child(functools.partial(run_piece, tmp_path, resume=False, task=task, **OPTIONS)) == 143
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.name == "step-00000011"  # the second save was that of the evaluation at step 10
+    assert_whole(tmp_path)
+    run_piece(tmp_path, resume=True, **OPTIONS)
+    assert_equal_runs(tmp_path, unbroken)
+
+
+def test_what_is_said_of_a_stopped_evaluation(tmp_path):
+    with pytest.raises(TrainingStoppedError) as caught:
+        train(SlowlyScoredTask("evaluate", 1, signal.SIGINT), toy_config(tmp_path, eval_every=3))
+    assert str(caught.value) == (
+        f"stopped by SIGINT in the evaluation after step 3, saved in {tmp_path}/checkpoints/step-00000003; "
+        "continue with --resume"
+    )
+    assert caught.value.exit_code == 130

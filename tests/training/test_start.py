@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
@@ -211,3 +212,31 @@ def test_precision_and_trackers_that_are_not_here(tmp_path):
         toy_config(tmp_path, trackers=["trackio"]),
         kind=OptionalPackageError,
     )
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"MMATTN_PROCESSES": "3"}, r"3 processes were asked for \(MMATTN_PROCESSES\), but 1 have joined this run"),
+        ({"WORLD_SIZE": "2"}, r"2 processes were launched, but each would train alone \(1 process\)"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
+            "accelerate was asked for several processes and started one, as it does with --cpu: launch with",
+        ),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "the launcher asks for mixed precision fp8: use bf16, fp16 or no"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 needs a CUDA device, this run is on cpu"),
+    ],
+)
+def test_a_launcher_that_gave_something_else_is_refused(tmp_path, environment, message):
+    def begin():
+        os.environ.update(environment)
+        refuse(message, toy_config(tmp_path / "run"))
+
+    assert run_in_child(begin) == 0  # Accelerate reads the environment once in a process
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_precisions_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    message = "the launcher asks for mixed precision fp16, training.mixed_precision for bf16"
+    refuse(message, toy_config(tmp_path, mixed_precision="bf16"))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -15,11 +14,12 @@ from torch import Tensor
 
 from mmattn.data.buckets import Buckets, assign_buckets, picture_sizes, usable_source
 from mmattn.data.cached_inputs import cache_latents, cache_texts, text_entries
-from mmattn.data.captions import all_captions
+from mmattn.data.captions import known_captions
 from mmattn.data.readers import open_image_text
 from mmattn.data.records import ImageTextSource
 from mmattn.data.source_facts import source_facts
 from mmattn.data.spec import DataConfig
+from mmattn.data.stream_rows import stream_layout
 from mmattn.data.tensor_cache import TensorCache
 from mmattn.data.text_to_image import NoiseConfig, NoiseShape, PictureConfig, TextToImageCollator
 from mmattn.errors import ConfigError, DataError
@@ -30,6 +30,7 @@ from mmattn.inference.diffusion.sd_text_encoding import sd_text_encodings
 from mmattn.inference.diffusion.setup import Trained
 from mmattn.inference.diffusion.text_encoding import PromptEncoder, TextEncoding
 from mmattn.inference.diffusion.text_fingerprints import encoders_fingerprint
+from mmattn.inference.frozen_parts import placed
 from mmattn.inference.text_to_image import TextToImage
 
 _log = logging.getLogger(__name__)
@@ -98,6 +99,9 @@ class DiffusionData:
         pipeline = model.pipeline
         check_pictures(pipeline, pictures)
         self.source: ImageTextSource = usable_source(open_image_text(data, split), pictures)
+        self.stream = stream_layout(self.source) if split == "train" else None
+        if self.stream is not None:
+            _require_streamable(pictures, cache, has_latents=getattr(pipeline, "vae", None) is not None)
         self.buckets: Buckets | None = None
         if pictures.buckets:
             self.buckets = assign_buckets(picture_sizes(self.source, pictures), pictures, min_examples=batch_size)
@@ -108,7 +112,7 @@ class DiffusionData:
         encoding: PromptEncoder = pipeline.text_encoding if is_pixel else sd_text_encodings(pipeline)
         token = trained.token if split == "train" else None
         if not isinstance(encoding, TextEncoding) or token is not None:  # a TextEncoding says itself what it cuts
-            _check_captions(encoding, all_captions(self.source), self.source.name, token)
+            _check_captions(encoding, known_captions(self.source), self.source.name, token)
         texts = None
         if trained.network.text_encoder is None:
             texts = self._texts(pipeline, encoding, folder, device, is_preview=is_preview)
@@ -162,24 +166,24 @@ class DiffusionData:
             return cache_latents(self.source, pictures, folder, fingerprint, encode, sizes=sizes, batch_size=_AT_ONCE)
 
 
-@contextlib.contextmanager
-def placed(modules: Sequence[Any], device: torch.device | str) -> Iterator[None]:
-    """Inside, modules are on a device; afterwards where they were, so that they take no memory from the training."""
-    before = [next(module.parameters()).device for module in modules]
-    try:
-        for module in modules:
-            module.to(device)
-        yield
-    finally:
-        for module, place in zip(modules, before, strict=True):
-            module.to(place)
-
-
 def _require_whole(pictures: PictureConfig) -> None:
     if pictures.crop != "center":
         raise ConfigError(
             f"pictures.crop={pictures.crop} and cache.latents=true: latents of whole pictures are kept, so set "
             "pictures.crop=center or cache.latents=false"
+        )
+
+
+def _require_streamable(pictures: PictureConfig, cache: CacheConfig, *, has_latents: bool) -> None:
+    if pictures.buckets:
+        raise ConfigError(
+            "pictures.buckets=true needs the size of every picture beforehand, which data.streaming does not look at: "
+            "set it to false"
+        )
+    if has_latents and cache.latents:
+        raise ConfigError(
+            "cache.latents=true keeps the latents of every picture, which is too much for data that is streamed: set "
+            "it to false, and the VAE runs in every step"
         )
 
 
@@ -250,6 +254,8 @@ def _check_captions(encoder: PromptEncoder, captions: Sequence[str], name: str, 
         return
     # A token is a character at least, so that most captions need no second look.
     long = [caption for caption in captions if len(caption) > encoder.max_length - 2]
+    if not long:
+        return
     cuts = [(caption, cut) for caption, cut in zip(long, encoder.cut(long), strict=True) if cut is not None]
     for caption, cut in cuts:
         if token is not None and token in cut and token not in caption.removesuffix(cut):

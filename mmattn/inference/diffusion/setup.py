@@ -80,7 +80,6 @@ class ModelConfig:
         text_encoder: Of a new model; of an opened pixel-space model only `frozen` counts.
         unet: Of a new model.
         schedule: Of a new model.
-        gradient_checkpointing: Compute the U-Net's blocks again in the backward pass: less memory, a third more time.
     """
 
     from_pretrained: Optional[str] = None  # noqa: UP045 (OmegaConf reads Optional on every Python version)
@@ -91,7 +90,6 @@ class ModelConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    gradient_checkpointing: bool = False
 
 
 @dataclass
@@ -140,8 +138,6 @@ def make_text_to_image(config: ModelConfig, captions: Iterable[str]) -> TextToIm
         opened = TextToImage(
             PixelPipeline(unet, text.encoder, text.tokenizer, _new_scheduler(config.schedule), config.pixel_unshuffle)
         )
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
     return opened
 
 
@@ -246,6 +242,7 @@ def choose_trained(
     *,
     train_text_encoder: bool,
     cache_texts: bool = True,
+    streams: bool = False,
 ) -> Trained:
     """Freeze what is not to be trained, and put in what is new.
 
@@ -257,6 +254,8 @@ def choose_trained(
         train_text_encoder: with "all", of a pixel-space model.
         cache_texts: a frozen text encoder of a pixel-space model is not part of the network, since batches come with
             its states.
+        streams: the data is streamed, so that text states cannot be kept: a text encoder that is frozen is part of the
+            network, whatever the model.
 
     Raises:
         ConfigError: settings that have nothing to act on.
@@ -286,7 +285,14 @@ def choose_trained(
             if getattr(pipeline, "text_encoder_2", None) is not None:
                 raise ConfigError("new_token.token needs a model with one text encoder; this one has two")
             embedding = add_new_token(encoder, pipeline.tokenizer, new_token.token, new_token.initializer)
-    has_text = train_text_encoder or embedding is not None or (is_pixel and not cache_texts)
+    has_text = train_text_encoder or embedding is not None or ((is_pixel or streams) and not cache_texts)
+    if streams and not has_text:
+        raise ConfigError(
+            "cache.texts=true keeps the text states of every caption, which is too much for data that is streamed: set "
+            "it to false, and the text encoder runs in every step"
+        )
+    if streams and getattr(pipeline, "text_encoder_2", None) is not None:
+        raise ConfigError("data.streaming=true needs a model with one text encoder; this one has two")
     own_text = encoder if has_text else None
     network = DenoisingNetwork(unet, own_text, pixel_factor(pipeline))
     return Trained(network, what, new_token.token, embedding)

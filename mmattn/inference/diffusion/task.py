@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from PIL.Image import Image
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmattn.config import load_config
 from mmattn.config.resolve import trained_config
-from mmattn.data.captions import all_captions
+from mmattn.data.captions import known_captions
 from mmattn.data.readers import open_image_text
 from mmattn.data.spec import DataConfig
 from mmattn.data.text_to_image import NoiseConfig, PictureConfig
 from mmattn.errors import ConfigError
-from mmattn.inference import folders
-from mmattn.inference.diffusion.data import CacheConfig, DiffusionData, placed
+from mmattn.inference.diffusion.data import CacheConfig, DiffusionData
 from mmattn.inference.diffusion.denoising import DenoisingLoss, DenoisingNetwork
 from mmattn.inference.diffusion.scores import (
     EvalConfig,
@@ -43,9 +43,12 @@ from mmattn.inference.diffusion.setup import (
     save_trained,
     trains_text_encoder,
 )
+from mmattn.inference.frozen_parts import encoding_device, placed
 from mmattn.inference.text_to_image import TextToImage
+from mmattn.nn import TransformerLayer
 from mmattn.training import Batch, Draw, Loss, Task, TrainingConfig
 from mmattn.training.config import CACHE_FOLDER
+from mmattn.training.recipe_settings import SCORES_AND_PATHS
 from mmattn.training.selection import LoRAConfig, selection
 
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -103,13 +106,15 @@ class DiffusionTask(Task):
     """
 
     unit = "pictures"
+    repeated_layers = (TransformerLayer, ResnetBlock2D, GradientCheckpointingLayer)
+    free_settings = SCORES_AND_PATHS
 
     def __init__(self, config: DiffusionConfig, *, is_preview: bool = False) -> None:
         self.config, self.is_preview = config, is_preview
         seed = config.training.seed
         with torch.random.fork_rng(devices=[]):  # new weights and adapters are a function of the seed
             torch.manual_seed(seed)
-            captions = [] if config.model.from_pretrained else all_captions(open_image_text(config.data, "train"))
+            captions = [] if config.model.from_pretrained else known_captions(open_image_text(config.data, "train"))
             self.t2i = make_text_to_image(config.model, captions)
             self.trained = choose_trained(
                 self.t2i,
@@ -118,6 +123,7 @@ class DiffusionTask(Task):
                 config.new_token,
                 train_text_encoder=trains_text_encoder(config.model),
                 cache_texts=config.cache.texts,
+                streams=config.data.streaming,
             )
         check_evaluation(self.t2i, config.evaluation)
         self.model = self.trained.network
@@ -125,12 +131,13 @@ class DiffusionTask(Task):
         self.best = config.evaluation.best
         self.is_higher_better = not (self.best or "").endswith(("/loss", "/fid"))
         self.data = self._data("train", config.loss.caption_dropout)
+        self.stream = self.data.stream
         self.groups = None if self.data.buckets is None else self.data.buckets.groups
         self.prompts = sample_prompts(config.evaluation, config.data)
         self.denoising = make_loss(self.t2i, config)
 
     def _data(self, split: str, caption_dropout: float = 0.0) -> DiffusionData:
-        device = _encoding_device(self.config.training)
+        device = encoding_device(self.config.training)
         return _open_data(
             self.t2i, self.trained, self.config, split, device, caption_dropout, is_preview=self.is_preview
         )
@@ -251,9 +258,3 @@ def make_loss(t2i: TextToImage, config: DiffusionConfig) -> DenoisingLoss:
         offset_noise=config.noise.offset_noise,
         vae=getattr(t2i.pipeline, "vae", None),
     )
-
-
-def _encoding_device(config: TrainingConfig) -> torch.device:
-    """Where frozen encoders run before the training loop has started: this process's accelerator, if there is one."""
-    device = torch.device("cpu") if config.device == "cpu" else folders.default_device()
-    return device if device.type == "cpu" else torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))

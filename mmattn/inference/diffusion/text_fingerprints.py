@@ -7,8 +7,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mmattn.inference.weight_hash import add_weights
 
 _VOLATILE = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype")
 
@@ -32,9 +33,7 @@ def encoders_fingerprint(
         config = {name: value for name, value in values.items() if name not in _VOLATILE}
         digest.update(type(encoder).__name__.encode())
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, tensor in encoder.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        add_weights(digest, encoder)
     for tokenizer in tokenizers:
         digest.update(_tokenizer_text(tokenizer).encode())
     return digest.hexdigest()

@@ -24,6 +24,7 @@ from mmattn.nn import LearnedPositions, RotaryEmbedding, SinusoidalPositions, Tr
 from mmattn.nn.feed_forward import ActivationName
 from mmattn.nn.vocabulary_head import VocabularyHead
 from mmattn.ops.cache import KVCache
+from mmattn.ops.segments import Segments
 from mmattn.ops.static_cache import StaticKVCache
 
 
@@ -53,13 +54,28 @@ class Embedding(nn.Module):
         self.positions = _positions(config)
         self.dropout = nn.Dropout(config.dropout_p)
 
-    def forward(self, input_ids: Tensor, start: int | Tensor, words: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        start: int | Tensor,
+        words: Tensor,
+        key_mask: Tensor | None = None,
+        segments: Segments | None = None,
+    ) -> Tensor:
         """`[R, L]` token ids, the first at position `start`, and the table `[V, C]`, to `[R, L, C]`.
 
-        A tensor `[1]` is the position of a single token, which only the device knows.
+        A tensor `[1]` is the position of a single token, which only the device knows. Of packed sequences, `[N]` to
+        `[N, C]`, each begins at `start`.
         """
         hidden = nn.functional.embedding(input_ids, words, self.pad_token_id) * self.scale
         table = self.positions
+        if segments is not None:
+            numbers = segments.positions() + (start + self.offset)
+            if isinstance(table, LearnedPositions):
+                hidden = hidden + table(numbers)
+            elif isinstance(table, SinusoidalPositions):
+                hidden = hidden + table(numbers, hidden.dtype)
+            return self.dropout(hidden)
         first, length = start + self.offset, input_ids.shape[1]
         if isinstance(table, LearnedPositions):
             is_known = not isinstance(first, Tensor)
@@ -96,16 +112,23 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(_layer(config, is_decoder=False) for _ in range(config.encoder_layers))
         self.norm = _final_norm(config)
 
-    def forward(self, input_ids: Tensor, key_mask: Tensor | None, shared_words: Tensor) -> Tensor:
-        """`[B, Ls]` and its mask `[B, Ls]` (False: padding) to `[B, Ls, C]`."""
-        if input_ids.shape[1] > self.max_positions:
+    def forward(
+        self,
+        input_ids: Tensor,
+        key_mask: Tensor | None,
+        shared_words: Tensor,
+        segments: Segments | None = None,
+    ) -> Tensor:
+        """`[B, Ls]` and its mask `[B, Ls]` (False: padding) to `[B, Ls, C]`; packed sequences `[N]` to `[N, C]`."""
+        longest = input_ids.shape[1] if segments is None else segments.longest
+        if longest > self.max_positions:
             raise UsageError(
-                f"a source of {input_ids.shape[1]} tokens, but this model has {self.max_positions} positions: split it"
+                f"a source of {longest} tokens, but this model has {self.max_positions} positions: split it"
             )
         own = self.embedding.words
-        hidden = self.embedding(input_ids, 0, shared_words if own is None else own.weight, key_mask)
+        hidden = self.embedding(input_ids, 0, shared_words if own is None else own.weight, key_mask, segments)
         for layer in self.layers:
-            hidden = layer(hidden, key_mask=key_mask)
+            hidden = layer(hidden, key_mask=key_mask, segments=segments)
         return self.norm(hidden)
 
 
@@ -139,21 +162,28 @@ class Decoder(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        contexts: LayerContexts | None = None,
+        contexts: LayerContexts | Tensor | None = None,
         *,
+        context_mask: Tensor | None = None,
         caches: Sequence[KVCache] | Sequence[StaticKVCache] | None = None,
         attn_mask: Tensor | None = None,
+        segments: Segments | None = None,
+        context_segments: Segments | None = None,
     ) -> Tensor:
         """Run the layers.
 
         Args:
-            input_ids: `[R, L]`; with `StaticKVCache`s L = 1.
-            contexts: what `project_context` gave for B sources (R = B * n).
+            input_ids: `[R, L]`; with `StaticKVCache`s L = 1. Of packed sequences `[N]`.
+            contexts: what `project_context` gave for B sources (R = B * n); or their states `[B, Ls, C]`, which each
+                layer then projects itself.
+            context_mask: bool `[B, Ls]`, False at the padding of states.
             caches: a self-attention cache per layer; `input_ids` then continue what is cached.
             attn_mask: bool `[L, Lk]`, what the self-attention may see besides what causality says.
+            segments: the sequences that `input_ids` holds one after the other, without padding.
+            context_segments: as many of the states, which are `[M, C]` then.
 
         Returns:
-            Hidden states `[R, L, C]`.
+            Hidden states `[R, L, C]`, of packed sequences `[N, C]`.
 
         Raises:
             UsageError: no contexts, or more tokens than the model has positions.
@@ -162,16 +192,27 @@ class Decoder(nn.Module):
             raise UsageError("the decoder needs the contexts that project_context() returns")
         start = caches[0].position if caches else 0
         is_known = not isinstance(start, Tensor)
-        if is_known and start + input_ids.shape[1] > self.max_positions:
+        length = input_ids.shape[1] if segments is None else segments.longest
+        if is_known and start + length > self.max_positions:
             raise UsageError(
-                f"{start + input_ids.shape[1]} target tokens, but this model has {self.max_positions} positions: "
+                f"{start + length} target tokens, but this model has {self.max_positions} positions: "
                 "generate fewer tokens"
             )
-        hidden = self.embedding(input_ids, start, self.words)
+        hidden = self.embedding(input_ids, start, self.words, segments=segments)
         positions = start if self.is_rotary and not is_known else None
         for index, layer in enumerate(self.layers):
             cache = caches[index] if caches else None
-            hidden = layer(hidden, attn_mask=attn_mask, context=contexts[index], cache=cache, positions=positions)
+            context = contexts if isinstance(contexts, Tensor) else contexts[index]
+            hidden = layer(
+                hidden,
+                attn_mask=attn_mask,
+                context=context,
+                context_mask=context_mask,
+                cache=cache,
+                positions=positions,
+                segments=segments,
+                context_segments=context_segments,
+            )
         return self.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -264,8 +305,13 @@ class TranslatorNetwork(nn.Module):
         source_mask: Tensor | None = None,
         labels: Tensor | None = None,
         alignment: Tensor | None = None,
+        source_segments: Segments | None = None,
+        target_segments: Segments | None = None,
     ) -> TranslationOutput:
         """Score target texts under their sources.
+
+        Packed batches have no padding: source and target ids of all sentences one after the other, `[N]` and `[M]`,
+        with the segments of both.
 
         Args:
             source_ids: `[B, Ls]`.
@@ -274,15 +320,28 @@ class TranslatorNetwork(nn.Module):
             labels: `[B * n, Lt]`, the token that follows each of `target_ids`, -100 where nothing is scored.
             alignment: `[B * n, Lt, Ls]`, how much of the label at each place comes from each source token; rows sum to
                 1, or to 0 where nothing is known. Adds the guided-alignment loss (arXiv 1909.02074).
+            source_segments, target_segments: of a packed batch, as many sentences each.
+
+        Raises:
+            UsageError: wrong shapes, a sentence longer than the model's positions, or a mask, alignments or only one
+                kind of segments with a packed batch.
         """
+        if source_segments is not None or target_segments is not None:
+            if source_segments is None or target_segments is None or not (source_mask is None and alignment is None):
+                raise UsageError(
+                    "a packed batch needs source_segments and target_segments, and takes no source_mask or alignment"
+                )
+            states = self.encoder(source_ids, None, self.decoder.words, source_segments)
+            hidden = self.decoder(target_ids, states, segments=target_segments, context_segments=source_segments)
+            return self._output(hidden, labels)
         states = self.encode(source_ids, source_mask)
-        contexts = self.project_context(states, source_mask)
+        # Projected inside the layers: where those are sharded, their weights are whole only while they run.
         if alignment is None:
-            hidden = self.decoder(target_ids, contexts)
+            hidden = self.decoder(target_ids, states, context_mask=source_mask)
             return self._output(hidden, labels)
         reader = self.alignment_reader()
         with reader.reading():
-            hidden = self.decoder(target_ids, contexts)
+            hidden = self.decoder(target_ids, states, context_mask=source_mask)
         weights = reader.take().view(alignment.shape[0], alignment.shape[1], -1)
         return self._output(hidden, labels, *alignment_loss(weights, alignment))
 
@@ -290,8 +349,9 @@ class TranslatorNetwork(nn.Module):
         if labels is None:
             return TranslationOutput(self.decoder.logits(hidden), None, None, None, *alignment)
         smoothing = self.config.label_smoothing
-        scored = score_labels(hidden, labels, self.decoder.logits, label_smoothing=smoothing)
-        return TranslationOutput(scored.logits, scored.loss_sum, scored.num_tokens, scored.targets, *alignment)
+        decoder = self.decoder
+        scored = score_labels(hidden, labels, decoder.head, decoder.words, label_smoothing=smoothing)
+        return TranslationOutput(None, scored.loss_sum, scored.num_tokens, scored.targets, *alignment)
 
 
 def _init_weights(network: TranslatorNetwork) -> None:

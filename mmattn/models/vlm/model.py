@@ -18,6 +18,7 @@ from mmattn.models.vlm.config import VLMConfig
 from mmattn.models.vlm.text import TextDecoder, TextLayers, init_text_weights
 from mmattn.models.vlm.vision import ImageEncoder
 from mmattn.nn import CrossAttention, GatedCrossAttention, TransformerLayer
+from mmattn.ops.segments import Segments
 
 
 class VisionLanguageNetwork(nn.Module):
@@ -71,6 +72,7 @@ class CaptioningNetwork(VisionLanguageNetwork):
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         features: Tensor | None = None,
+        segments: Segments | None = None,
     ) -> TextOutput:
         """Score texts, each under its picture.
 
@@ -80,12 +82,17 @@ class CaptioningNetwork(VisionLanguageNetwork):
             labels: `[R, L]`, aligned with `input_ids` (the shift by one is made here), -100 where nothing is scored.
             attention_mask: `[R, L]`, 1 or True at real tokens.
             features: `[B, Lk, C]` from `encode_images`.
+            segments: the R texts that `input_ids [N]` holds one after the other, without padding and each without its
+                last token, which has nothing to predict. `labels [N]` are then the tokens that follow: no shift.
+
+        Raises:
+            UsageError: shapes that do not agree, or an `attention_mask` with `segments`.
         """
-        contexts = None
-        if pixel_values is not None or features is not None:
-            contexts = self.project_context(self._features(pixel_values, features))
-        hidden = self.decoder(input_ids, contexts, key_mask=_as_bool(attention_mask))
-        return _text_output(self.decoder, hidden, labels)
+        # Projected inside the layers: where those are sharded, their weights are whole only while they run.
+        has_picture = pixel_values is not None or features is not None
+        contexts = self._features(pixel_values, features) if has_picture else None
+        hidden = self.decoder(input_ids, contexts, key_mask=_as_bool(attention_mask), segments=segments)
+        return _text_output(self.decoder, hidden, labels, is_shifted=segments is not None)
 
 
 @dataclass(frozen=True)
@@ -146,9 +153,10 @@ class QuestionAnsweringNetwork(VisionLanguageNetwork):
         features: Tensor | None = None,
     ) -> TextOutput:
         """Score answers `input_ids [R, L]`, each to its question `[R, Lq]`; the rest as `CaptioningNetwork.forward`."""
-        questions = self.encode_questions(self._features(pixel_values, features), question_ids, question_mask)
-        contexts = self.decoder.project_context(questions.hidden, questions.key_mask)
-        hidden = self.decoder(input_ids, contexts, key_mask=_as_bool(attention_mask))
+        mask, features = _as_bool(question_mask), self._features(pixel_values, features)
+        # Projected inside the layers, as in `CaptioningNetwork.forward`.
+        questions = self.question_encoder(question_ids, features, key_mask=mask)
+        hidden = self.decoder(input_ids, questions, context_mask=mask, key_mask=_as_bool(attention_mask))
         return _text_output(self.decoder, hidden, labels)
 
 
@@ -190,8 +198,7 @@ class MatchingNetwork(VisionLanguageNetwork):
         self, context: LayerContexts | Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
         """The matching head's `[R, 2]` (no match, match) for texts `[R, L]` under projected pictures or features."""
-        contexts = self.project_context(context) if isinstance(context, Tensor) else context
-        hidden = self.text_encoder(input_ids, contexts, key_mask=_as_bool(attention_mask))
+        hidden = self.text_encoder(input_ids, context, key_mask=_as_bool(attention_mask))
         return self.match_head(hidden[:, 0])
 
     def match_scores(
@@ -257,10 +264,14 @@ def _as_bool(attention_mask: Tensor | None) -> Tensor | None:
     return None if attention_mask is None else attention_mask.bool()
 
 
-def _text_output(decoder: TextDecoder, hidden: Tensor, labels: Tensor | None) -> TextOutput:
+def _text_output(
+    decoder: TextDecoder, hidden: Tensor, labels: Tensor | None, *, is_shifted: bool = False
+) -> TextOutput:
     if labels is None:
         return TextOutput(decoder.logits(hidden))
-    if labels.shape != hidden.shape[:2]:
-        raise UsageError(f"labels has shape {list(labels.shape)}, the texts {list(hidden.shape[:2])}: they must agree")
-    smoothing = decoder.config.label_smoothing
-    return score_labels(hidden[:, :-1], labels[:, 1:], decoder.logits, label_smoothing=smoothing)
+    if labels.shape != hidden.shape[:-1]:
+        raise UsageError(f"labels has shape {list(labels.shape)}, the texts {list(hidden.shape[:-1])}: they must agree")
+    if not is_shifted:
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    words, smoothing = decoder.body.embedding.words.weight, decoder.config.label_smoothing
+    return score_labels(hidden, labels, decoder.head, words, label_smoothing=smoothing)

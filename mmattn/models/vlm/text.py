@@ -1,12 +1,13 @@
 """The text network: embeddings, transformer layers that may attend to a context, vocabulary head.
 
-R rows (texts), B contexts (R = B * n, row i belongs to context i // n), L tokens, C channels, V vocabulary.
+R rows (texts), B contexts (R = B * n, row i belongs to context i // n), L tokens, N tokens of all rows where they are
+packed without padding, C channels, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from mmattn.models.vlm.config import TextConfig
 from mmattn.nn import GatedCrossAttention, LearnedPositions, RotaryEmbedding, SelfAttention, TransformerLayer
 from mmattn.nn.feed_forward import ActivationName
 from mmattn.nn.vocabulary_head import VocabularyHead
-from mmattn.ops.cache import KVCache
+from mmattn.ops.cache import ContextKV, KVCache
+from mmattn.ops.segments import Segments
 
 
 class TextEmbedding(nn.Module):
@@ -31,11 +33,11 @@ class TextEmbedding(nn.Module):
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout_p)
 
-    def forward(self, input_ids: Tensor, start: int) -> Tensor:
-        """`[R, L]` token ids, the first at position `start`, to `[R, L, C]`."""
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Token ids `[R, L]` at positions `[L]`, or `[N]` at `[N]`, to `[R, L, C]` or `[N, C]`."""
         hidden = self.words(input_ids)
         if self.positions is not None:
-            hidden = hidden + self.positions(torch.arange(start, start + input_ids.shape[1], device=input_ids.device))
+            hidden = hidden + self.positions(positions)
         return self.dropout(self.norm(hidden))
 
 
@@ -78,48 +80,87 @@ class TextLayers(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        contexts: LayerContexts | None = None,
+        contexts: LayerContexts | Tensor | None = None,
         *,
+        context_mask: Tensor | None = None,
         key_mask: Tensor | None = None,
         caches: Sequence[KVCache] | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
         """Run the layers.
 
         Args:
-            input_ids: `[R, L]`.
-            contexts: what `project_context` gave, for B contexts (R = B * n); None leaves cross-attention out.
+            input_ids: `[R, L]`; with segments `[N]`.
+            contexts: what `project_context` gave, for B contexts (R = B * n); or these themselves, `[B, Lk, Cc]`, which
+                each layer then projects itself; None leaves cross-attention out.
+            context_mask: bool `[B, Lk]`, False at the padding of contexts that are not yet projected.
             key_mask: bool `[R, L]`, False at padding.
             caches: a self-attention cache per layer; `input_ids` then continue what is cached.
+            segments: the R texts that `input_ids` holds one after the other, without padding; no masks, no caches and
+                no projected contexts then.
 
         Returns:
-            Hidden states `[R, L, C]`.
+            Hidden states `[R, L, C]`, or `[N, C]`.
 
         Raises:
-            UsageError: more tokens than the model has positions.
+            UsageError: more tokens than the model has positions, or arguments that do not go with segments.
         """
         start = caches[0].position if caches else 0
-        if start + input_ids.shape[1] > self.max_positions:
+        length = input_ids.shape[1] if segments is None else segments.longest
+        if start + length > self.max_positions:
             raise UsageError(
-                f"{start + input_ids.shape[1]} tokens, but this text model has {self.max_positions} positions:"
+                f"{start + length} tokens, but this text model has {self.max_positions} positions:"
                 " shorten the text or generate fewer tokens"
             )
-        hidden = self.embedding(input_ids, start)
+        context_segments = None
+        if segments is None:
+            positions = torch.arange(start, start + length, device=input_ids.device)
+        else:
+            positions = segments.positions()
+            contexts, context_segments = _packed_contexts(contexts, context_mask)
+        hidden = self.embedding(input_ids, positions)
         for index, layer in enumerate(self.layers):
-            context = contexts[index] if contexts is not None else None
+            context = self._context_of(index, contexts)
+            cross: dict[str, Any] = {"context_mask": context_mask, "segments": segments}
+            if context is not None:
+                cross["context_segments"] = context_segments
             if context is not None and str(index) in self.gated:
-                hidden, context = self.gated[str(index)](hidden, context), None
-            cache = caches[index] if caches else None
-            if context is None and layer.cross_attn is not None:
-                hidden = _without_context(cast(TransformerLayer, layer), hidden, key_mask, cache)
+                hidden, context = self.gated[str(index)](hidden, context, **cross), None
+            options: dict[str, Any] = {"key_mask": key_mask, "cache": caches[index] if caches else None}
+            if context is not None:
+                hidden = layer(hidden, context=context, **cross, **options)
+            elif layer.cross_attn is not None:
+                hidden = _without_context(cast(TransformerLayer, layer), hidden, segments=segments, **options)
             else:
-                hidden = layer(hidden, key_mask=key_mask, context=context, cache=cache)
+                hidden = layer(hidden, segments=segments, **options)
         return self.norm(hidden)
 
+    def _context_of(self, index: int, contexts: LayerContexts | Tensor | None) -> Tensor | ContextKV | None:
+        if not isinstance(contexts, Tensor):
+            return None if contexts is None else contexts[index]
+        attends = str(index) in self.gated or cast(TransformerLayer, self.layers[index]).cross_attn is not None
+        return contexts if attends else None
 
-def _without_context(layer: TransformerLayer, x: Tensor, key_mask: Tensor | None, cache: KVCache | None) -> Tensor:
-    """The layer with its cross-attention left out, as BLIP's text encoder embeds a text on its own."""
+
+def _packed_contexts(
+    contexts: LayerContexts | Tensor | None, context_mask: Tensor | None
+) -> tuple[Tensor | None, Segments | None]:
+    """Contexts `[B, Lk, Cc]` as rows `[B * Lk, Cc]`, and where each lies."""
+    if contexts is None:
+        return None, None
+    if not isinstance(contexts, Tensor) or context_mask is not None:
+        raise UsageError("packed texts (segments) take their contexts as one tensor [B, Lk, C], and no context_mask")
+    batch, length, _ = contexts.shape
+    return contexts.flatten(0, 1), Segments.equal(batch, length, contexts.device)
+
+
+def _without_context(layer: TransformerLayer, x: Tensor, **options: Any) -> Tensor:
+    """The layer with its cross-attention left out, as BLIP's text encoder embeds a text on its own.
+
+    `options` are the self-attention's.
+    """
     attention, norm = cast(SelfAttention, layer.self_attn), cast(nn.Module, layer.self_attn_norm)
-    x = layer._add(x, attention(norm(x) if layer.norm_first else x, key_mask=key_mask, cache=cache), norm)
+    x = layer._add(x, attention(norm(x) if layer.norm_first else x, **options), norm)
     return layer._add(x, layer.ffn(layer.ffn_norm(x) if layer.norm_first else x), layer.ffn_norm)
 
 
@@ -187,13 +228,16 @@ class TextDecoder(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        contexts: LayerContexts | None = None,
+        contexts: LayerContexts | Tensor | None = None,
         *,
+        context_mask: Tensor | None = None,
         key_mask: Tensor | None = None,
         caches: Sequence[KVCache] | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
-        """Hidden states `[R, L, C]`; see `TextLayers.forward`."""
-        return self.body(input_ids, contexts, key_mask=key_mask, caches=caches)
+        """Hidden states `[R, L, C]`, or `[N, C]` of packed texts; see `TextLayers.forward`."""
+        options: dict[str, Any] = {"context_mask": context_mask, "key_mask": key_mask, "segments": segments}
+        return self.body(input_ids, contexts, caches=caches, **options)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states `[..., C]` to logits `[..., V]`."""

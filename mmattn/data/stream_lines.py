@@ -1,0 +1,164 @@
+"""Shards of JSON lines, CSV and TSV: where each row starts is found in one pass, and kept on disk."""
+
+from __future__ import annotations
+
+import csv
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mmattn.data.stream_shards import OpenFile, Row, Shard
+from mmattn.data.text_rows import decoded_line, delimited_row, header_names, json_row
+from mmattn.data.whole_files import kept_array
+from mmattn.errors import DataError
+
+_FORMAT = 1
+_UNIT = 100  # rows that are kept together: any row can be read alone, but neighbours cost less
+_AT_ONCE = 65_536
+_BOM = b"\xef\xbb\xbf"
+
+
+class LineShard(Shard):
+    """A file of JSON lines, or of CSV or TSV rows, which may span lines where they are quoted.
+
+    Args:
+        path: The file.
+        index_folder: Where its index is kept.
+        header: Of CSV and TSV: whether the first row names the columns; else they are called 1, 2, 3.
+        quoting: Of CSV and TSV: whether quote marks around a field hold it together, or are text.
+
+    Raises:
+        DataError: it cannot be read, or is no table.
+    """
+
+    def __init__(self, path: Path, index_folder: Path, *, header: bool = True, quoting: bool = True) -> None:
+        super().__init__(path)
+        self.delimiter = {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
+        self.header, self.quoting = header, quoting
+        self._file = OpenFile(self)
+        form = ["json"] if self.delimiter is None else [self.delimiter, header, quoting]
+        key = ["lines", _FORMAT, *form, *self.identity]
+        self._folder, self._key = index_folder, key
+        self._names: list[str] | None = None
+        self._open_index()
+
+    def _open_index(self) -> None:
+        kept = kept_array(self._folder, self._key, self._write_index, np.int64, "data.index_folder")
+        rows, gaps = int(kept[0]), int(kept[1])
+        self._starts, self._gaps = kept[2 : rows + 3], kept[rows + 3 :].reshape(gaps, 2)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the shard; empty lines are none."""
+        return len(self._starts) - 1
+
+    @property
+    def unit_starts(self) -> np.ndarray:
+        """Every hundredth row."""
+        return np.arange(0, self.num_rows, _UNIT)
+
+    def column_names(self) -> list[str]:
+        """Those of the header, or of the first row that can be read."""
+        if self.delimiter is not None:
+            return self._header()
+        for number in range(min(self.num_rows, _UNIT)):
+            row = self.rows([number], None)[0][1]
+            if isinstance(row, dict):
+                return list(row)
+        raise DataError(f"{self.path}: none of the first lines holds a JSON object")
+
+    def rows(self, numbers: Sequence[int], columns: Sequence[str] | None) -> list[Row]:
+        """Rows by number, with all columns."""
+        return [(f"line {self._line(number)}", self._row(number)) for number in numbers]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _row(self, number: int) -> dict[str, Any] | DataError:
+        start = int(self._starts[number])
+        data = self._file.read(start, int(self._starts[number + 1]) - start)
+        if self.delimiter is not None:
+            return delimited_row(self._header(), data, self.delimiter, quoting=self.quoting)
+        line = decoded_line(1 if start == 0 else 2, data.partition(b"\n")[0])  # empty lines may follow
+        return json_row(line) if isinstance(line, str) else line
+
+    def _header(self) -> list[str]:
+        if self._names is None:
+            end = int(self._starts[0]) if self.header else int(self._starts[1])
+            data = self._file.read(0, end).removeprefix(_BOM)
+            fields = header_names(self.path, data, str(self.delimiter), quoting=self.quoting)
+            self._names = fields if self.header else [str(number + 1) for number in range(len(fields))]
+        return self._names
+
+    def _line(self, number: int) -> int:
+        place = int(np.searchsorted(self._gaps[:, 0], number, side="right")) - 1
+        return number + 1 + (int(self._gaps[place, 1]) if place >= 0 else 0)
+
+    def _write_index(self, file: BinaryIO) -> None:
+        """Two counts, where rows start and the last one ends, and from which row on how many lines stand between."""
+        file.write(np.zeros(2, dtype=np.int64).tobytes())
+        gaps, starts, rows, extra = array("q"), array("q"), 0, 0
+        try:
+            found = self._json_starts() if self.delimiter is None else self._delimited_starts()
+            for start, line in found:
+                if line - rows - 1 != extra:
+                    extra = line - rows - 1
+                    gaps.extend((rows, extra))
+                starts.append(start)
+                rows += 1
+                if len(starts) == _AT_ONCE:
+                    file.write(starts.tobytes())
+                    del starts[:]
+        except OSError as error:
+            if error.filename is None and error.errno is not None:
+                raise
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
+        starts.append(self.size)
+        file.write(starts.tobytes())
+        file.write(gaps.tobytes())
+        file.seek(0)
+        file.write(np.array([rows, len(gaps) // 2], dtype=np.int64).tobytes())
+
+    def _json_starts(self) -> Iterator[tuple[int, int]]:
+        start = 0
+        with open(self.path, "rb") as file:
+            for line, raw in enumerate(file, 1):
+                if not (raw.isspace() or raw == _BOM):
+                    yield start, line
+                start += len(raw)
+
+    def _delimited_starts(self) -> Iterator[tuple[int, int]]:
+        place = _Place()
+        options: dict[str, Any] = {} if self.quoting else {"quoting": csv.QUOTE_NONE}
+        with open(self.path, "rb") as file:
+            reader = csv.reader(place.lines(file), delimiter=str(self.delimiter), **options)
+            is_header = self.header
+            start, line = 0, 1
+            try:
+                for fields in reader:
+                    if fields and not is_header:
+                        yield start, line
+                    is_header = is_header and not fields
+                    start, line = place.end, reader.line_num + 1
+            except csv.Error as error:  # a quote mark that never closes swallows lines until a field is too large
+                raise DataError(
+                    f"{self.path} line {reader.line_num}: not readable as a table ({error}); if quote marks are text "
+                    "there, set data.quoting=false"
+                ) from error
+
+
+class _Place:
+    """How far a file has been read, line by line."""
+
+    def __init__(self) -> None:
+        self.end = 0
+
+    def lines(self, file: BinaryIO) -> Iterator[str]:
+        for raw in file:
+            self.end += len(raw)
+            is_first = self.end == len(raw)
+            yield (raw.removeprefix(_BOM) if is_first else raw).decode(errors="surrogateescape")

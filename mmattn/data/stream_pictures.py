@@ -1,0 +1,87 @@
+"""Pictures with texts that are read from shards while training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmattn.data.images import open_image
+from mmattn.data.records import ImageTextRecord, TextItem
+from mmattn.data.spec import DataConfig
+from mmattn.data.stream_rows import StreamedRows
+from mmattn.data.stream_tar import PICTURES
+from mmattn.data.tables import row_items, row_picture
+from mmattn.errors import DataError
+
+
+class StreamedPictures:
+    """A source of which every row of its shards is a record.
+
+    In a tar, a picture is what ends in jpg, jpeg, png or webp, and a text what stands in `text` of an example's json,
+    or ends in txt, unless `data.columns` says otherwise.
+
+    Args:
+        rows: The rows.
+        spec: Which column holds what, and where relative paths of pictures start.
+        default_image: The image column when `spec.columns` names none.
+
+    Raises:
+        DataError: a column that is not there.
+    """
+
+    def __init__(self, rows: StreamedRows, spec: DataConfig, *, default_image: str = "image") -> None:
+        self.streamed_rows, self.columns, self.max_pixels = rows, spec.columns, spec.max_pixels
+        self.image_root = None if spec.image_root is None else Path(spec.image_root)
+        columns, present = spec.columns, rows.column_names()
+        self.images: tuple[str, ...] = (columns.image or default_image,)
+        self.text = columns.text
+        if rows.is_tar:
+            if columns.image is None:
+                self.images = PICTURES
+            if self.text == "text" and "text" not in present and "txt" in present:
+                self.text = "txt"
+        used: dict[str, str | None] = {"text": self.text, "question": columns.question, "kind": columns.kind}
+        if len(self.images) == 1:
+            used["image"] = self.images[0]
+        elif not any(name in present for name in PICTURES):
+            raise DataError(f"{rows.name}: the first example holds no picture ({', '.join(PICTURES)}), only {present}")
+        rows.require_columns(used)
+        self._text_columns = [column for role, column in used.items() if role != "image" and column is not None]
+
+    @property
+    def name(self) -> str:
+        """Names the data set in messages."""
+        return self.streamed_rows.name
+
+    def __len__(self) -> int:
+        return len(self.streamed_rows)
+
+    def __getitem__(self, index: int) -> ImageTextRecord:
+        """Record `index`.
+
+        Raises:
+            DataError: its row or its picture cannot be read, or it has no text.
+            RunError: its shard is gone, or not what it was.
+        """
+        ((place, row),) = self.streamed_rows.rows([index], [*self.images, *self._text_columns])
+        if isinstance(row, DataError):
+            raise DataError(f"{place}: {row}")
+        items = self._items(row)
+        if not items:
+            raise DataError(f"{place}: column {self.text!r} holds no text")
+        column = next((name for name in self.images if row.get(name) is not None), self.images[0])
+        root = self.image_root or self.streamed_rows.shard_of(index).parent
+        label, picture = row_picture(row.get(column), place, column, root)
+        image = np.asarray(open_image(picture, name=label, max_pixels=self.max_pixels))
+        return ImageTextRecord(label, image, tuple(items), {"rows": [index]})
+
+    def texts(self, indices: Sequence[int]) -> list[tuple[TextItem, ...]]:
+        """The texts of records, without reading pictures; none of a row that cannot be read."""
+        rows = self.streamed_rows.rows(indices, self._text_columns)
+        return [() if isinstance(row, DataError) else tuple(self._items(row)) for _, row in rows]
+
+    def _items(self, row: Mapping[str, Any]) -> list[TextItem]:
+        return row_items(row, self.columns, self.text)

@@ -1,0 +1,224 @@
+"""The shards of streamed data: which files they are, and what every kind of them can do."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mmattn.errors import DataError, RunError
+
+Row = tuple[str, dict[str, Any] | DataError]
+"""Where a row is ("line 17"), and its columns or what is wrong with it."""
+
+SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv", ".tar")
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
+_ENDS = 4096  # bytes at the start and at the end of a shard that tell it from another
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+class Shard(ABC):
+    """One file of rows, which are numbered from 0. Opened in the process that reads it, when it first does.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
+        if not self.size:
+            raise DataError(f"{path} is empty: 0 bytes; delete it, or write it again")
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """Rows of the shard."""
+
+    @property
+    @abstractmethod
+    def unit_starts(self) -> np.ndarray:
+        """The rows at which that which is read at once begins, int64, the first of them 0; empty without rows."""
+
+    @abstractmethod
+    def column_names(self) -> list[str]:
+        """The columns: all of the shard's, or those of its first row."""
+
+    @abstractmethod
+    def rows(self, numbers: Sequence[int], columns: Sequence[str] | None) -> list[Row]:
+        """Rows by number; `columns` are those that are needed, None for all.
+
+        Raises:
+            RunError: the shard is gone, or not what it was.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the open file, if there is one."""
+
+    def fingerprint(self) -> str:
+        """What tells the shard's content from another, wherever it lies: rows, size and a hash of both ends."""
+        try:
+            with open(self.path, "rb") as file:
+                digest = hashlib.blake2b(file.read(_ENDS), digest_size=12)
+                file.seek(max(0, self.size - _ENDS))
+                digest.update(file.read(_ENDS))
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
+        return f"{self.num_rows} rows, {self.size} bytes, {digest.hexdigest()}"
+
+    @property
+    def identity(self) -> list[Any]:
+        """What tells this file from itself after a change: for what is kept of it."""
+        return [str(self.path.resolve()), self.size, self.mtime_ns]
+
+    def require_unchanged(self, descriptor: int | None = None) -> None:
+        """Raise `RunError` when the file is gone or has another size or time of change than when it was indexed."""
+        try:
+            status = os.stat(self.path if descriptor is None else descriptor)
+        except OSError as error:
+            raise self.lost(error.strerror or str(error)) from error
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise RunError(
+                f"shard {self.path} has changed since this run started ({self.size:,} bytes then, "
+                f"{status.st_size:,} now): put the old one back and continue with --resume, or start a new run"
+            )
+
+    def lost(self, reason: str) -> RunError:
+        """The error for a shard that cannot be read any more."""
+        return RunError(
+            f"shard {self.path} cannot be read any more ({reason}): put it back, and continue with --resume"
+        )
+
+
+class OpenFile:
+    """A shard's file, opened where it is first read: neither forked nor pickled."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        self._file: BinaryIO | None = None
+        self._process = 0
+
+    def get(self) -> BinaryIO:
+        """The open file of this process.
+
+        Raises:
+            RunError: it is gone or has changed.
+        """
+        if self._file is None or self._process != os.getpid():
+            try:
+                file = open(self.shard.path, "rb")  # noqa: SIM115 (closed by `close`)
+            except OSError as error:
+                raise self.shard.lost(error.strerror or str(error)) from error
+            self.shard.require_unchanged(file.fileno())
+            self._file, self._process = file, os.getpid()
+        return self._file
+
+    def read(self, start: int, size: int) -> bytes:
+        """Bytes of the file.
+
+        Raises:
+            RunError: they are not there.
+        """
+        file = self.get()
+        try:
+            file.seek(start)
+            data = file.read(size)
+        except OSError as error:
+            raise self.shard.lost(error.strerror or str(error)) from error
+        if len(data) < size:
+            self.shard.require_unchanged(file.fileno())
+            raise self.shard.lost(f"{size:,} bytes are wanted at {start:,}, {len(data):,} are there")
+        return data
+
+    def close(self) -> None:
+        """Close it, in the process that opened it."""
+        if self._file is not None and self._process == os.getpid():
+            self._file.close()
+        self._file = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shard": self.shard, "_file": None, "_process": 0}
+
+
+def find_shards(paths: Sequence[str]) -> list[Path]:
+    """The files that paths, globs, folders and ranges such as part-{000..127}.tar mean.
+
+    Those of one entry come sorted by name, entries in their order.
+
+    Raises:
+        DataError: nothing there, a file twice, of a kind that cannot be streamed, or of several kinds.
+    """
+    found: list[Path] = []
+    for entry in paths:
+        if "://" in entry:
+            raise DataError(f"{entry} is an address, and shards are read from local files: download them first")
+        for path in _expanded(entry):
+            found += _files(path)
+    twice = {path for path in found if found.count(path) > 1} if len(set(found)) < len(found) else set()
+    if twice:
+        raise DataError(f"{min(twice)} is named twice in data.shards")
+    kinds = sorted({_kind(path) for path in found})
+    if len(kinds) > 1:
+        raise DataError(f"shards of several kinds ({', '.join(kinds)}): give data.path or data.shards of one kind")
+    return found
+
+
+def shard_names(paths: Sequence[Path]) -> list[str]:
+    """Short names: paths from the folder on that holds all of them."""
+    root = os.path.commonpath([path.absolute().parent for path in paths])
+    return [path.absolute().relative_to(root).as_posix() for path in paths]
+
+
+def _expanded(entry: str) -> list[str]:
+    match = _RANGE.search(entry)
+    if match is None:
+        return [entry]
+    first, last = match.groups()
+    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    if not numbers:
+        raise DataError(f"{entry}: the range {match.group()} is empty")
+    return [path for number in numbers for path in _expanded(entry[: match.start()] + number + entry[match.end() :])]
+
+
+def _files(entry: str) -> list[Path]:
+    path = Path(entry)
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()]
+        files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        if not files:
+            raise DataError(f"{entry} holds no shards: files that end in {', '.join(SUFFIXES)}")
+        return files
+    files = [Path(name) for name in sorted(glob.glob(entry, recursive=True))] if glob.has_magic(entry) else [path]
+    if not files or not files[0].is_file():
+        raise DataError(f"{entry}: no such file; set data.path or data.shards to shards")
+    for file in files:
+        _kind(file)
+    return files
+
+
+def _kind(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix in _COMPRESSED:
+        raise DataError(
+            f"{path} is compressed, and could only be read from its start on: decompress it, or write it as Parquet, "
+            "which is compressed inside"
+        )
+    if suffix not in SUFFIXES:
+        advice = ", such as JSON lines (.jsonl)" if suffix == ".json" else ""
+        raise DataError(f"{path}: shards of kind {suffix!r} cannot be streamed: use {', '.join(SUFFIXES)}{advice}")
+    return suffix

@@ -1,0 +1,106 @@
+"""Where sequences lie in a packed tensor: one after the other, without padding."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mmattn.errors import UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The sequences of a packed tensor `[N, ...]`: the first `lengths[0]` rows are the first, and so on.
+
+    Attributes:
+        lengths: rows of each sequence, at least 1; numbers, so that nobody has to ask the device for them.
+        cu_seqlens: int32 `[num_sequences + 1]`, where each begins, and N: as variable-length kernels take it.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+
+    @classmethod
+    def of(cls, lengths: Iterable[int], device: torch.device | str = "cpu") -> Segments:
+        """The segments of sequences of these lengths.
+
+        Raises:
+            UsageError: no sequence, or an empty one.
+        """
+        numbers = tuple(int(length) for length in lengths)
+        if not numbers or min(numbers) < 1:
+            raise UsageError(
+                f"packed sequences: lengths {list(numbers[:8])}{', ...' if len(numbers) > 8 else ''} must be one or "
+                "more, each at least 1: leave empty sequences out"
+            )
+        starts = list(itertools.accumulate(numbers, initial=0))
+        return cls(numbers, torch.tensor(starts, dtype=torch.int32, device=device))
+
+    @classmethod
+    def equal(cls, count: int, length: int, device: torch.device | str = "cpu") -> Segments:
+        """`count` segments of `length` rows each, made on the device itself."""
+        if count < 1 or length < 1:
+            raise UsageError(f"packed sequences: {count} of {length} rows: both must be at least 1")
+        ends = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=device)
+        return cls((length,) * count, ends)
+
+    @property
+    def total(self) -> int:
+        """N, the rows of all sequences."""
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Rows of the longest sequence."""
+        return max(self.lengths)
+
+    def positions(self) -> Tensor:
+        """int64 `[N]`: the place of each row in its sequence, from 0."""
+        starts = self.cu_seqlens[:-1].long()
+        counts = self.cu_seqlens[1:].long() - starts
+        total = self.total
+        # With the total given, CUDA need not be waited for.
+        return torch.arange(total, device=starts.device) - starts.repeat_interleave(counts, output_size=total)
+
+    def merged(self, count: int) -> Segments:
+        """The same rows as `count` sequences, equally many neighbours joined in each.
+
+        Raises:
+            UsageError: the sequences cannot be shared out equally.
+        """
+        joined, rest = divmod(len(self.lengths), count)
+        if rest or not joined:
+            raise UsageError(
+                f"packed sequences: {len(self.lengths)} cannot be shared out equally among {count} contexts: there have"
+                " to be as many for each"
+            )
+        if joined == 1:
+            return self
+        lengths = tuple(sum(self.lengths[start : start + joined]) for start in range(0, len(self.lengths), joined))
+        return Segments(lengths, self.cu_seqlens[::joined].contiguous())
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Segments:
+        """The same on another device."""
+        return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Segments:
+        """The same in pinned memory; data loaders ask for it."""
+        return replace(self, cu_seqlens=self.cu_seqlens.pin_memory())
+
+
+@dataclass(slots=True)
+class PackedRequest:
+    """What a backend is asked to compute on packed sequences; see `packed_attention` for the meaning of each field."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_segments: Segments
+    key_segments: Segments
+    is_causal: bool
+    scale: float
+    dropout_p: float

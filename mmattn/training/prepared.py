@@ -1,0 +1,100 @@
+"""The model and the optimiser as a run uses them; here whole in every process, in pieces in `sharding.py`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from typing import cast
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from mmattn.training.activation_checkpointing import ActivationCheckpointing
+from mmattn.training.config import TrainingConfig
+from mmattn.training.ema import ParameterAverage, replaced
+from mmattn.training.optim import make_optimizer, optimizer_tensors, trainable_parameters
+from mmattn.training.state import FullState, frozen_checksum, trained_tensors
+from mmattn.training.task import Task
+
+
+class PreparedModel(ABC):
+    """A task's model in a run.
+
+    Attributes:
+        model: What `Task.loss` receives.
+        inner: The module in it whose parameters are trained, by the task's names for them.
+        plain: The task's own module, which the main process evaluates and saves.
+        optimizer: Of the trained parameters.
+        average: Their moving average, where this process keeps one.
+        frozen_checksum: Of the model before the first step.
+    """
+
+    model: nn.Module
+    inner: nn.Module
+    plain: nn.Module
+    optimizer: AcceleratedOptimizer
+    average: ParameterAverage | None = None
+    frozen_checksum: str
+
+    @abstractmethod
+    def full_state(self, *, has_optimizer: bool = True) -> FullState:
+        """Whole tensors by name, on the main process; every process has to call it."""
+
+    @abstractmethod
+    def to_hold(self, full: FullState) -> dict[str, Tensor]:
+        """What `holding` takes to evaluate and to save a model: averages where there are some."""
+
+    @abstractmethod
+    def holding(self, tensors: dict[str, Tensor]) -> AbstractContextManager[None]:
+        """Inside, the plain module is on the run's device and holds these tensors; for the main process."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """How the model is spread, for the log; empty when it is whole."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Take off the model what the run has put around it."""
+
+
+class WholeModel(PreparedModel):
+    """Every process has the whole model (DDP where there are several): `plain` is what is trained."""
+
+    def __init__(self, task: Task, config: TrainingConfig, accelerator: Accelerator) -> None:
+        self._had_own_forward = "forward" in vars(task.model)
+        self._checkpointing = ActivationCheckpointing(task, task.model) if config.activation_checkpointing else None
+        optimizer = make_optimizer(task.model, config, accelerator.device)
+        self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
+        self.inner = self.plain = cast(nn.Module, accelerator.unwrap_model(self.model))
+        self.frozen_checksum = frozen_checksum(self.inner)
+        self.average = None
+        if config.ema_decay is not None and accelerator.is_main_process:
+            self.average = ParameterAverage(trained_tensors(self.inner), config.ema_decay)
+
+    def full_state(self, *, has_optimizer: bool = True) -> FullState:
+        """The tensors themselves, not copies."""
+        averages = None if self.average is None else self.average.averages
+        optimizer = optimizer_tensors(self.optimizer.optimizer, trainable_parameters(self.inner))
+        return FullState(trained_tensors(self.inner), optimizer if has_optimizer else {}, averages)
+
+    def to_hold(self, full: FullState) -> dict[str, Tensor]:
+        """Averages only: the module has the rest."""
+        return full.average or {}
+
+    def holding(self, tensors: dict[str, Tensor]) -> AbstractContextManager[None]:
+        """Afterwards the module has its own tensors again, bit for bit."""
+        targets = trained_tensors(self.plain)
+        return replaced({name: targets[name] for name in tensors}, tensors)
+
+    def describe(self) -> str:
+        """Nothing."""
+        return ""
+
+    def close(self) -> None:
+        """Take Accelerate's `forward`, an autocasting one over the class's, off the model again."""
+        if self._checkpointing is not None:
+            self._checkpointing.undo()
+        if not self._had_own_forward:
+            vars(self.inner).pop("forward", None)
+            vars(self.inner).pop("_original_forward", None)

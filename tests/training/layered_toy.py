@@ -1,0 +1,168 @@
+"""A model of repeated layers with all that sharding may stumble over, and runs of it in several processes.
+
+`python -m tests.training.layered_toy JSON` trains each of a list of runs: folder, settings, and what `_run` takes out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
+
+from mmattn.errors import MmattnError
+from mmattn.training import Batch, Loss, launcher_sharding, sharding, train
+from tests.training.toy import VOCAB, WIDTH, ToyTask, toy_config
+
+
+class ToyLayer(nn.Module):
+    """Parameters of fewer rows than there are processes, of odd numbers of rows, and frozen ones among the others."""
+
+    def __init__(self, dropout_p: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.inner_proj = nn.Linear(WIDTH, 17, dtype=dtype)
+        self.frozen_proj = nn.Linear(17, WIDTH, bias=False, dtype=dtype).requires_grad_(False)
+        self.out_proj = nn.Linear(WIDTH, WIDTH, dtype=dtype)
+        self.gate = nn.Parameter(torch.full((1,), 0.3, dtype=dtype))
+        self.dropout = nn.Dropout(dropout_p)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        inner = self.frozen_proj(self.inner_proj(hidden).tanh())
+        return hidden + self.gate * self.dropout(self.out_proj(inner))
+
+
+class LayeredModel(nn.Module):
+    """Layers under a vocabulary table that is also the head; `unused` buffers are not stored."""
+
+    def __init__(self, dropout_p: float, dtype: torch.dtype, has_batch_norm: bool) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCAB, WIDTH, dtype=dtype)
+        self.layers = nn.ModuleList(ToyLayer(dropout_p, dtype) for _ in range(3))
+        self.batch_norm = nn.BatchNorm1d(WIDTH, dtype=dtype) if has_batch_norm else nn.Identity()
+        self.register_buffer("factor", torch.tensor(1.5, dtype=dtype), persistent=False)
+
+    def forward(self, input_ids: Tensor, scale: Tensor) -> Tensor:
+        hidden = self.words(input_ids) * scale[:, None, None].to(self.words.weight.dtype)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        hidden = self.batch_norm(hidden.transpose(1, 2)).transpose(1, 2)
+        return hidden @ self.words.weight.T * self.factor
+
+
+class LayeredTask(ToyTask):
+    repeated_layers = (ToyLayer,)
+
+    def __init__(
+        self,
+        *,
+        dropout_p: float = 0.0,
+        dtype: torch.dtype = torch.float64,
+        has_batch_norm: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        torch.manual_seed(7)
+        self.model = LayeredModel(dropout_p, dtype, has_batch_norm)
+        self.models: list[nn.Module] = []
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        if not self.models:
+            self.models.append(model)
+        return super().loss(model, batch)
+
+
+class GoesAround(LayeredTask):
+    """Does what `Task.loss` must not."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        return super().loss(self.model, batch)
+
+
+def _run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    resume, kill_at = options.pop("resume", False), options.pop("kill_at_fsync", None)
+    if options.pop("through_accelerate", False):
+        _let_accelerate_shard()
+    own = options.pop("task", {})
+    dtype = getattr(torch, own.pop("dtype", "float64"))
+    task = LayeredTask(**own, dtype=dtype) if not own.pop("goes_around", False) else GoesAround(dtype=dtype)
+    if kill_at is not None:
+        _kill_at_fsync(*kill_at)
+    result = train(task, toy_config(folder, **options), resume=resume)
+    if options.get("sharding") == "fsdp2" and task.models:
+        sharding.require_sharded(task.models[0], torch.distributed.get_world_size())
+    kinds = sorted({type(p).__name__ for p in task.models[0].parameters()}) if task.models else []
+    dtypes = sorted({str(p.dtype) for p in task.models[0].parameters()}) if task.models else []
+    return {"losses": result.losses, "metrics": result.metrics, "kinds": kinds, "dtypes": dtypes}
+
+
+def _let_accelerate_shard() -> None:
+    def tell(accelerator: Accelerator, layers: dict[str, nn.Module]) -> None:
+        accelerator.state.fsdp_plugin = launcher_sharding.fsdp_plugin()
+        accelerator.state.distributed_type = DistributedType.FSDP
+        original(accelerator, layers)
+
+    def prepare(model: nn.Module, *arguments: Any) -> tuple[nn.Module, Any]:
+        return sharding._by_accelerate(model, *arguments)
+
+    original, sharding._tell_accelerate, sharding._by_torch = sharding._tell_accelerate, tell, prepare
+
+
+def _kill_at_fsync(rank: int, number: int) -> None:
+    if int(os.environ.get("RANK", "0")) != rank:
+        return
+    fsync, calls = os.fsync, 0
+
+    def killing(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.fsync = killing
+
+
+def run_all(runs: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Train one after the other; what each gave, or the error that it ended in."""
+    results = []
+    for folder, options in runs:
+        try:
+            results.append(_run(Path(folder), dict(options)))
+        except MmattnError as error:
+            results.append({"error": str(error)})
+    return results
+
+
+def launch(
+    runs: list[tuple[Path, dict[str, Any]]], processes: int, *, is_whole: bool = True, **environment: str
+) -> list[list[dict[str, Any]]]:
+    """Train in several processes: for each process what `run_all` gave. Not `is_whole`: it may die in between."""
+    process = subprocess.Popen(
+        [
+            *[sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"],
+            *["-m", "tests.training.layered_toy", json.dumps([(str(folder), options) for folder, options in runs])],
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert (process.returncode == 0) == is_whole, err[-3000:]
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    return [line["results"] for line in sorted(lines, key=lambda line: line["rank"])]
+
+
+if __name__ == "__main__":
+    found = run_all(json.loads(sys.argv[1]))
+    # In one piece, for all processes write to one pipe.
+    sys.stdout.write(json.dumps({"rank": int(os.environ["RANK"]), "results": found}) + "\n")
