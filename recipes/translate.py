@@ -58,6 +58,7 @@ class TranslateTask(Task):
 
     free_settings = SCORES_AND_PATHS
     repeated_layers = (TransformerLayer,)
+    not_for_workers = ("model", "translator")
 
     def __init__(self, config: Config) -> None:
         if config.evaluation.quantize is not None:
@@ -79,9 +80,6 @@ class TranslateTask(Task):
     def __len__(self) -> int:
         return len(self.pairs.source)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("model", "translator")}
-
     def collate(self, draws: Sequence[Draw]) -> Batch:
         batch: Batch = dict(self.pairs.collate(self.pairs.source, draws))
         if "source_mask" in batch and batch["source_mask"].all():  # attention is faster without a mask
@@ -92,15 +90,7 @@ class TranslateTask(Task):
         return int((batch["labels"] >= 0).sum())
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        output = model(
-            batch["source_ids"],
-            batch["target_in"],
-            source_mask=batch.get("source_mask"),
-            labels=batch["labels"],
-            alignment=batch.get("alignment"),
-            source_segments=batch.get("source_segments"),
-            target_segments=batch.get("target_segments"),
-        )
+        output = model(**batch)
         if output.alignment_sum is None:
             return Loss(output.loss_sum, len(output.targets))
         total = output.loss_sum + self.config.examples.guided_alignment_weight * output.alignment_sum
@@ -131,8 +121,7 @@ open_task = TranslateTask  # for `mmattn export`
 
 def train(config: Config, *, resume: bool | str = False) -> TrainingResult:
     """Train as the config says; the result opens with `Translator.from_pretrained(output_dir / "final")`."""
-    values = {"recipe": "translate", **dataclasses.asdict(config)}
-    task = TranslateTask(config)
+    task, values = TranslateTask(config), {"recipe": "translate", **dataclasses.asdict(config)}
     return run_loop(task, config.training, resume=resume, command=" ".join(sys.argv), resolved_config=values)
 
 

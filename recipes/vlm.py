@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,14 +24,7 @@ from mmattn.inference.trained import check_train_what, trained_model
 from mmattn.inference.vlm import VisionLanguageModel
 from mmattn.inference.vlm_features import FeatureCacheConfig, open_features
 from mmattn.inference.vlm_scores import EvalConfig, PictureBlindBaseline, sample_items, score_splits
-from mmattn.inference.vlm_setup import (
-    ExampleConfig,
-    ModelConfig,
-    choose_trained,
-    make_collator,
-    make_vlm,
-    save_trained,
-)
+from mmattn.inference.vlm_setup import ExampleConfig, ModelConfig, choose_trained, make_collator, make_vlm, save_trained
 from mmattn.nn import GatedCrossAttention, TransformerLayer
 from mmattn.training import Batch, Draw, Loss, Task, TrainingConfig, TrainingResult
 from mmattn.training import train as run_loop
@@ -65,6 +57,7 @@ class VLMTask(Task):
 
     free_settings = (*SCORES_AND_PATHS, "cache.*", "examples.packing")
     repeated_layers = (TransformerLayer, GatedCrossAttention)
+    not_for_workers = ("model", "vlm")
 
     def __init__(self, config: Config, *, is_preview: bool = False) -> None:
         self.config = config
@@ -85,9 +78,6 @@ class VLMTask(Task):
 
     def __len__(self) -> int:
         return len(self.source)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("model", "vlm")}
 
     def collate(self, draws: Sequence[Draw]) -> Batch:
         batch = self._collate(self.source, draws)
@@ -147,8 +137,7 @@ def demo(output_dir: Path) -> None:
     config = load_config(Config, "vlm/demo", [f"training.output_dir={output_dir}"])
     train(config)
     print("\nScores on pictures that it never saw")
-    scores = evaluate(output_dir, config)
-    showcase.print_scores(scores)
+    showcase.print_scores(evaluate(output_dir, config))
     vlm = VisionLanguageModel.from_pretrained(trained_model(output_dir))
     scenes = SceneDataset("test", config.data.eval_size, config.data.seed, config.data.image_size)
     showcase.show(vlm, scenes, output_dir / "show")

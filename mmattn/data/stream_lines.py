@@ -10,18 +10,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mmattn.data.stream_shards import OpenFile, Row, Shard
+from mmattn.data.stream_shards import IndexedShard, OpenFile, Row
 from mmattn.data.text_rows import decoded_line, delimited_row, header_names, json_row
 from mmattn.data.whole_files import kept_array
 from mmattn.errors import DataError
 
 _FORMAT = 1
-_UNIT = 100  # rows that are kept together: any row can be read alone, but neighbours cost less
 _AT_ONCE = 65_536
 _BOM = b"\xef\xbb\xbf"
 
 
-class LineShard(Shard):
+class LineShard(IndexedShard):
     """A file of JSON lines, or of CSV or TSV rows, which may span lines where they are quoted.
 
     Args:
@@ -33,6 +32,9 @@ class LineShard(Shard):
     Raises:
         DataError: it cannot be read, or is no table.
     """
+
+    unit = 100
+    no_columns = "none of the first lines holds a JSON object"
 
     def __init__(self, path: Path, index_folder: Path, *, header: bool = True, quoting: bool = True) -> None:
         super().__init__(path)
@@ -50,25 +52,9 @@ class LineShard(Shard):
         rows, gaps = int(kept[0]), int(kept[1])
         self._starts, self._gaps = kept[2 : rows + 3], kept[rows + 3 :].reshape(gaps, 2)
 
-    @property
-    def num_rows(self) -> int:
-        """Rows of the shard; empty lines are none."""
-        return len(self._starts) - 1
-
-    @property
-    def unit_starts(self) -> np.ndarray:
-        """Every hundredth row."""
-        return np.arange(0, self.num_rows, _UNIT)
-
     def column_names(self) -> list[str]:
         """Those of the header, or of the first row that can be read."""
-        if self.delimiter is not None:
-            return self._header()
-        for number in range(min(self.num_rows, _UNIT)):
-            row = self.rows([number], None)[0][1]
-            if isinstance(row, dict):
-                return list(row)
-        raise DataError(f"{self.path}: none of the first lines holds a JSON object")
+        return super().column_names() if self.delimiter is None else self._header()
 
     def rows(self, numbers: Sequence[int], columns: Sequence[str] | None) -> list[Row]:
         """Rows by number, with all columns."""

@@ -105,6 +105,37 @@ class Shard(ABC):
         )
 
 
+class IndexedShard(Shard):
+    """A shard of which it is known where each row starts, and where its last row ends.
+
+    Attributes:
+        unit: rows that are kept together: any row can be read alone, but neighbours cost less.
+        no_columns: what to say when none of the first rows can be read.
+    """
+
+    unit: int
+    no_columns: str
+    _starts: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the shard."""
+        return len(self._starts) - 1
+
+    @property
+    def unit_starts(self) -> np.ndarray:
+        """Every `unit`-th row."""
+        return np.arange(0, self.num_rows, self.unit)
+
+    def column_names(self) -> list[str]:
+        """Those of the first row that can be read."""
+        for number in range(min(self.num_rows, self.unit)):
+            row = self.rows([number], None)[0][1]
+            if isinstance(row, dict):
+                return list(row)
+        raise DataError(f"{self.path}: {self.no_columns}")
+
+
 class OpenFile:
     """A shard's file, opened where it is first read: neither forked nor pickled."""
 

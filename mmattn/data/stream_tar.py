@@ -15,17 +15,16 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mmattn.data.stream_shards import OpenFile, Row, Shard
+from mmattn.data.stream_shards import IndexedShard, OpenFile, Row
 from mmattn.data.whole_files import kept_array
 from mmattn.errors import DataError
 
 _FORMAT = 1
-_UNIT = 10  # examples that are kept together: any can be read alone, but neighbours cost less
 _TEXTS = ("txt", "text", "caption", "cls")
 PICTURES = ("jpg", "jpeg", "png", "webp")
 
 
-class TarShard(Shard):
+class TarShard(IndexedShard):
     """A tar of examples. A row has a column for each file, called by what follows the first dot of its name: bytes,
     but text for txt, text, caption and cls. What a json file holds is put in as columns of their own.
 
@@ -37,29 +36,14 @@ class TarShard(Shard):
         DataError: it is damaged, no tar, or holds a file without an ending.
     """
 
+    unit = 10
+    no_columns = "none of the first examples can be read"
+
     def __init__(self, path: Path, index_folder: Path) -> None:
         super().__init__(path)
         self._file = OpenFile(self)
         key = ["tar", _FORMAT, *self.identity]
         self._starts = kept_array(index_folder, key, self._write_index, np.int64, "data.index_folder")
-
-    @property
-    def num_rows(self) -> int:
-        """Examples of the shard."""
-        return len(self._starts) - 1
-
-    @property
-    def unit_starts(self) -> np.ndarray:
-        """Every tenth example."""
-        return np.arange(0, self.num_rows, _UNIT)
-
-    def column_names(self) -> list[str]:
-        """Those of the first example."""
-        for number in range(min(self.num_rows, _UNIT)):
-            row = self.rows([number], None)[0][1]
-            if isinstance(row, dict):
-                return list(row)
-        raise DataError(f"{self.path}: none of the first examples can be read")
 
     def rows(self, numbers: Sequence[int], columns: Sequence[str] | None) -> list[Row]:
         """Examples by number; pictures are left out where `columns` names none."""

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmattn.data.whole_files import build_lock, sync_folder
+from mmattn._durable import sync_folder
+from mmattn.data.whole_files import build_lock
 from mmattn.errors import DataError, RunError, UsageError
 
 INDEX, MANIFEST = "index.jsonl", "manifest.json"

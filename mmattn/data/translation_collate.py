@@ -80,12 +80,12 @@ class TranslationCollator:
         """The batch of these pairs.
 
         Returns:
-            Packed: `source_ids` int64 [N], `target_in` and `labels` (-100 where not scored) int64 [M], and the
+            Packed: `source_ids` int64 [N], `target_ids` and `labels` (-100 where not scored) int64 [M], and the
             `source_segments` and `target_segments` that say where each pair lies, shorter targets first.
 
-            Padded: `source_ids` int64 and `source_mask` bool (False at padding) [B, Ls]; `target_in` and `labels` (-100
-            where not scored) int64 [B, Lt]; with alignment also `alignment` float32 [B, Lt, Ls], how much of each label
-            comes from each source token: rows sum to 1, or to 0 where nothing is aligned.
+            Padded: `source_ids` int64 and `source_mask` bool (False at padding) [B, Ls]; `target_ids` and `labels`
+            (-100 where not scored) int64 [B, Lt]; with alignment also `alignment` float32 [B, Lt, Ls], how much of each
+            label comes from each source token: rows sum to 1, or to 0 where nothing is aligned.
 
         Raises:
             DataError: a pair that is too long, or in a language that the tokenizer does not know.
@@ -103,7 +103,7 @@ class TranslationCollator:
             read, label = self._target(row)
             targets.append(read)
             labels.append(label)
-        parts = {"source_ids": sources, "target_in": targets, "labels": labels}
+        parts = {"source_ids": sources, "target_ids": targets, "labels": labels}
         batch: dict[str, Any] = {
             name: torch.tensor(list(itertools.chain.from_iterable(lists)), dtype=torch.int64)
             for name, lists in parts.items()
@@ -122,17 +122,17 @@ class TranslationCollator:
         longest_source, longest_target = (max(sizes) for sizes in zip(*(row.lengths for row in rows), strict=True))
         source_ids = np.full((len(rows), longest_source), self.pad_id, dtype=np.int64)
         source_mask = np.zeros(source_ids.shape, dtype=bool)
-        target_in = np.full((len(rows), longest_target), self.pad_id, dtype=np.int64)
-        labels = np.full(target_in.shape, IGNORED, dtype=np.int64)
+        target_ids = np.full((len(rows), longest_target), self.pad_id, dtype=np.int64)
+        labels = np.full(target_ids.shape, IGNORED, dtype=np.int64)
         for number, row in enumerate(rows):
             source_ids[number, : len(row.source)] = row.source
             source_mask[number, : len(row.source)] = True
             read, label = self._target(row)
-            target_in[number, : len(read)] = read
+            target_ids[number, : len(read)] = read
             labels[number, : len(label)] = label
-        arrays = {"source_ids": source_ids, "source_mask": source_mask, "target_in": target_in, "labels": labels}
+        arrays = {"source_ids": source_ids, "source_mask": source_mask, "target_ids": target_ids, "labels": labels}
         if self.with_alignment:
-            arrays["alignment"] = np.zeros((*target_in.shape, longest_source), dtype=np.float32)
+            arrays["alignment"] = np.zeros((*target_ids.shape, longest_source), dtype=np.float32)
             for matrix, pair, row in zip(arrays["alignment"], pairs, rows, strict=True):
                 self._align(matrix, pair, row)
         return {key: torch.from_numpy(array) for key, array in arrays.items()}

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mmattn._durable import sync_folder
 from mmattn.errors import RunError
 
 _LOGGER = logging.getLogger(__name__)
@@ -38,17 +39,6 @@ def build_lock(path: Path) -> Iterator[None]:
             _LOGGER.warning("waiting for another process that builds the cache %s", path)
             fcntl.lockf(file, fcntl.LOCK_EX)
         yield
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring new names in a folder to the disk."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def kept_array(

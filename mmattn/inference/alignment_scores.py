@@ -124,7 +124,7 @@ def _read_weights(
         contexts = network.project_context(states, batch["source_mask"])
         for reader in readers:
             reading.enter_context(reader.reading())
-        network.decoder(batch["target_in"], contexts)
+        network.decoder(batch["target_ids"], contexts)
         return [reader.take().float().cpu().numpy() for reader in readers]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from mmattn._durable import sync_file, sync_folder, sync_tree
 from mmattn.errors import CheckpointError, RunError
 
 MANIFEST = "manifest.json"
@@ -81,7 +82,7 @@ class CheckpointStore:
             if final.exists():  # not a checkpoint, or `latest` would have found it: kept for whoever wants to look
                 os.rename(final, _free_name(final.with_name(f"{final.name}.damaged")))
             os.rename(temporary, final)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         return final
 
     def abandon(self, step: int) -> None:
@@ -122,11 +123,11 @@ class CheckpointStore:
                 shutil.rmtree(leftover, ignore_errors=True)
             temporary.mkdir()
             write(temporary)
-            _sync_tree(temporary)
+            sync_tree(temporary)
             if final.exists():
                 os.rename(final, old)
             os.rename(temporary, final)
-            _sync_folder(self.output_dir)
+            sync_folder(self.output_dir)
             shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -208,39 +209,15 @@ def _problem(folder: Path, *, hashes: bool) -> str | None:
 
 
 def _complete(folder: Path, facts: dict) -> None:
-    _sync_tree(folder)
+    sync_tree(folder)
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
     (folder / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1) + "\n")
-    _sync_file(folder / MANIFEST)
-    _sync_folder(folder)
-
-
-def _sync_tree(folder: Path) -> None:
-    paths = list(folder.rglob("*"))
-    for path in paths:
-        if path.is_file():
-            _sync_file(path)
-    for path in [*(path for path in paths if path.is_dir()), folder]:
-        _sync_folder(path)
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(folder / MANIFEST)
+    sync_folder(folder)
 
 
 def _sha256(path: Path) -> str:

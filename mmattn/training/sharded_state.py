@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from mmattn._durable import sync_file
 from mmattn.errors import RunError
 from mmattn.training.checkpoint import CheckpointStore
 from mmattn.training.devices import on_every, on_main
@@ -54,8 +54,7 @@ def _write_own(
     try:
         paths = [write_rows(rows, folder, kind, part, parts) for kind, rows in prepared.own_state().items()]
         for path in paths:
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
         return [(path.name, path.stat().st_size) for path in paths]
     except (OSError, SafetensorError) as error:
         raise RunError(f"process {part}: {store.failure(store.path(step), error)}") from error

@@ -78,6 +78,7 @@ class Task(ABC):
         repeated_layers: Classes of the layers that the model repeats. Each such layer is sharded by itself, and with
             `TrainingConfig.activation_checkpointing` computed anew in the backward pass. All of its parameters have to
             be used through its `forward`.
+        not_for_workers: Attributes that data workers do without: what is not needed by `collate`.
         stream: How the examples lie, where they are read from shards while training: their order is then that of
             `window_order.WindowOrder`. `lengths` may then be mapped from a file; an example with zeros is left out.
     """
@@ -90,6 +91,7 @@ class Task(ABC):
     lengths: np.ndarray | None = None
     groups: np.ndarray | None = None
     repeated_layers: tuple[type[nn.Module], ...] = ()
+    not_for_workers: tuple[str, ...] = ("model",)
     stream: StreamLayout | None = None
 
     @abstractmethod
@@ -126,5 +128,5 @@ class Task(ABC):
         return f"{type(self).__name__}, {len(self)} examples"
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a data worker that is not forked receives: everything but the model."""
-        return {key: value for key, value in self.__dict__.items() if key != "model"}
+        """What a data worker that is not forked receives."""
+        return {key: value for key, value in self.__dict__.items() if key not in self.not_for_workers}

@@ -6,7 +6,7 @@ import json
 import sys
 
 import torch
-from lines import BIN, ROOT, RUNS, Checks, benchmark, kills, main, report, run, tests
+from lines import BIN, ROOT, RUNS, Checks, benchmark, kills, main, relayed, report, run, tests
 
 KILLS = {"translate": 34, "vlm": 33, "diffusion": 33}
 KILLED = ("training.max_steps=120", "training.save_every=5", "training.eval_every=30")
@@ -47,9 +47,10 @@ def speed() -> None:
 
 def streaming() -> None:
     """4: a million examples."""
-    paths = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/data").glob("test_streaming*.py"))
-    tests(4, "streams: order, resume, formats", *(paths or ["tests/data/test_streaming.py"]))
-    benchmark(4, "scripts/accept/stream.py", "stream")
+    paths = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/data").glob("test_stream_*.py"))
+    tests(4, "streams: shards, formats, order, batches", *paths, "tests/training/test_window_sampler.py")
+    tests(4, "every recipe trained from shards, killed, with workers", "tests/recipes/test_streaming.py")
+    relayed(4, "scripts/accept/stream.py")
 
 
 def launching() -> None:

@@ -52,11 +52,11 @@ def test_marian_layout(marian):
     stock = marian([pair.source for pair in pairs], text_target=[pair.target for pair in pairs])
     sizes = [len(ids) for ids in stock.input_ids], [len(ids) for ids in stock.labels]
     assert batch["source_ids"].shape == batch["source_mask"].shape == (7, max(sizes[0]))
-    assert batch["target_in"].shape == batch["labels"].shape == (7, max(sizes[1]))
+    assert batch["target_ids"].shape == batch["labels"].shape == (7, max(sizes[1]))
     assert {key: array.dtype for key, array in batch.items()} == {
         "source_ids": torch.int64,
         "source_mask": torch.bool,
-        "target_in": torch.int64,
+        "target_ids": torch.int64,
         "labels": torch.int64,
     }
     for row, (source, target) in enumerate(zip(stock.input_ids, stock.labels, strict=True)):
@@ -67,7 +67,7 @@ def test_marian_layout(marian):
         assert batch["source_mask"][row].tolist() == [True] * len(source) + [False] * padding[0]
         assert batch["labels"][row].tolist() == target + [-100] * padding[1]
         assert (
-            batch["target_in"][row].tolist() == [marian.pad_token_id, *target[:-1]] + [marian.pad_token_id] * padding[1]
+            batch["target_ids"][row].tolist() == [marian.pad_token_id, *target[:-1]] + [marian.pad_token_id] * padding[1]
         )
 
 
@@ -104,7 +104,7 @@ def test_language_token_layout(kind, request):
         stock = tokenizer(pair.source, text_target=pair.target)
         size = len(stock.labels)
         assert batch["source_ids"][row][batch["source_mask"][row]].tolist() == stock.input_ids
-        assert batch["target_in"][row, :size].tolist() == [tokenizer.eos_token_id, *stock.labels[:-1]]
+        assert batch["target_ids"][row, :size].tolist() == [tokenizer.eos_token_id, *stock.labels[:-1]]
         assert scored["labels"][row, :size].tolist() == stock.labels
         assert batch["labels"][row, :size].tolist() == [-100, *stock.labels[1:]]
         assert (batch["labels"][row, size:] == -100).all()
@@ -252,10 +252,10 @@ def test_packed_batches_hold_the_same_tokens_without_padding(marian):
     padded, packed = _collator(marian)(DATA, draws), _collator(marian, packed=True)(DATA, draws)
     sources = [row[mask].tolist() for row, mask in zip(padded["source_ids"], padded["source_mask"], strict=True)]
     is_target = padded["labels"] != -100
-    targets = [row[mask].tolist() for row, mask in zip(padded["target_in"], is_target, strict=True)]
+    targets = [row[mask].tolist() for row, mask in zip(padded["target_ids"], is_target, strict=True)]
     labels = [row[mask].tolist() for row, mask in zip(padded["labels"], is_target, strict=True)]
     order = sorted(range(7), key=lambda row: (len(targets[row]), len(sources[row])))
-    for name, rows in (("source_ids", sources), ("target_in", targets), ("labels", labels)):
+    for name, rows in (("source_ids", sources), ("target_ids", targets), ("labels", labels)):
         assert packed[name].tolist() == [token for row in order for token in rows[row]]
         assert packed[name].dtype is torch.int64
     assert packed["source_segments"].lengths == tuple(len(sources[row]) for row in order)

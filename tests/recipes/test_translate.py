@@ -160,9 +160,9 @@ def test_a_data_worker_that_is_not_forked_makes_the_same_batches(tmp_path: Path)
     sent = pickle.loads(pickle.dumps(task))
     draws = [(0, 3), (0, 1), (1, 7)]
     ours, theirs = task.collate(draws), sent.collate(draws)
-    assert ours.keys() == theirs.keys() == {"source_ids", "source_mask", "target_in", "labels", "alignment"}
+    assert ours.keys() == theirs.keys() == {"source_ids", "source_mask", "target_ids", "labels", "alignment"}
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert task.count(ours) == int((ours["target_in"] != task.model.config.pad_token_id).sum()) + 3
+    assert task.count(ours) == int((ours["target_ids"] != task.model.config.pad_token_id).sum()) + 3
     assert task.lengths[3].tolist() == [int(ours["source_mask"][0].sum()), int((ours["labels"][0] >= 0).sum())]
     alike = [draw for draw in draws if (task.lengths[draw[1]] == task.lengths[3]).all()]
     assert "source_mask" not in task.collate(alike)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -108,6 +108,7 @@ class DiffusionTask(Task):
     unit = "pictures"
     repeated_layers = (TransformerLayer, ResnetBlock2D, GradientCheckpointingLayer)
     free_settings = SCORES_AND_PATHS
+    not_for_workers = ("model", "t2i", "trained", "denoising", "_scored")
 
     def __init__(self, config: DiffusionConfig, *, is_preview: bool = False) -> None:
         self.config, self.is_preview = config, is_preview
@@ -144,10 +145,6 @@ class DiffusionTask(Task):
 
     def __len__(self) -> int:
         return len(self.data)
-
-    def __getstate__(self) -> dict[str, Any]:
-        left_out = ("model", "t2i", "trained", "denoising", "_scored")
-        return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def collate(self, draws: Sequence[Draw]) -> Batch:
         return self.data.batch(draws)
