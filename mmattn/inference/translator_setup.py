@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import nn
-
 from mmattn.data.sentence_pairs import ParallelSource, SentencePair
 from mmattn.data.stream_pairs import StreamedPairs
 from mmattn.data.translation_collate import TranslationCollator
@@ -231,12 +228,9 @@ def _keep_zero_start(network: TranslatorNetwork) -> None:
 
     The embedding gives it no gradient, but the vocabulary head that shares the table does.
     """
-    config, words = network.config, cast(nn.Parameter, network.decoder.words)
-    if config.decoder_start_token_id != config.pad_token_id or words[config.pad_token_id].any():
-        return
-    is_padding = torch.zeros(len(words), 1, dtype=torch.bool)
-    is_padding[config.pad_token_id] = True
-    words.register_hook(lambda gradient: gradient.masked_fill(is_padding.to(gradient.device), 0.0))
+    config = network.config
+    if config.decoder_start_token_id == config.pad_token_id and not network.decoder.words[config.pad_token_id].any():
+        network.decoder.head.fixed_token = config.pad_token_id
 
 
 @dataclass(frozen=True)

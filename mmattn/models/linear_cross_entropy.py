@@ -17,12 +17,20 @@ from torch.autograd.function import once_differentiable
 from mmattn.errors import UsageError
 
 # Of one chunk's logits: at 58,101 words 144 rows in float32. On a CPU products of 128 rows run at 95 % of the speed of
-# those of 256, of 64 rows at 60 %.
-CHUNK_BYTES = 32 * 2**20
+# those of 256, of 64 rows at 60 %. On a card each chunk also reads and writes the weight's gradient once, which fewer
+# than some thousand rows would not hide.
+CHUNK_BYTES = {"cpu": 32 * 2**20}
+_CHUNK_BYTES_ELSEWHERE = 512 * 2**20
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, label_smoothing: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    fixed_token: int | None = None,
 ) -> Tensor:
     """Sum over the rows of the cross-entropy of `hidden @ weight.T + bias` with the targets, a scalar.
 
@@ -36,6 +44,7 @@ def linear_cross_entropy(
         bias: `[V]`, or None.
         targets: int64 `[N]`, each at least 0 and below V.
         label_smoothing: at least 0 and below 1, spread evenly over all V tokens.
+        fixed_token: a token whose row of `weight` gets no gradient.
 
     Raises:
         UsageError: in a second backward pass through one result.
@@ -45,12 +54,14 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if is_autocast else hidden.dtype
     # In a Function's forward no gradients are recorded, whatever the caller does: ask here.
     wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
-    return cast(Tensor, _LinearCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing, dtype, wants))
+    return cast(
+        Tensor, _LinearCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing, fixed_token, dtype, wants)
+    )
 
 
-def row_chunks(num_rows: int, vocab_size: int, element_size: int = 4) -> Iterator[slice]:
-    """Slices of rows whose logits take `CHUNK_BYTES` at most, or of one row each."""
-    step = max(1, CHUNK_BYTES // (vocab_size * element_size))
+def row_chunks(num_rows: int, vocab_size: int, device: str, element_size: int = 4) -> Iterator[slice]:
+    """Slices of rows whose logits take as much memory as pays on a type of device, or of one row each."""
+    step = max(1, CHUNK_BYTES.get(device, _CHUNK_BYTES_ELSEWHERE) // (vocab_size * element_size))
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
@@ -63,6 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         label_smoothing: float,
+        fixed_token: int | None,
         dtype: torch.dtype,
         wants: tuple[bool, bool, bool],
     ) -> Tensor:
@@ -76,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             buffer: Tensor | None = None  # one for all chunks: fresh memory costs a CPU as much as a pass over it
-            for rows in row_chunks(len(hidden), len(weight), accumulate.itemsize):
+            for rows in row_chunks(len(hidden), len(weight), hidden.device.type, accumulate.itemsize):
                 low_hidden = hidden[rows].to(dtype)
                 product = _product(low_hidden, low_weight, low_bias, buffer)
                 buffer = product if buffer is None else buffer
@@ -84,6 +96,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += _loss_to_gradient_(logits, targets[rows], label_smoothing, makes_gradient=any(wants))
                 _add_gradients(grads, rows, logits, low_hidden, low_weight)
                 del logits, product  # before the next chunk's are made
+        if grads[1] is not None and fixed_token is not None:
+            grads[1][fixed_token] = 0
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         # Those of weights are no activations, and should not be counted or moved as such by hooks on saved tensors.
         ctx.save_for_backward(grads[0])
@@ -108,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             *(None if grad is None else grad.mul_(grad_outputs[0]) for grad in weight_grads),
         ]
         cast_grads = [None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return (*cast_grads, None, None, None, None)
+        return (*cast_grads, None, None, None, None, None)
 
 
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None) -> Tensor:

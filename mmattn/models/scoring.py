@@ -52,7 +52,10 @@ def score_labels(
     targets, scored = labels[is_scored], head.transformed(hidden[is_scored])
     weight = words if head.weight is None else head.weight
     if torch.is_grad_enabled():
-        loss_sum = linear_cross_entropy(scored, weight, head.bias, targets, label_smoothing=label_smoothing)
+        fixed = head.fixed_token if head.weight is None else None
+        loss_sum = linear_cross_entropy(
+            scored, weight, head.bias, targets, label_smoothing=label_smoothing, fixed_token=fixed
+        )
     else:
         loss_sum = _loss_without_gradient(scored, weight, head, targets, label_smoothing)
     num_tokens = torch.tensor(targets.shape[0], device=targets.device)
@@ -64,7 +67,7 @@ def _loss_without_gradient(
 ) -> Tensor:
     """The same by the head's own product, which inference may have put into another form."""
     total = torch.zeros((), dtype=torch.promote_types(scored.dtype, torch.float32), device=scored.device)
-    for rows in row_chunks(len(scored), len(weight)):
+    for rows in row_chunks(len(scored), len(weight), scored.device.type):
         logits = head.product(scored[rows], weight, head.bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total += F.cross_entropy(logits, targets[rows], reduction="sum", label_smoothing=label_smoothing)

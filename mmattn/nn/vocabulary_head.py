@@ -23,7 +23,12 @@ class VocabularyHead(nn.Module):
             no such layer.
         norm_eps: of that norm.
         weight_std: spread of a matrix of its own at the start.
+
+    Attributes:
+        fixed_token: a token whose vector in the word embedding the training loss leaves as it is; None for none.
     """
+
+    fixed_token: int | None = None
 
     def __init__(
         self,

@@ -125,15 +125,21 @@ def _groups(
     query_lengths: tuple[int, ...], key_lengths: tuple[int, ...], width: int, is_causal: bool, device: torch.device
 ) -> tuple[_Group, ...]:
     """How to cut the sequences; remembered, since every layer of a step asks for the same."""
-    groups = []
+    # A tensor made in inference mode, and remembered, could not be saved for a later backward pass.
+    with torch.inference_mode(False):
+        return tuple(_made_groups(query_lengths, key_lengths, width, is_causal, device))
+
+
+def _made_groups(
+    query_lengths: tuple[int, ...], key_lengths: tuple[int, ...], width: int, is_causal: bool, device: torch.device
+) -> Iterator[_Group]:
     for start, stop in _bounds(query_lengths, key_lengths, width, is_causal, device.type):
         lengths = (query_lengths[start:stop], key_lengths[start:stop])
         queries, keys = (_side(each, device) for each in lengths)
         # Queries and keys of a causal group are padded alike, behind every real query's last key.
         needs_mask = keys.slots is not None and not is_causal
         mask = lengths_mask(torch.tensor(lengths[1]), keys.longest).to(device) if needs_mask else None
-        groups.append(_Group(stop - start, queries, keys, mask))
-    return tuple(groups)
+        yield _Group(stop - start, queries, keys, mask)
 
 
 def _side(lengths: tuple[int, ...], device: torch.device) -> _Side:

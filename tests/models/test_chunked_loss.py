@@ -18,7 +18,7 @@ ROWS, CHANNELS, VOCAB = 23, 11, 37
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_BYTES", 5 * VOCAB * 8)
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 5 * VOCAB * 8)
 
 
 def _inputs(dtype=torch.float64, *, rows=ROWS, seed=0):
@@ -36,15 +36,30 @@ def _stock(hidden, weight, bias, targets, smoothing=0.0):
 
 
 def test_chunks_cover_every_row_once():
-    assert [(rows.start, rows.stop) for rows in row_chunks(23, VOCAB, 8)] == [
+    assert [(rows.start, rows.stop) for rows in row_chunks(23, VOCAB, "cpu", 8)] == [
         (0, 5),
         (5, 10),
         (10, 15),
         (15, 20),
         (20, 23),
     ]
-    assert list(row_chunks(0, VOCAB)) == []
-    assert len(list(row_chunks(3, 10**9))) == 3
+    assert list(row_chunks(0, VOCAB, "cpu")) == []
+    assert len(list(row_chunks(3, 10**9, "cpu"))) == 3
+
+
+def test_a_fixed_token_gets_no_gradient_and_the_others_theirs():
+    gradients = []
+    for fixed in (None, 3):
+        hidden, weight, bias, targets = _inputs()
+        linear_cross_entropy(hidden, weight, bias, targets, fixed_token=fixed).backward()
+        gradients.append((hidden.grad, weight.grad, bias.grad))
+    (free_hidden, free_weight, free_bias), (hidden_grad, weight_grad, bias_grad) = gradients
+    assert free_weight[3].any()
+    assert not weight_grad[3].any()
+    others = torch.arange(VOCAB) != 3
+    assert torch.equal(weight_grad[others], free_weight[others])
+    assert torch.equal(hidden_grad, free_hidden)
+    assert torch.equal(bias_grad, free_bias)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -222,3 +222,13 @@ def test_kernels_get_what_they_ask_for(monkeypatch, is_causal):
         "softmax_scale": 0.3,
         "causal": is_causal,
     }
+
+
+def test_a_pass_in_inference_mode_leaves_later_training_alone():
+    lengths = (3, 5, 2)
+    rows = Segments.of(lengths)
+    query, key, value = (torch.randn(sum(lengths), 2, 7, requires_grad=True) for _ in range(3))
+    with torch.inference_mode():
+        packed_attention(query, key, value, rows)
+    packed_attention(query, key, value, rows).sum().backward()
+    assert query.grad is not None

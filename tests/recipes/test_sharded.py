@@ -14,6 +14,7 @@ import pytest
 
 from mmattn.cli.main import main
 from mmattn.config import load_config, load_recipe
+from mmattn.models.translator import open_network
 from mmattn.training import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -102,6 +103,9 @@ def test_two_processes(tmp_path, capsys, name):
         # AdamW's first steps turn rounding of gradients near zero into whole steps of the learning rate.
         assert losses == pytest.approx(one, rel=1e-4)
         _export_and_score(tmp_path / run, tmp_path / f"{run}-model", capsys)
+        if name == "translate":  # the vector that decoding starts from stays at zero
+            network = open_network(tmp_path / f"{run}-model")
+            assert not network.decoder.words[network.config.pad_token_id].any()
     assert main(["eval", str(tmp_path / "pieces")]) == 2
     assert f"mmattn export {tmp_path / 'pieces'} NEW" in capsys.readouterr().err
 
