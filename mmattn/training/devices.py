@@ -36,7 +36,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     # Accelerate reads this variable only after the processes have been joined, or not; and without an accelerator it
     # lets processes that were not told to use the CPU run as strangers.
     cpu = config.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    device = PartialState(cpu=cpu, timeout=_COLLECTIVE_TIMEOUT).device
+    joined = PartialState(cpu=cpu, timeout=_COLLECTIVE_TIMEOUT)
+    # A run that shards writes FSDP over the way in which the processes have joined, and a later one needs that.
+    joined.distributed_type = PartialState._shared_state.setdefault("mmattn_joined_as", joined.distributed_type)
+    device = joined.device
     precision = resolve_precision(_asked_precision(config.mixed_precision), torch.device(device or "cpu"))
     # Accelerate keeps one precision for the life of the process; a second run may want another.
     AcceleratorState._reset_state()

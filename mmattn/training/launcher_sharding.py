@@ -35,8 +35,8 @@ def resolve_sharding(wanted: str) -> str:
         wanted: `TrainingConfig.sharding`.
 
     Raises:
-        UsageError: for DeepSpeed and other engines, version 1 of FSDP, settings of it that are not supported, or a
-            launcher that shards where `wanted` is none.
+        UsageError: for DeepSpeed and other engines, torch.compile, version 1 of FSDP, settings of it that are not
+            supported, or a launcher that shards where `wanted` is none.
     """
     for variable, name in _OTHER_ENGINES.items():
         if parse_flag_from_env(variable):
@@ -44,6 +44,11 @@ def resolve_sharding(wanted: str) -> str:
                 f"the launcher asks for {name}, which would take over what the training loop does itself: launch with "
                 "FSDP2 (use_fsdp, fsdp_version: 2), which shards parameters, gradients and optimiser as ZeRO-3 does"
             )
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if compiler.lower() not in ("", "no"):
+        raise UsageError(
+            f"the launcher asks for dynamo_backend {compiler}, which renames what a checkpoint holds: set it to no"
+        )
     if not parse_flag_from_env(_USE_FSDP):
         return "fsdp2" if wanted == "fsdp2" else "none"
     if wanted == "none":

@@ -18,6 +18,7 @@ PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
     ("GB200", 2500.0),
     ("B200", 2250.0),
     ("GH200", 989.4),
+    ("H200 NVL", 835.5),
     ("H200", 989.4),
     ("H100 NVL", 835.5),
     ("H100 PCIe", 756.5),
@@ -43,7 +44,7 @@ PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
 
 def peak_flops(device_name: str) -> float | None:
     """Products and sums in 16 bits that a card can do in a second, or None for a card that is not in the table."""
-    if "Laptop" in device_name:  # the same names, other chips
+    if re.search(r"\b(Laptop|MIG|Ti|SUPER)\b", device_name):  # the same names, other chips or a part of one
         return None
     return next((1e12 * value for name, value in PEAK_TFLOPS if re.search(rf"\b{name}\b", device_name)), None)
 

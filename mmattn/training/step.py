@@ -21,6 +21,8 @@ from mmattn.errors import UsageError
 from mmattn.training.devices import sum_over_processes
 from mmattn.training.task import Batch, Loss, Task
 
+_SMALLEST_SCALE = 1.0  # of an fp16 loss
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -100,6 +102,8 @@ def run_step(
         optimizer.step()
     elif accelerator.scaler is not None:
         accelerator.scaler.update()
+        # A scale that is down to this is not what makes gradients overflow.
+        is_scaled = accelerator.scaler.get_scale() > _SMALLEST_SCALE
     return StepResult(
         loss=loss,
         count=count,

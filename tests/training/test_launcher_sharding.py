@@ -18,7 +18,7 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 @pytest.fixture
 def environment(monkeypatch):
     for name in list(os.environ):
-        if name.startswith(("FSDP_", "ACCELERATE_USE_")):
+        if name.startswith(("FSDP_", "ACCELERATE_USE_", "ACCELERATE_DYNAMO_")):
             monkeypatch.delenv(name)
 
     def put(values):
@@ -50,6 +50,7 @@ def test_auto_is_what_the_launcher_says(environment):
         (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "auto", "fsdp_offload_params is not supported"),
         (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "auto", "training.activation_checkpointing to true"),
         (FSDP2 | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "auto", "use TRANSFORMER_BASED_WRAP"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "auto", "asks for dynamo_backend INDUCTOR, .*: set it to no"),
         (FSDP2 | {"FSDP_IGNORED_MODULES": "head"}, "auto", "every parameter is sharded, leave it out"),
     ],
 )
