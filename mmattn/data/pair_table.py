@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -251,8 +251,8 @@ class PairBuilder:
         self._last_bad = f"{self.name} {place}: {reason}"
         if self.num_bad <= _NAMED:
             _LOGGER.warning("left out %s", self._last_bad)
-        if self.max_bad is not None:
-            self._check_bad(self.max_bad)
+        if self.max_bad is not None and self.num_bad > self.max_bad:
+            self._refuse(self.max_bad)
 
     def finish(self) -> PairTable:
         """The table.
@@ -275,14 +275,15 @@ class PairBuilder:
         """Raise `DataError` when there were too many bad pairs, of all that came, or none came."""
         if not self.num_seen:
             raise DataError(f"{self.name} is empty: no sentence pairs")
-        self._check_bad(allowed_bad(self.num_seen, self.max_bad_fraction, self.max_bad))
-
-    def _check_bad(self, allowed: int) -> None:
+        allowed = allowed_bad(self.num_seen, self.max_bad_fraction, self.max_bad)
         if self.num_bad > allowed or self.num_bad == self.num_seen:
-            raise DataError(
-                f"{self.name}: {self.num_bad:,} of {self.num_seen:,} lines so far are bad, {allowed:,} allowed "
-                f"(data.max_bad, data.max_bad_fraction); the last: {self._last_bad}"
-            )
+            self._refuse(allowed)
+
+    def _refuse(self, allowed: int) -> NoReturn:
+        raise DataError(
+            f"{self.name}: {self.num_bad:,} of {self.num_seen:,} lines so far are bad, {allowed:,} allowed "
+            f"(data.max_bad, data.max_bad_fraction); the last: {self._last_bad}"
+        )
 
     def _repetition(self, source: str, target: str) -> str | None:
         if not self.keeps.drop_duplicates:

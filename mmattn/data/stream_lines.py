@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,12 +11,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mmattn.data.stream_shards import IndexedShard, OpenFile, Row
+from mmattn.data.stream_shards import IndexedShard, Row
 from mmattn.data.text_rows import decoded_line, delimited_row, header_names, json_row
-from mmattn.data.whole_files import kept_array
 from mmattn.errors import DataError
 
-_FORMAT = 1
+_FORMAT = 2
 _AT_ONCE = 65_536
 _BOM = b"\xef\xbb\xbf"
 
@@ -37,20 +37,11 @@ class LineShard(IndexedShard):
     no_columns = "none of the first lines holds a JSON object"
 
     def __init__(self, path: Path, index_folder: Path, *, header: bool = True, quoting: bool = True) -> None:
-        super().__init__(path)
         self.delimiter = {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
         self.header, self.quoting = header, quoting
-        self._file = OpenFile(self)
-        form = ["json"] if self.delimiter is None else [self.delimiter, header, quoting]
-        key = ["lines", _FORMAT, *form, *self.identity]
-        self._folder, self._key = index_folder, key
         self._names: list[str] | None = None
-        self._open_index()
-
-    def _open_index(self) -> None:
-        kept = kept_array(self._folder, self._key, self._write_index, np.int64, "data.index_folder")
-        rows, gaps = int(kept[0]), int(kept[1])
-        self._starts, self._gaps = kept[2 : rows + 3], kept[rows + 3 :].reshape(gaps, 2)
+        form = ["json"] if self.delimiter is None else [self.delimiter, header, quoting]
+        super().__init__(path, index_folder, ["lines", _FORMAT, *form])
 
     def column_names(self) -> list[str]:
         """Those of the header, or of the first row that can be read."""
@@ -60,13 +51,21 @@ class LineShard(IndexedShard):
         """Rows by number, with all columns."""
         return [(f"line {self._line(number)}", self._row(number)) for number in numbers]
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    @property
+    def _starts(self) -> np.ndarray:
+        return self._index()[2 : self.num_rows + 3]
+
+    @property
+    def _gaps(self) -> np.ndarray:
+        """From which row on how many lines stand between rows, int64 [changes, 2]."""
+        return self._index()[self.num_rows + 3 :].reshape(-1, 2)
+
+    def _count(self, index: np.ndarray) -> int:
+        return int(index[0])
 
     def _row(self, number: int) -> dict[str, Any] | DataError:
-        start = int(self._starts[number])
-        data = self._file.read(start, int(self._starts[number + 1]) - start)
+        start, end = self._starts[number : number + 2].tolist()
+        data = self._file.read(start, end - start)
         if self.delimiter is not None:
             return delimited_row(self._header(), data, self.delimiter, quoting=self.quoting)
         line = decoded_line(1 if start == 0 else 2, data.partition(b"\n")[0])  # empty lines may follow
@@ -74,18 +73,22 @@ class LineShard(IndexedShard):
 
     def _header(self) -> list[str]:
         if self._names is None:
-            end = int(self._starts[0]) if self.header else int(self._starts[1])
+            if not (self.header or self.num_rows):
+                raise DataError(f"{self.path} has no rows, which would say how many columns there are: delete it")
+            starts = self._starts
+            end = int(starts[0]) if self.header else int(starts[1])
             data = self._file.read(0, end).removeprefix(_BOM)
             fields = header_names(self.path, data, str(self.delimiter), quoting=self.quoting)
             self._names = fields if self.header else [str(number + 1) for number in range(len(fields))]
         return self._names
 
     def _line(self, number: int) -> int:
-        place = int(np.searchsorted(self._gaps[:, 0], number, side="right")) - 1
-        return number + 1 + (int(self._gaps[place, 1]) if place >= 0 else 0)
+        gaps = self._gaps
+        place = int(np.searchsorted(gaps[:, 0], number, side="right")) - 1
+        return number + 1 + (int(gaps[place, 1]) if place >= 0 else 0)
 
     def _write_index(self, file: BinaryIO) -> None:
-        """Two counts, where rows start and the last one ends, and from which row on how many lines stand between."""
+        """Two counts, `_starts`, and `_gaps`."""
         file.write(np.zeros(2, dtype=np.int64).tobytes())
         gaps, starts, rows, extra = array("q"), array("q"), 0, 0
         try:
@@ -120,7 +123,7 @@ class LineShard(IndexedShard):
     def _delimited_starts(self) -> Iterator[tuple[int, int]]:
         place = _Place()
         options: dict[str, Any] = {} if self.quoting else {"quoting": csv.QUOTE_NONE}
-        with open(self.path, "rb") as file:
+        with open(self.path, encoding="utf-8", errors="surrogateescape", newline="") as file:
             reader = csv.reader(place.lines(file), delimiter=str(self.delimiter), **options)
             is_header = self.header
             start, line = 0, 1
@@ -130,21 +133,29 @@ class LineShard(IndexedShard):
                         yield start, line
                     is_header = is_header and not fields
                     start, line = place.end, reader.line_num + 1
-            except csv.Error as error:  # a quote mark that never closes swallows lines until a field is too large
+            except csv.Error as error:
                 raise DataError(
-                    f"{self.path} line {reader.line_num}: not readable as a table ({error}); if quote marks are text "
-                    "there, set data.quoting=false"
+                    f"{self.path} line {reader.line_num}: not readable as a table ({error}); {self._advice(line)}"
                 ) from error
+
+    def _advice(self, line: int) -> str:
+        """On a field that is too large, which is all that the csv module refuses in lines cut as it wants them."""
+        if self.quoting:  # a quote mark that never closes swallows lines until then
+            return (
+                f"the row starts at line {line}: close its quote mark, or if quote marks are text there, set "
+                "data.quoting=false, or write the shard as JSON lines"
+            )
+        return "is that the right delimiter (.csv: comma, .tsv: tab)? Else write the shard as JSON lines"
 
 
 class _Place:
-    """How far a file has been read, line by line."""
+    """How far a file has been read, in bytes, line by line as the csv module wants them: a lone \\r ends one too."""
 
     def __init__(self) -> None:
         self.end = 0
 
-    def lines(self, file: BinaryIO) -> Iterator[str]:
-        for raw in file:
-            self.end += len(raw)
-            is_first = self.end == len(raw)
-            yield (raw.removeprefix(_BOM) if is_first else raw).decode(errors="surrogateescape")
+    def lines(self, file: io.TextIOBase) -> Iterator[str]:
+        for line in file:
+            is_first = not self.end
+            self.end += len(line) if line.isascii() else len(line.encode(errors="surrogateescape"))
+            yield line.removeprefix("\ufeff") if is_first else line

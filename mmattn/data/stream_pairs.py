@@ -23,8 +23,8 @@ from mmattn.errors import DataError
 
 _LOGGER = logging.getLogger(__name__)
 _CHUNK = 4096
-_FORMAT = 1
-_HEADER = 8  # int32 places for the four counts that stand before the lengths
+_FORMAT = 2
+_HEADER = 10  # int32 places for what stands before the lengths: four counts, and which pair is the last bad one
 
 PairCheck = Callable[[Sequence[SentencePair]], list[str | None]]
 """What is wrong with each of some pairs, None where nothing is."""
@@ -153,6 +153,7 @@ class StreamedLengths:
             that is left out.
         num_aligned: Pairs with a word alignment.
         num_bad, num_dropped, num_long: Left out because something is wrong with them, on purpose, and as too long.
+        last_bad: The number of the last pair with which something is wrong, or -1.
     """
 
     lengths: np.ndarray
@@ -160,6 +161,7 @@ class StreamedLengths:
     num_bad: int
     num_dropped: int
     num_long: int
+    last_bad: int
 
     @property
     def num_left_out(self) -> int:
@@ -191,14 +193,15 @@ def measure_pairs(
         DataError: too many bad pairs, pairs that are too long where they are refused, languages that do not fit.
     """
     rows, limits = source.streamed_rows, (max_source_length, max_target_length)
-    wanted = [repr(source.spec.columns), source.spec.src_lang, source.spec.tgt_lang, repr(builder.keeps)]
+    spec = source.spec
+    read = [repr(spec.columns), spec.header, spec.quoting]  # shards are the same whichever way they are read
+    wanted = [*read, spec.src_lang, spec.tgt_lang, repr(builder.keeps)]
     key = ["lengths", _FORMAT, rows.layout.fingerprint(), fingerprint, tokenizer.codes, limits, refuse, *wanted]
     key.append([shard.mtime_ns for shard in rows.shards])
     pass_over = _Measuring(source, builder, tokenizer, limits, refuse)
     kept = kept_array(rows.index_folder, key, pass_over.write, np.int32, "data.index_folder")
     found = StreamedLengths(kept[_HEADER:].reshape(-1, 2), *kept[:_HEADER].view(np.int64).tolist())
-    builder.num_seen, builder.num_bad = len(source), found.num_bad  # as they were when it was made
-    builder.require_few_bad()
+    pass_over.recall(found)
     return found
 
 
@@ -216,9 +219,12 @@ class _Measuring:
         self.source, self.builder, self.tokenizer = source, builder, tokenizer
         self.limits, self.refuse = limits, refuse
         self.num_aligned = self.num_long = 0
+        self.last_bad = -1
+        self.is_made = False
         self.targets: set[str | None] = set()
 
     def write(self, file: BinaryIO) -> None:
+        self.is_made = True
         file.write(bytes(4 * _HEADER))
         total = len(self.source)
         with tqdm(total=total, desc="counting tokens", unit="pair", disable=None) as bar:
@@ -228,20 +234,38 @@ class _Measuring:
                 bar.update(len(lengths))
         self.builder.require_few_bad()
         dropped = sum(self.builder.dropped.values())
-        counts = self.num_aligned, self.builder.num_bad, dropped, self.num_long
+        counts = self.num_aligned, self.builder.num_bad, dropped, self.num_long, self.last_bad
         file.seek(0)
         file.write(np.array(counts, dtype=np.int64).tobytes())
+
+    def recall(self, found: StreamedLengths) -> None:
+        """Refuse too many bad pairs as the pass did, where another run or process made it."""
+        if self.is_made:
+            return
+        if found.num_bad:  # the last of them is looked at again, since what is said names it
+            self.builder.num_seen, self.builder.num_bad = len(self.source) - 1, found.num_bad - 1
+            ((place, values),) = self.source.values([found.last_bad])
+            self._accepts(place, values)
+        self.builder.num_seen = len(self.source)
+        self.builder.require_few_bad()
+
+    def _accepts(self, place: str, values: dict[str, Any] | DataError) -> bool:
+        if isinstance(values, DataError):
+            self.builder.add_bad(place, str(values))
+            return False
+        return self.builder.accepts(place, values["source"], values["target"], values.get("alignment"))
 
     def _chunk(self, indices: range) -> np.ndarray:
         lengths = np.zeros((len(indices), 2), dtype=np.int32)
         places: list[int] = []
         pairs: list[SentencePair] = []
         for number, (place, values) in enumerate(self.source.values(indices)):
-            if isinstance(values, DataError):
-                self.builder.add_bad(place, str(values))
-            elif self.builder.accepts(place, values["source"], values["target"], values.get("alignment")):
+            bad_before = self.builder.num_bad
+            if self._accepts(place, values):
                 places.append(number)
-                pairs.append(self.source._pair(place, values))
+                pairs.append(self.source._pair(place, cast(Any, values)))
+            elif self.builder.num_bad > bad_before:
+                self.last_bad = indices[number]
         self._require_one_language(pairs)
         if pairs:
             counts = np.array([row.lengths for row in self.tokenizer(pairs)], dtype=np.int32)

@@ -49,6 +49,10 @@ class RowGroupCache:
         self._tables.move_to_end(key)
         return table
 
+    def count(self, rows: np.ndarray) -> int:
+        """How many would be kept of row groups with so many rows each, in that order."""
+        return min(len(rows), max(self.least, int((np.cumsum(rows) <= self.max_rows).sum())))
+
     def __getstate__(self) -> dict[str, int]:
         return {"least": self.least, "rows": self.max_rows}
 
@@ -81,7 +85,7 @@ class ParquetShard(Shard):
         except _ERRORS as error:
             raise DataError(f"{path}: cannot be read as Parquet ({_first_line(error)})") from error
         self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
-        self.largest_group = max((group.total_byte_size for group in groups), default=0)
+        self.group_bytes = np.array([group.total_byte_size for group in groups], dtype=np.int64)
 
     @property
     def num_rows(self) -> int:
@@ -93,6 +97,11 @@ class ParquetShard(Shard):
         """Where row groups start."""
         starts = np.append(np.int64(0), self._ends)[:-1]
         return starts[np.diff(np.append(starts, self.num_rows)) > 0]
+
+    @property
+    def group_rows(self) -> np.ndarray:
+        """How many rows each row group has."""
+        return np.diff(self._ends, prepend=0)
 
     def column_names(self) -> list[str]:
         """Those of the schema."""

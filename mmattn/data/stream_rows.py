@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence, Sized
@@ -131,6 +132,8 @@ class StreamedRows:
         """Raise `DataError` where a shard lacks one of `used`, columns by their key under `data.columns`."""
         has_schema = isinstance(self.shards[0], ParquetShard) or self.shards[0].path.suffix.lower() in (".csv", ".tsv")
         for shard in self.shards if has_schema else self.shards[:0]:
+            if not shard.num_rows:
+                continue
             _require(str(shard.path), used, shard.column_names())
             shard.close()
         if not has_schema:
@@ -139,11 +142,16 @@ class StreamedRows:
     def describe(self) -> str:
         """One line: how many rows and shards, and for Parquet what stays in memory."""
         text = f"{self.name}: {self.size:,} rows in {len(self.shards):,} shards"
-        largest = max((shard.largest_group for shard in self.shards if isinstance(shard, ParquetShard)), default=0)
-        if not largest:
+        shards = [shard for shard in self.shards if isinstance(shard, ParquetShard)]
+        if not shards:
             return text
-        size = largest * self.cache.least / 2**20
-        return f"{text}; each data worker keeps up to {self.cache.least} row groups, of {size:,.0f} MiB at most"
+        rows = np.concatenate([shard.group_rows for shard in shards])
+        is_read = np.cumsum(rows) - rows < self.size
+        rows, sizes = rows[is_read], np.concatenate([shard.group_bytes for shard in shards])[is_read]
+        largest = np.argsort(sizes)[::-1]
+        count = self.cache.count(rows[largest])
+        size = math.ceil(sizes[largest[:count]].sum() / 2**20)
+        return f"{text}; each data worker keeps up to about {count:,} row groups in memory, of about {size:,} MiB"
 
     def _open(self, path: Path, folder: Path, *, header: bool, quoting: bool) -> Shard:
         suffix = path.suffix.lower()

@@ -18,7 +18,8 @@ class StreamSettings:
             whole table is opened.
         shards: Files, globs, folders or ranges such as part-{000..127}.tar, where one `path` is not enough.
         window: Examples that are shuffled together.
-        blocks_at_once: How many places of the data a window mixes; of Parquet, so many row groups stay in memory.
+        blocks_at_once: How many places of the data a window mixes; of Parquet, so many row groups stay in memory, or
+            more where they are small.
         index_folder: Where indexes and token counts of shards are kept, for every run; None: mmattn/shards in
             $XDG_CACHE_HOME or ~/.cache.
     """

@@ -15,8 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mmattn.data.stream_shards import IndexedShard, OpenFile, Row
-from mmattn.data.whole_files import kept_array
+from mmattn.data.stream_shards import IndexedShard, Row
 from mmattn.errors import DataError
 
 _FORMAT = 1
@@ -40,18 +39,18 @@ class TarShard(IndexedShard):
     no_columns = "none of the first examples can be read"
 
     def __init__(self, path: Path, index_folder: Path) -> None:
-        super().__init__(path)
-        self._file = OpenFile(self)
-        key = ["tar", _FORMAT, *self.identity]
-        self._starts = kept_array(index_folder, key, self._write_index, np.int64, "data.index_folder")
+        super().__init__(path, index_folder, ["tar", _FORMAT])
 
     def rows(self, numbers: Sequence[int], columns: Sequence[str] | None) -> list[Row]:
         """Examples by number; pictures are left out where `columns` names none."""
         return [self._row(number, columns) for number in numbers]
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    @property
+    def _starts(self) -> np.ndarray:
+        return self._index()
+
+    def _count(self, index: np.ndarray) -> int:
+        return len(index) - 1
 
     def _row(self, number: int, columns: Sequence[str] | None) -> Row:
         file = self._file.get()
@@ -86,7 +85,8 @@ class TarShard(IndexedShard):
     def _write_index(self, file: BinaryIO) -> None:
         """Where each example starts, and where the last one ends."""
         starts = array("q")
-        end, last = 0, None
+        end = mark = 0
+        last = None
         try:
             with tarfile.open(self.path, mode="r:") as tar:
                 for member in _members(tar):
@@ -96,13 +96,14 @@ class TarShard(IndexedShard):
                     if key != last:
                         starts.append(member.offset)
                         last = key
-                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                    end = _next_header(tar)
+                mark = _next_header(tar)  # files that belong to no example may follow the last one
         except (OSError, tarfile.TarError) as error:
             raise DataError(f"{self.path}: cannot be read as a tar ({error})") from error
         with open(self.path, "rb") as whole:  # tarfile takes a header that is cut short for the end
-            whole.seek(end)
+            whole.seek(mark)
             if whole.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise DataError(f"{self.path}: the tar is cut short or damaged: no end mark at byte {end:,}")
+                raise DataError(f"{self.path}: the tar is cut short or damaged: no end mark at byte {mark:,}")
         starts.append(end)
         file.write(starts.tobytes())
 
@@ -114,6 +115,10 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         name = member.name.rsplit("/", 1)[-1]
         if member.isfile() and not (name.startswith("__") and name.endswith("__")):
             yield member
+
+
+def _next_header(tar: tarfile.TarFile) -> int:
+    return tar.offset  # behind the content of the last member as it is stored, which of a sparse one is not its size
 
 
 def _split(name: str) -> tuple[str, str]:

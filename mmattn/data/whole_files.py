@@ -56,7 +56,7 @@ def kept_array(
         setting: Which setting names the folder, for messages.
 
     Raises:
-        RunError: the disk is full or cannot be written.
+        RunError: the disk is full or cannot be written, or the file cannot be mapped.
     """
     path = folder / hashlib.sha256(json.dumps(list(key), sort_keys=True).encode()).hexdigest()[:32]
     if not path.exists():
@@ -66,7 +66,22 @@ def kept_array(
                 if not path.exists():
                     _write_whole(path, write)
             path.with_name(f".lock-{path.name}").unlink(missing_ok=True)
-    return np.memmap(path, dtype=dtype, mode="r")
+    try:
+        return np.memmap(path, dtype=dtype, mode="r")
+    except (OSError, ValueError) as error:  # numpy has a ValueError for a file of 0 bytes, or of half a number
+        raise RunError(f"cannot read {path}: {_unread(error)}") from error
+
+
+def _unread(error: OSError | ValueError) -> str:
+    if isinstance(error, OSError):
+        advice = "allow more (ulimit -n)" if is_too_many_open(error) else "mend that"
+        return f"{error.strerror or error}; {advice}"
+    return f"{error}; delete it, and it is made again"
+
+
+def is_too_many_open(error: OSError) -> bool:
+    """Whether the limit on open files was met, of the process or of the machine."""
+    return error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:

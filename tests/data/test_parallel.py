@@ -156,6 +156,10 @@ def test_one_bad_line_among_many_is_named_and_left_out(tmp_path, caplog):
         open_parallel(_aligned(tmp_path, source, target, max_bad=0))
 
 
+def test_a_first_line_that_is_bad_is_left_out_like_any_other(tmp_path):
+    assert len(open_parallel(_aligned(tmp_path, "\ntwo\nthree", "eins\nzwei\ndrei", max_bad=1))) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "content", "line", "reason"),
     [

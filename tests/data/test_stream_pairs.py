@@ -118,7 +118,9 @@ def test_tokens_are_counted_once_for_all_runs(tmp_path, monkeypatch):
     again = measured(tmp_path, opened(tmp_path, path, **options), (40, 40), tokenizer=Refusing(marian_tokenizer()))
     assert np.array_equal(again.lengths, found.lengths)
     assert again.num_left_out == 3
-    with pytest.raises(DataError, match="1 of 53 lines so far are bad, 0 allowed"):
+    with pytest.raises(
+        DataError, match=r"1 of 53 lines so far are bad, 0 allowed .*the last: .*a\.jsonl line 6: the source is empty$"
+    ):
         measured(tmp_path, opened(tmp_path, path, **{**options, "max_bad": 0}), (40, 40))
     for changed in ({"min_words": 1}, {"columns": ParallelColumns(source="target", target="source")}):
         with pytest.raises(AssertionError, match="counted again"):
@@ -128,6 +130,30 @@ def test_tokens_are_counted_once_for_all_runs(tmp_path, monkeypatch):
                 (40, 40),
                 tokenizer=Refusing(marian_tokenizer()),
             )
+
+
+@pytest.mark.parametrize("limit", [{"max_bad": 1}, {"max_bad_fraction": 0.0}])
+def test_a_stricter_limit_names_what_kept_counts_were_made_without(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(stream_pairs, "_CHUNK", 17)
+    path = write_jsonl(tmp_path / "a.jsonl", pair_rows(0, 53))
+    lines = path.read_text().splitlines(keepends=True)
+    lines[7], lines[29], lines[31] = '{"source": "x", "target": ""}\n', "[1]\n", "{\n"
+    path.write_text("".join(lines))
+    made = measured(tmp_path, opened(tmp_path, path, max_bad=3))
+    assert (made.num_bad, made.last_bad) == (3, 31)
+    again = measured(tmp_path, opened(tmp_path, path, max_bad=4))
+    assert (again.num_bad, again.last_bad) == (3, 31)
+    with pytest.raises(DataError, match=r"3 of 53 lines so far are bad, 1 allowed .*line 32: not JSON"):
+        measured(tmp_path, opened(tmp_path, path, **limit))
+
+
+def test_tokens_are_counted_again_when_quote_marks_are_text(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("source\ttarget\n" + 'one\t"many words"\n' * 5)
+    quoted = measured(tmp_path, opened(tmp_path, path))
+    plain = measured(tmp_path, opened(tmp_path, path, quoting=False))
+    assert (plain.lengths[:, 1] > quoted.lengths[:, 1]).all()
+    assert (plain.lengths[:, 0] == quoted.lengths[:, 0]).all()
 
 
 def test_long_pairs_may_be_refused(tmp_path):

@@ -6,7 +6,7 @@ import gzip
 import itertools
 import os
 import pickle
-import tarfile
+import resource
 from multiprocessing import get_context
 
 import numpy as np
@@ -17,7 +17,7 @@ import pytest
 from mmattn.data.stream_rows import StreamedRows, sample_numbers, stream_layout
 from mmattn.data.stream_shards import find_shards
 from mmattn.errors import DataError, RunError
-from tests.data.shards import pair_rows, png, settings, write_csv, write_jsonl, write_parquet, write_tar
+from tests.data.shards import pair_rows, settings, write_csv, write_jsonl, write_parquet, write_tar
 
 SIZES = (23, 5, 41, 17)
 SIZE = sum(SIZES)
@@ -119,11 +119,26 @@ def test_row_groups_are_read_once_and_few_are_kept(tmp_path):
             batch = examples[start : start + 16].tolist()
             assert [row["source"] for _, row in rows.rows(batch, ["source"])] == [rows_of[i]["source"] for i in batch]
             most = max(most, len(rows.cache))
-    assert rows.describe().startswith(
-        f"{tmp_path}/*.parquet: 3,001 rows in 2 shards; each data worker keeps up to 4 row"
+    assert rows.describe() == (
+        f"{tmp_path}/*.parquet: 3,001 rows in 2 shards; each data worker keeps up to about 5 row groups in memory, of "
+        "about 1 MiB"
     )
-    assert most <= 7  # 4 at least, else 600 rows at most
+    assert 5 <= most <= 7  # 4 at least, else 600 rows at most
     assert rows.cache.reads == len(rows.layout.bounds) - 1
+
+
+@pytest.mark.parametrize(("groups", "expected"), [([211] * 7, 4), ([101] * 7, 5), ([11] * 97, 54), ([11] * 7, 7)])
+def test_what_stays_in_memory_is_foretold(tmp_path, groups, expected):
+    with pq.ParquetWriter(tmp_path / "a.parquet", pa.schema([("a", pa.string())])) as writer:
+        for size in groups:
+            writer.write_table(pa.table({"a": [str(number) for number in range(size)]}))
+    rows = StreamedRows(settings(tmp_path, tmp_path / "a.parquet", window=300, blocks_at_once=4))
+    assert f"keeps up to about {expected} row groups in memory" in rows.describe()
+    for number in range(len(rows)):
+        rows.rows([number])
+    assert len(rows.cache) == expected
+    few = StreamedRows(settings(tmp_path, tmp_path / "a.parquet", window=300, blocks_at_once=4), limit=groups[0])
+    assert "keeps up to about 1 row groups in memory" in few.describe()
 
 
 def test_few_files_are_open_at_once(tmp_path):
@@ -133,76 +148,40 @@ def test_few_files_are_open_at_once(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     rows.rows(range(40))
     rows.rows(range(40))
-    assert len(os.listdir("/proc/self/fd")) - before <= 8
+    assert len(os.listdir("/proc/self/fd")) - before <= 16  # 8 shards, each with its index
 
 
-def test_lines_that_are_no_rows(tmp_path):
-    text = '\ufeff{"a": "Zürich\u2028x"}\r\n\n   \n{"a": 2}\n[1]\n{"a": \n\n{"a": "\U0001f600"}'
-    (tmp_path / "a.jsonl").write_bytes(text.encode() + b'\n{"a": "\xff"}\n\n')
-    found = StreamedRows(settings(tmp_path, tmp_path / "a.jsonl")).rows(range(6))
-    assert [row if isinstance(row, dict) else str(row)[:20] for _, row in found] == [
-        {"a": "Zürich\u2028x"}, {"a": 2}, "a JSON value, but no", "not JSON (Expecting ", {"a": "\U0001f600"},
-        "not UTF-8 (byte 0xff",
-    ]  # fmt: skip
-    assert [place.rpartition(" ")[2] for place, _ in found] == ["1", "4", "5", "6", "8", "9"]
+def _read_with_few_files(options, queue):
+    allowed = len(os.listdir("/proc/self/fd")) + 23
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, allowed))
+    try:
+        queue.put([row for _, row in StreamedRows(options).rows(range(97))])
+    except Exception as error:
+        queue.put(error)
 
 
-def test_csv_rows_may_span_lines(tmp_path):
-    text = '\ufeffa,b\r\n\r\n1,"two\nlines"\r\n"x""y",ü\r\nlonely\r\n3,4'
-    (tmp_path / "a.csv").write_bytes(text.encode())
-    rows = StreamedRows(settings(tmp_path, tmp_path / "a.csv"))
-    found = rows.rows([3, 0, 1, 2])
-    assert [row for _, row in found][:3] == [
-        {"a": "3", "b": "4"},
-        {"a": "1", "b": "two\nlines"},
-        {"a": 'x"y', "b": "ü"},
-    ]
-    assert str(found[3][1]) == "1 fields instead of 2"
-    assert [place.rpartition(" ")[2] for place, _ in found] == ["7", "3", "5", "6"]
-    assert rows.column_names() == ["a", "b"]
-    (tmp_path / "b.tsv").write_text('1\t"x\n2\ty"\n')
-    bare = StreamedRows(settings(tmp_path, tmp_path / "b.tsv"), header=False, quoting=False)
-    assert [row for _, row in bare.rows([0, 1])] == [{"1": "1", "2": '"x'}, {"1": "2", "2": 'y"'}]
-    (tmp_path / "c.csv").write_text('a,b\n1,"' + "x\n" * 100_000)
-    with pytest.raises(DataError, match=r"c\.csv line \d+: not readable as a table .*data\.quoting=false"):
-        StreamedRows(settings(tmp_path, tmp_path / "c.csv"))
-
-
-def test_files_of_a_tar(tmp_path):
-    write_tar(
-        tmp_path / "a.tar",
-        [
-            ("x/0.1", {"jpg": b"1"}),  # the key ends at the first dot
-            ("a", {"jpg": png(1), "json": b'{"text": "one", "n": 1}', "txt": b" hello \n"}),
-            ("b", {"PNG": png(2), "json": b"[1]"}),
-            ("c", {"jpg": b"1", "txt": b"\xff"}),
-            ("a" * 150, {"jpg": b"1", "txt": b"long name"}),
-        ],
-    )
-    rows = StreamedRows(settings(tmp_path, tmp_path / "a.tar"))
-    found = [row for _, row in rows.rows(range(5))]
-    assert found[0] == {"1.jpg": b"1"}
-    assert found[1] == {"jpg": png(1), "text": "one", "n": 1, "txt": "hello"}
-    assert str(found[2]) == "its json is a JSON value, but no object"
-    assert "its txt cannot be read ('utf-8' codec" in str(found[3])
-    assert found[4] == {"jpg": b"1", "txt": "long name"}
-    ((place, row),) = rows.rows([1], ["text"])
-    assert row == {"text": "one", "n": 1, "txt": "hello"}
-    assert place.endswith("a.tar example 2 (a)")
-
-
-def test_damaged_tars_are_refused_by_name(tmp_path):
-    path = write_tar(tmp_path / "a.tar", [(str(number), {"txt": b"x" * 900}) for number in range(30)])
-    path.write_bytes(path.read_bytes()[:20_100])
-    with pytest.raises(DataError, match=r"a\.tar: .*(cut short|unexpected end)"):
-        StreamedRows(settings(tmp_path, path))
-    (tmp_path / "b.tar").write_bytes(b"x" * 5000)
-    with pytest.raises(DataError, match=r"b\.tar: cannot be read as a tar"):
-        StreamedRows(settings(tmp_path, tmp_path / "b.tar"))
-    with tarfile.open(tmp_path / "c.tar", "w") as tar:
-        tar.add(__file__, "README")
-    with pytest.raises(DataError, match=r"c\.tar: README has no ending that says what it holds"):
-        StreamedRows(settings(tmp_path, tmp_path / "c.tar"))
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tar"])
+def test_more_shards_than_files_may_be_open(tmp_path, kind):
+    expected = pair_rows(0, 97)
+    for number, row in enumerate(expected):
+        path = tmp_path / f"{number:03}.{kind}"
+        if kind == "tar":
+            write_tar(path, [("x", {f"{side}.txt": text.encode() for side, text in row.items()})])
+        else:
+            (write_jsonl if kind == "jsonl" else write_csv)(path, [row])
+    queue = get_context("fork").SimpleQueue()
+    for blocks in (4, 97):
+        options = settings(tmp_path, tmp_path / f"*.{kind}", window=97, blocks_at_once=blocks)
+        child = get_context("fork").Process(target=_read_with_few_files, args=(options, queue))
+        child.start()
+        found = queue.get()
+        child.join(20)
+        if blocks == 4:
+            assert [plain(row) for row in found] == expected
+        else:
+            assert isinstance(found, RunError)
+            assert "Too many open files" in str(found)
+            assert "allow more (ulimit -n)" in str(found)
 
 
 def test_damaged_parquet_is_refused_by_name(tmp_path):
@@ -289,6 +268,39 @@ def test_an_index_that_was_cut_short_leaves_nothing(tmp_path, monkeypatch):
             StreamedRows(settings(tmp_path, folder))
     assert all(path.name.startswith(".") for path in (tmp_path / "index").iterdir())
     assert [row for _, row in StreamedRows(settings(tmp_path, folder)).rows([0, 30])] == [ROWS[0], ROWS[30]]
+
+
+def test_an_index_that_is_deleted_during_a_run(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    rows = StreamedRows(settings(tmp_path, path))
+    (index,) = (tmp_path / "index").iterdir()
+    index.unlink()
+    assert rows.rows([40])[0][1] == ROWS[40]
+    assert index.exists()
+    for shard in rows.shards:
+        shard.close()
+    index.unlink()
+    write_jsonl(path, ROWS[:9])
+    with pytest.raises(RunError, match=r"a\.jsonl has changed since this run started"):
+        rows.rows([40])
+    assert not index.exists()
+
+
+def test_an_index_that_is_damaged_is_named(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    StreamedRows(settings(tmp_path, path))
+    (index,) = (tmp_path / "index").iterdir()
+    index.write_bytes(b"")
+    with pytest.raises(RunError, match=rf"cannot read {index}: .*; delete it, and it is made again"):
+        StreamedRows(settings(tmp_path, path))
+
+
+def test_pickled_rows_hold_no_index(tmp_path):
+    rows = StreamedRows(settings(tmp_path, write_jsonl(tmp_path / "a.jsonl", pair_rows(0, 5003))))
+    expected = rows.rows([4999])
+    pickled = pickle.dumps(rows)
+    assert len(pickled) < 20_000
+    assert pickle.loads(pickled).rows([4999]) == expected
 
 
 def test_an_index_that_cannot_be_written(tmp_path):

@@ -67,7 +67,8 @@ def test_marian_layout(marian):
         assert batch["source_mask"][row].tolist() == [True] * len(source) + [False] * padding[0]
         assert batch["labels"][row].tolist() == target + [-100] * padding[1]
         assert (
-            batch["target_ids"][row].tolist() == [marian.pad_token_id, *target[:-1]] + [marian.pad_token_id] * padding[1]
+            batch["target_ids"][row].tolist()
+            == [marian.pad_token_id, *target[:-1]] + [marian.pad_token_id] * padding[1]
         )
 
 
