@@ -176,7 +176,7 @@ class _Ranks:
         """What to tell.
 
         The process that was killed by somebody; else the first that failed by itself; else any that has something to
-        say; else that nothing was begun.
+        say; else that the signal ended all of them, and whether there is something to go on with.
 
         Args:
             dead: exit codes of those that had failed before the others were ended, by rank.
@@ -191,9 +191,20 @@ class _Ranks:
             first = min(reports.values(), key=lambda report: (report.is_consequence, report.at))
             return LaunchedRunError(first.message, first.exit_code)
         if self.signals:
-            name = signal.Signals(self.signals[0]).name
-            return LaunchedRunError(f"stopped by {name} before the first step", 128 + self.signals[0])
+            return self._signalled(self.signals[-1])
         return self._silent_death(*next(iter(silent.items())))
+
+    def _signalled(self, number: int) -> LaunchedRunError:
+        # The first signal lets a process that trains finish and save its step. A process before that dies of it, and so
+        # does one after the last step; of a second signal all do.
+        name = signal.Signals(number).name
+        if len(self.signals) == 1 and not self._have_met():
+            return LaunchedRunError(f"stopped by {name} before the first step", 128 + number)
+        text = f"ended at once by {name}; go on with --resume from the last checkpoint"
+        return LaunchedRunError(text, 128 + number)
+
+    def _have_met(self) -> bool:
+        return self.store.num_keys() > 0
 
     def _silent_death(self, rank: int, code: int) -> LaunchedRunError:
         what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

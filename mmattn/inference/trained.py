@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmattn.errors import CheckpointError, ConfigError
 from mmattn.models.checkpoints import WeightTable
+from mmattn.training.publish import PUBLISHED, is_outdated
 from mmattn.training.selection import LoRAConfig, adapter_state, add_lora, lora_config, train_only
 
 _MODEL_FILES = ("config.json", "model_index.json")  # of one model, of a diffusion pipeline
@@ -27,7 +28,7 @@ def trained_model(folder: Path) -> Path:
     """The model in a training run's folder: `best/`, else `final/`; a model's own folder is returned as it is.
 
     Raises:
-        CheckpointError: none of them is there.
+        CheckpointError: none of them is there, or the run's checkpoints are sharded and hold more.
     """
     for candidate in (folder, *_parts(folder)):
         if any((candidate / name).is_file() for name in _MODEL_FILES):
@@ -38,21 +39,27 @@ def trained_model(folder: Path) -> Path:
             f"{folder}: holds no model of its own, but {trained.name}, to be put into the model that it was trained "
             "on: name that model, and this folder by --lora or --kv"
         )
-    if next(folder.glob("checkpoints/*/trained-*.safetensors"), None) is not None:
-        raise CheckpointError(
-            f"{folder}: its checkpoints are sharded: make a model of them by mmattn export {folder} NEW"
-        )
     raise CheckpointError(
         f"{folder}: no model here: neither {' nor '.join(_MODEL_FILES)} nor best/ nor final/; did training finish?"
     )
 
 
 def _parts(folder: Path) -> list[Path]:
-    return [part for name in ("best", "final") if (part := folder / name).is_dir()]
+    found = [part for name in PUBLISHED if (part := folder / name).is_dir()]
+    if is_outdated(folder):
+        old = f", and {' and '.join(f'{part.name}/' for part in found)} of an earlier part of the run" if found else ""
+        raise CheckpointError(
+            f"{folder}: its checkpoints are sharded{old}: make a model of them by mmattn export {folder} NEW"
+        )
+    return found
 
 
 def run_part(folder: Path) -> Path:
-    """The result in a training run's folder: `best/`, else `final/`; any other folder is returned as it is."""
+    """The result in a training run's folder: `best/`, else `final/`; any other folder is returned as it is.
+
+    Raises:
+        CheckpointError: the run's checkpoints are sharded and hold more.
+    """
     return next(iter(_parts(folder)), folder)
 
 

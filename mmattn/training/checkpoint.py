@@ -24,6 +24,7 @@ from mmattn.errors import CheckpointError, RunError
 MANIFEST = "manifest.json"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".tmp-"
+_REPLACED = ".replaced"  # the end of a checkpoint's name while another of the same step takes its place
 
 
 class CheckpointStore:
@@ -38,13 +39,27 @@ class CheckpointStore:
         return self.folder / f"step-{step:08d}"
 
     def clean(self) -> int:
-        """Remove what an interrupted save left behind; the number of folders removed."""
+        """Remove what an interrupted save left behind, and put back what it was about to replace.
+
+        Returns:
+            The number of folders removed.
+
+        Raises:
+            RunError: when the disk does not let it.
+        """
+        replaced = {path: path.with_suffix("") for path in self.folder.glob(f"step-*{_REPLACED}")}
+        lost = {path: final for path, final in replaced.items() if not final.exists()}
+        for path, final in lost.items():
+            with self._failing_in_a_line(f"rename {path}"):
+                os.rename(path, final)
         leftovers = [
+            *(replaced.keys() - lost.keys()),
             *self.folder.glob(f"{_TEMPORARY}*"),
             *(path for path in self.output_dir.glob(f"{_TEMPORARY}*") if path.is_dir()),
         ]
         for leftover in leftovers:
-            shutil.rmtree(leftover)
+            with self._failing_in_a_line(f"delete {leftover}"):
+                shutil.rmtree(leftover)
         return len(leftovers)
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
@@ -54,7 +69,7 @@ class CheckpointStore:
             RunError: when the disk is full or cannot be written; earlier checkpoints are untouched.
         """
         temporary = self.begin(step)
-        with self._failing_as_a_whole(step):
+        with self.failing_as_a_whole(step):
             write(temporary)
         return self.finish(step)
 
@@ -65,7 +80,7 @@ class CheckpointStore:
             RunError: as `save`.
         """
         temporary = self._temporary(step)
-        with self._failing_as_a_whole(step):
+        with self.failing_as_a_whole(step):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         return temporary
@@ -77,12 +92,16 @@ class CheckpointStore:
             RunError: as `save`.
         """
         final, temporary = self.path(step), self._temporary(step)
-        with self._failing_as_a_whole(step):
+        with self.failing_as_a_whole(step):
             _complete(temporary, {"step": step})
-            if final.exists():  # not a checkpoint, or `latest` would have found it: kept for whoever wants to look
-                os.rename(final, _free_name(final.with_name(f"{final.name}.damaged")))
+            replaced = final.with_name(final.name + _REPLACED)
+            if final.exists():
+                # One that is not a checkpoint is kept for whoever wants to look.
+                is_whole = _problem(final, hashes=True) is None
+                os.rename(final, replaced if is_whole else _free_name(final.with_name(f"{final.name}.damaged")))
             os.rename(temporary, final)
             sync_folder(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
         return final
 
     def abandon(self, step: int) -> None:
@@ -93,7 +112,12 @@ class CheckpointStore:
         return self.folder / f"{_TEMPORARY}step-{step:08d}"
 
     @contextmanager
-    def _failing_as_a_whole(self, step: int) -> Iterator[None]:
+    def failing_as_a_whole(self, step: int) -> Iterator[None]:
+        """Inside, a file operation that fails takes what was written since `begin` with it.
+
+        Raises:
+            RunError: as `save`.
+        """
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -155,22 +179,45 @@ class CheckpointStore:
         return None, problems
 
     def prune(self, keep_last: int, keep: Collection[int]) -> None:
-        """Delete all but the newest `keep_last` checkpoints and those of the steps in `keep`."""
+        """Delete all but the newest `keep_last` checkpoints and those of the steps in `keep`.
+
+        Raises:
+            RunError: when one cannot be deleted; the others are untouched.
+        """
         for step in self.steps()[:-keep_last]:
             if step not in keep:
                 # Under its own name a half-deleted folder would look damaged instead of deleted.
                 doomed = self.folder / f"{_TEMPORARY}delete-{step:08d}"
-                os.rename(self.path(step), doomed)
-                shutil.rmtree(doomed)
+                with self._failing_in_a_line(f"delete {self.path(step)}"):
+                    os.rename(self.path(step), doomed)
+                    shutil.rmtree(doomed)
+
+    @contextmanager
+    def _failing_in_a_line(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"cannot {what}: {' '.join(str(error).split())}; {self._kept()}; look at the disk and its "
+                "permissions, then go on with --resume"
+            ) from error
 
     def failure(self, final: Path, error: Exception) -> str:
         """One line about a save that failed."""
         text = str(error)
         is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
         reason = "the disk is full" if is_full else " ".join(text.split())
+        return f"cannot save {final}: {reason}; {self._kept()}; make room, then go on with --resume"
+
+    def _kept(self) -> str:
         kept = self.steps()
-        previous = f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no earlier checkpoint"
-        return f"cannot save {final}: {reason}; {previous}; make room, then go on with --resume"
+        return f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no earlier checkpoint"
+
+
+def model_folder(checkpoint: Path) -> Path | None:
+    """The model's own folder in a checkpoint; a sharded one has none."""
+    folder = checkpoint / "model"
+    return folder if folder.is_dir() else None
 
 
 def latest_checkpoint(output_dir: Path | str) -> Path | None:

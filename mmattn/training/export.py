@@ -10,7 +10,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from mmattn.errors import CheckpointError, RunError, UsageError
-from mmattn.training.checkpoint import MANIFEST, CheckpointStore, verify_checkpoint
+from mmattn.training.checkpoint import MANIFEST, CheckpointStore, model_folder, verify_checkpoint
+from mmattn.training.publish import PUBLISHED, is_outdated
 from mmattn.training.state import AVERAGE, frozen_checksum, read_facts, read_trained, trained_tensors
 from mmattn.training.task import Task
 from mmattn.training.tensor_rows import TensorFiles
@@ -18,7 +19,7 @@ from mmattn.training.tensor_rows import TensorFiles
 
 def exported_part(source: Path) -> Path:
     """What is to be exported: a checkpoint; of a run's folder `best/`, else `final/`, else the checkpoint of the best
-    step if it is kept, else the newest.
+    step if it is kept, else the newest. `best/` and `final/` that lack what sharded checkpoints hold are passed over.
 
     Raises:
         CheckpointError: neither a checkpoint nor the folder of a run, or a damaged one.
@@ -30,9 +31,9 @@ def exported_part(source: Path) -> Path:
         raise CheckpointError(
             f"{source}: no checkpoint here: give the output_dir of a run, or one of its checkpoints/step-*"
         )
-    for name in ("best", "final"):
-        if (source / name).is_dir():
-            return source / name
+    published = [] if is_outdated(source) else [source / name for name in PUBLISHED if (source / name).is_dir()]
+    if published:
+        return published[0]
     store = CheckpointStore(source)
     newest, problems = store.latest()
     if newest is None:
@@ -68,11 +69,11 @@ def export_model(part: Path, target: Path, make_task: Callable[[], Task]) -> Pat
         raise UsageError(f"{target} exists: nothing was written, choose another folder")
     if not target.parent.is_dir():
         raise UsageError(f"{target}: the folder {target.parent} does not exist; make it first")
-    folder = part / "model" if (part / MANIFEST).exists() else part
+    folder = model_folder(part) if (part / MANIFEST).exists() else part
     temporary = target.with_name(f".tmp-{target.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        if folder.is_dir():
+        if folder is not None:
             shutil.copytree(folder, temporary)
         else:
             temporary.mkdir()

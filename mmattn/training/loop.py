@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import signal
 import time
 from collections.abc import Generator, Sequence
@@ -20,7 +19,7 @@ from mmattn.errors import RunError
 from mmattn.training.averaging import LastCheckpoints
 from mmattn.training.batch_norm import shared_batch_norm
 from mmattn.training.batches import make_sampler, step_batches
-from mmattn.training.checkpoint import CheckpointStore
+from mmattn.training.checkpoint import CheckpointStore, model_folder
 from mmattn.training.config import TrainingConfig, config_dict
 from mmattn.training.devices import describe_processes, make_accelerator, on_main
 from mmattn.training.launcher_sharding import resolve_sharding
@@ -29,6 +28,7 @@ from mmattn.training.metrics import RunLog
 from mmattn.training.optim import learning_rate, set_learning_rate
 from mmattn.training.peers import deaths_said
 from mmattn.training.prepared import WholeModel
+from mmattn.training.publish import how_to_export, is_better, publish_best
 from mmattn.training.rates import Rates
 from mmattn.training.recipe_settings import recipe_changes
 from mmattn.training.sharded_state import save_sharded
@@ -112,8 +112,8 @@ def train(
             run.close()
 
 
-def _shown(metrics: dict[str, float], is_better: bool) -> str:
-    return "".join(f" | {key} {value:.4f}" for key, value in metrics.items()) + " | best so far" * is_better
+def _shown(metrics: dict[str, float], is_best: bool) -> str:
+    return "".join(f" | {key} {value:.4f}" for key, value in metrics.items()) + " | best so far" * is_best
 
 
 class _Run:
@@ -168,7 +168,8 @@ class _Run:
         if self.accelerator.scaler is not None and self.state.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         if start.is_continued:
-            self.saved_step = self.state.step
+            is_saved_as_asked = self.config.sharded_checkpoints or model_folder(start.checkpoint) is not None
+            self.saved_step = self.state.step if is_saved_as_asked else None
         else:  # the best of another folder's run is not here to be kept
             self.state.best_step = self.state.best_value = None
             self.state.is_evaluation_due = False
@@ -205,6 +206,7 @@ class _Run:
                 result = self._step(micro_batches)
             self._record(result, data_s=working - waiting, step_s=time.perf_counter() - waiting)
             self._after_step(result)
+        self._save()
         metrics, best_step, best_value = on_main(self.accelerator, self._publish)
         best = None if best_step is None else {"step": best_step, "value": best_value, "metric": self.task.best}
         return TrainingResult(self.state.step, metrics, best, self.store.output_dir, self.losses)
@@ -267,12 +269,15 @@ class _Run:
         """Evaluate, save and stop, each where it is time for it."""
         config, step = self.config, self.state.step
         is_last = step == config.max_steps
-        is_better = bool(config.eval_every) and (is_last or step % config.eval_every == 0) and self._evaluate()
-        if is_last or is_better or stop_signal or (config.save_every and step % config.save_every == 0):
+        has_evaluation = bool(config.eval_every) and (is_last or step % config.eval_every == 0)
+        # An evaluation may take longer than a scheduler waits; the main process need not have got the signal.
+        self.state.is_evaluation_due = has_evaluation and bool(stop_signal)
+        is_best = has_evaluation and not stop_signal and self._evaluate()
+        if is_last or is_best or stop_signal or (config.save_every and step % config.save_every == 0):
             self._save()
-        if is_better:
+        if is_best and not is_last and not config.sharded_checkpoints:
             on_main(self.accelerator, self._publish_best)
-        if stop_signal and not is_last:
+        if stop_signal and (has_evaluation or not is_last):
             self._stop(stop_signal, "after")
 
     def _stop(self, number: int, when: str) -> NoReturn:
@@ -291,22 +296,15 @@ class _Run:
             self._save()
             self._stop(metrics, "in the evaluation after")
         self.state.metrics = metrics
-        is_better = self._is_better(metrics)
-        if is_better:
+        self.saved_step = None  # a checkpoint of this step, from before a stop, does not know the outcome
+        is_best = is_better(self.task, metrics, self.state.best_value)
+        if is_best:
             self.state.best_step, self.state.best_value = self.state.step, metrics[self.task.best or ""]
-        line = {"kind": "eval", "step": self.state.step, "metrics": metrics, "is_best": is_better}
+        line = {"kind": "eval", "step": self.state.step, "metrics": metrics, "is_best": is_best}
         self.log.write({**line, "time": {"eval_s": round(time.perf_counter() - started, 3)}})
         self.log.track("eval", metrics, self.state.step)
-        self.log.say(f"evaluation at step {self.state.step}{_shown(metrics, is_better)}")
-        return is_better
-
-    def _is_better(self, metrics: dict[str, float]) -> bool:
-        value = metrics.get(self.task.best) if self.task.best is not None else None
-        if self.task.best is not None and value is None:
-            raise RunError(f"evaluation gave no {self.task.best!r}, by which the best is chosen: {list(metrics)}")
-        sign = 1 if self.task.is_higher_better else -1
-        old = self.state.best_value
-        return value is not None and math.isfinite(value) and (old is None or sign * value > sign * old)
+        self.log.say(f"evaluation at step {self.state.step}{_shown(metrics, is_best)}")
+        return is_best
 
     def _score_or_stop(self, tensors: dict[str, Tensor]) -> dict[str, float] | int:
         """The scores, or the signal that came before they were complete."""
@@ -332,7 +330,7 @@ class _Run:
             self.state.average_updates = self.average.updates
         if self.accelerator.scaler is not None:
             self.state.scaler = self.accelerator.scaler.state_dict()
-        on_main(self.accelerator, self.log.sync)
+        on_main(self.accelerator, self._sync_log)
         step = self.state.step
         if isinstance(self.prepared, ShardedModel) and self.config.sharded_checkpoints:
             save_sharded(self.accelerator, self.store, step, self.prepared, self._write_facts)
@@ -341,6 +339,10 @@ class _Run:
             on_main(self.accelerator, lambda: self._save_whole(full))
         on_main(self.accelerator, self._prune)
         self.saved_step = step
+
+    def _sync_log(self) -> None:
+        with self.store.failing_as_a_whole(self.state.step):
+            self.log.sync()
 
     def _save_whole(self, full: FullState) -> None:
         self.store.save(self.state.step, functools.partial(self._write_checkpoint, full))
@@ -366,11 +368,12 @@ class _Run:
         """Write `final/` and `best/`; the last evaluation, and step and value of the best one."""
         if self.last_checkpoints is not None:
             return self._publish_average(self.last_checkpoints)
-        if self.config.sharded_checkpoints:
-            self.log.say(f"make a model of the checkpoints by: mmattn export {self.store.output_dir} FOLDER")
-            return self.state.metrics, self.state.best_step, self.state.best_value
-        self.store.publish(self.store.path(self.state.step) / "model", "final")
-        self._publish_best()
+        model = model_folder(self.store.path(self.state.step))
+        if model is None:
+            self.log.say(how_to_export(self.store))
+        else:
+            self.store.publish(model, "final")
+            self._publish_best()
         return self.state.metrics, self.state.best_step, self.state.best_value
 
     def _publish_average(self, checkpoints: LastCheckpoints) -> tuple[dict[str, float], int | None, float | None]:
@@ -381,22 +384,21 @@ class _Run:
             final = self.store.publish_new("final", functools.partial(self.task.save, self.prepared.plain))
             metrics = self._score({}) if self.config.eval_every else {}
         self.model.train()
-        is_better = bool(metrics) and self._is_better(metrics)
-        if is_better:
+        is_best = bool(metrics) and is_better(self.task, metrics, state.best_value)
+        if is_best:
             self.store.publish(final, "best")
             best = (state.step, metrics[self.task.best or ""])
         else:
             self._publish_best()
         line = {"kind": "final", "step": state.step, "averaged_steps": checkpoints.steps, "metrics": metrics}
-        self.log.write({**line, "is_best": is_better, "time": {"eval_s": round(time.perf_counter() - started, 3)}})
+        self.log.write({**line, "is_best": is_best, "time": {"eval_s": round(time.perf_counter() - started, 3)}})
         self.log.track("final", metrics, state.step)
-        self.log.say(f"final/ holds {checkpoints.describe()}{_shown(metrics, is_better)}")
+        self.log.say(f"final/ holds {checkpoints.describe()}{_shown(metrics, is_best)}")
         return metrics or state.metrics, best[0], best[1]
 
     def _publish_best(self) -> None:
-        best = self.store.path(self.state.best_step or 0) / "model"
-        if self.state.best_step is not None and best.exists():
-            self.store.publish(best, "best")
+        if self.state.best_step is not None and (remark := publish_best(self.store, self.state.best_step)):
+            self.log.say(remark)
 
     def close(self) -> None:
         """End the data workers, close the logs and take Accelerate's wrapping off the model."""

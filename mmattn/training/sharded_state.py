@@ -39,7 +39,8 @@ def save_sharded(
     folder = Path(on_main(accelerator, lambda: str(store.begin(step))))
     try:
         written = on_every(accelerator, functools.partial(_write_own, accelerator, store, step, prepared, folder))
-        on_main(accelerator, lambda: _write_rest(folder, [size for sizes in written for size in sizes], write_rest))
+        sizes = [size for sizes in written for size in sizes]
+        on_main(accelerator, functools.partial(_write_rest, store, step, folder, sizes, write_rest))
     except RunError:
         if accelerator.is_main_process:
             store.abandon(step)
@@ -60,12 +61,16 @@ def _write_own(
         raise RunError(f"process {part}: {store.failure(store.path(step), error)}") from error
 
 
-def _write_rest(folder: Path, written: list[tuple[str, int]], write_rest: Callable[[Path], None]) -> None:
-    # On several machines a file is seen late, or never.
-    missing = [name for name, size in written if not (folder / name).exists() or (folder / name).stat().st_size != size]
-    if missing:
-        raise RunError(
-            f"cannot save {folder}: {missing[0]} was written by another process, and the main process does not see it: "
-            "output_dir has to be on a file system that all machines share"
-        )
-    write_rest(folder)
+def _write_rest(
+    store: CheckpointStore, step: int, folder: Path, written: list[tuple[str, int]], write_rest: Callable[[Path], None]
+) -> None:
+    with store.failing_as_a_whole(step):
+        # On several machines a file is seen late, or never.
+        paths = {folder / name: size for name, size in written}
+        missing = [path.name for path, size in paths.items() if not path.exists() or path.stat().st_size != size]
+        if missing:
+            raise RunError(
+                f"cannot save {folder}: {missing[0]} was written by another process, and the main process does not see "
+                "it: output_dir has to be on a file system that all machines share"
+            )
+        write_rest(folder)
