@@ -20,6 +20,7 @@ _EXPORTS = {
     "TextToImage": "mmattn.inference.text_to_image",
     "UNet": "mmattn.models.unet",
     "record_attention": "mmattn.maps.record",
+    "steer_attention": "mmattn.maps.steer",
     "swap_attention": "mmattn.swap.api",
     "MmattnError": "mmattn.errors",
 }
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mmattn.inference.translator import Translator as Translator
     from mmattn.inference.vlm import VisionLanguageModel as VisionLanguageModel
     from mmattn.maps.record import record_attention as record_attention
+    from mmattn.maps.steer import steer_attention as steer_attention
     from mmattn.models.unet import UNet as UNet
     from mmattn.ops.attention import attention as attention
     from mmattn.ops.registry import backends as backends

@@ -20,6 +20,7 @@ from mmattn.cli import (
     export,
     generate,
     ls,
+    maps,
     plot,
     show,
     swap,
@@ -48,6 +49,7 @@ app.command("caption")(caption.caption)
 app.command("ask")(ask.ask)
 app.command("generate")(generate.generate)
 app.command("swap")(swap.swap)
+app.command("maps")(maps.maps)
 app.command("plot")(plot.plot)
 app.command("export", context_settings=OVERRIDES_CONTEXT)(export.export)
 app.command("doctor")(doctor.doctor)

@@ -34,7 +34,7 @@ def open_model(name: str, parts: Collection[str]) -> Any:
     Raises:
         UsageError: when it is neither, or cannot be opened; one line that says why.
     """
-    facts, kind = _facts(name)
+    facts, kind = model_facts(name)
     with _saying(name):
         if kind == CONFIG:
             return _class_of(facts, name).from_pretrained(name).eval()
@@ -49,7 +49,7 @@ def outline_model(name: str) -> Any:
     Raises:
         UsageError: as `open_model`.
     """
-    facts, kind = _facts(name)
+    facts, kind = model_facts(name)
     classes = {"": _class_of(facts, name)} if kind == CONFIG else _part_classes(facts)
     made = {}
     for part, cls in classes.items():
@@ -68,7 +68,7 @@ def _outline(facts: dict[str, Any], models: dict[str, nn.Module]) -> Outline:
     return type(str(facts.get("_class_name", "Pipeline")), (Outline,), {})(models)
 
 
-def _facts(name: str) -> tuple[dict[str, Any], str]:
+def model_facts(name: str) -> tuple[dict[str, Any], str]:
     """What a folder's or repository's main file says, and which of the two it is."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError

@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from mmattn.maps.alignment import Alignment
+
+__all__ = ["Alignment", "align_words", "join_alignments"]
+
 _SPACE = "\u2581"  # what sentencepiece puts before a word
-
-
-@dataclass(frozen=True, eq=False)
-class Alignment:
-    """Attention from the words of a translation to the words of its source.
-
-    Attributes:
-        source: words of the source, Ls.
-        target: words of the translation, Lt.
-        weights: float32 `[Lt, Ls]`. Tokens of a source word are added up, tokens of a target word averaged; rows sum to
-            1 less what went to special tokens.
-    """
-
-    source: list[str]
-    target: list[str]
-    weights: np.ndarray
-
-    def pairs(self) -> list[tuple[int, int]]:
-        """For each target word its strongest source word: (source word, target word), numbers counted from 0."""
-        if not self.source:
-            return []
-        return [(int(row.argmax()), target) for target, row in enumerate(self.weights)]
-
-    def words(self) -> list[tuple[str, str]]:
-        """`pairs` as (source word, target word)."""
-        return [(self.source[source], self.target[target]) for source, target in self.pairs()]
 
 
 def align_words(

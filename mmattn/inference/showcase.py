@@ -9,6 +9,7 @@ from PIL import Image
 
 from mmattn.data.records import ImageTextRecord
 from mmattn.data.scenes import SceneDataset
+from mmattn.inference.map_scores import points_at
 from mmattn.inference.vlm import VisionLanguageModel
 from mmattn.maps.record import AttentionMaps, record_attention
 
@@ -92,15 +93,7 @@ def points_right(maps: AttentionMaps, source: SceneDataset, index: int, spot: Sp
     """Whether the most attended cell of the picture's grid holds pixels of the object that the caption names first."""
     region = source.regions(index)[0]
     heatmap = maps.heatmap(region.words[2], layer=spot[0], head=spot[1])
-    x, y = heatmap.peak()
-    rows, columns = heatmap.values.shape
-    height, width = region.mask.shape
-    row, column = int(y * rows / height), int(x * columns / width)
-    cell = region.mask[
-        row * height // rows : -(-(row + 1) * height // rows),
-        column * width // columns : -(-(column + 1) * width // columns),
-    ]
-    return bool(cell.any())
+    return points_at(heatmap.values, region.mask)
 
 
 def _record(vlm: VisionLanguageModel, record: ImageTextRecord) -> AttentionMaps | None:

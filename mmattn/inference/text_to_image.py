@@ -30,6 +30,7 @@ from mmattn.inference.diffusion.prompts import EncodedPrompts, check_encoded, en
 from mmattn.inference.diffusion.schedulers import check_seeded, make_scheduler
 from mmattn.inference.diffusion.seeds import make_generators, noise_sources
 from mmattn.inference.hub import evaluating, push_folder
+from mmattn.maps.record import recorders_of
 
 Prompts = str | Sequence[str]
 
@@ -53,6 +54,8 @@ class TextToImage:
         CheckpointError: a text encoder that does not fit the U-Net.
         UsageError: a pipeline of another kind.
     """
+
+    records_attention = True
 
     def __init__(self, pipeline: Any) -> None:
         if not isinstance(pipeline, tuple(PIPELINES.values())):
@@ -271,8 +274,13 @@ class TextToImage:
             for start in range(0, len(numbers), at_once):
                 rows = slice(start, start + at_once)
                 tensors = encoded.rows(numbers[rows], is_guided=is_guided)
+                recorders = recorders_of(self)
+                for recorder in recorders:
+                    recorder.expect_prompts(*encoded.texts(numbers[rows]), is_guided=is_guided)
                 with self._bar(progress, len(images), len(numbers[rows]), len(numbers)):
                     drawn = self._draw(tensors, make_generators(sources[rows]), settings)
+                for recorder in recorders:
+                    recorder.take_images(drawn)
                 images += drawn
                 if on_batch is not None:
                     on_batch(start, drawn)

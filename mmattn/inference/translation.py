@@ -16,6 +16,7 @@ from mmattn.inference.decode import DecodeSettings, Generated, decode, stream
 from mmattn.inference.hub import evaluating
 from mmattn.inference.segments import Segment
 from mmattn.inference.sources import EncodedBatch, Plan
+from mmattn.inference.translation_maps import TranslationRecorder
 from mmattn.models.static_decoding import StaticState
 from mmattn.models.translator import CompiledDecoder, TranslationState, TranslatorNetwork
 
@@ -73,6 +74,7 @@ class TargetSide:
         compiled: takes the steps, where they are compiled.
 
     Attributes:
+        recorder: reads the best translation of every segment once more for the attention maps; None: no one wants them.
         memory: what the last batch took: the sources' keys and values, with their copy where steps are compiled, and
             the caches as large as they grew.
     """
@@ -91,6 +93,7 @@ class TargetSide:
         self.network, self.tokenizer, self.settings, self.window = network, codes.tokenizer, settings, window
         self.with_alignment, self.with_scores = with_alignment, with_scores
         self.memory = MemoryUse(0, 0)
+        self.recorder: TranslationRecorder | None = None
         self._special = frozenset(self.tokenizer.all_special_tokens) | codes.tokens
 
     def decode(
@@ -113,6 +116,10 @@ class TargetSide:
             keep_rows=self.with_alignment,
             stop_every=1 if settings.do_sample else state.stop_every,
         )
+        if self.recorder is not None:
+            for row, (number, candidates) in enumerate(zip(batch.numbers, generated, strict=True)):
+                pieces = [self._source_pieces(segments[number].ids), self._pieces(candidates[0].tokens)]
+                self.recorder.add(segments[number], number, row, batch, candidates[0], pieces)
         copied = state.context_bytes if isinstance(state, StaticState) else 0
         self.memory = MemoryUse(batch.nbytes + copied, state.peak_cache_bytes)
         return [
@@ -185,10 +192,12 @@ class TargetSide:
         weights = np.zeros((len(one.tokens), length), dtype=np.float32)
         for place, row in enumerate(one.rows[first:]):
             weights[first + place] = state.steps[place][row, :length].float().cpu().numpy()
-        # Weights often have a few more entries than the vocabulary: tokens without a spelling.
-        target = [piece or "" for piece in self.tokenizer.convert_ids_to_tokens(one.tokens)]
-        source = self._source_pieces(segment.ids)
+        target, source = self._pieces(one.tokens), self._source_pieces(segment.ids)
         return align_words(source, target, weights, self._special, unknown=self.tokenizer.unk_token)
+
+    def _pieces(self, tokens: Sequence[int]) -> list[str]:
+        # Weights often have a few more entries than the vocabulary: tokens without a spelling.
+        return [piece or "" for piece in self.tokenizer.convert_ids_to_tokens(list(tokens))]
 
     def _source_pieces(self, ids: Sequence[int]) -> list[str]:
         if not getattr(self.tokenizer, "separate_vocabs", False):

@@ -28,6 +28,7 @@ from mmattn.inference.sources import (
 )
 from mmattn.inference.traced_products import trace_products
 from mmattn.inference.translation import MemoryUse, Piece, TargetSide, Translated, assemble
+from mmattn.inference.translation_maps import translation_recorder
 from mmattn.inference.translator_checks import check_vocabulary, generation_defaults
 from mmattn.models.sources import find_folder
 from mmattn.models.translator import CompiledDecoder, TranslatorNetwork, family_of, open_network, save_network
@@ -59,6 +60,8 @@ class Translator:
     Raises:
         CheckpointError: a tokenizer that does not fit the network.
     """
+
+    records_attention = True
 
     def __init__(
         self,
@@ -255,6 +258,7 @@ class Translator:
         else:
             plan, ready = self._plan(texts, src_lang, tgt_lang, on_long), None
         targets = self._target_tokens(plan, tgt_lang if ready is not None else None, settings.forced_bos_token_id)
+        recorder = translation_recorder(self, window=window, stream=stream)
         if stream:
             if return_scores or return_alignment:
                 raise UsageError("stream=True gives text only: leave return_scores and return_alignment out")
@@ -264,6 +268,7 @@ class Translator:
                 raise UsageError("stream=True gives tokens as they come: leave batch_tokens and progress out")
             return self._stream(plan, ready, targets, settings, generator, window)
         side = TargetSide(self.network, self.codes, settings, window, return_alignment, return_scores, self.compiled)
+        side.recorder = recorder
         pieces: dict[int, list[Piece]] = {}
         self.peak_memory = None
         with evaluating(self.network):
@@ -276,6 +281,8 @@ class Translator:
                 found = side.decode(plan.segments, batch, targets, generator)
                 pieces.update(zip(batch.numbers, found, strict=True))
                 self._note_memory(side.memory)
+        if recorder is not None:
+            recorder.finish()
         count = settings.num_return_sequences
         results = assemble(plan, pieces, count, with_scores=return_scores, with_alignment=return_alignment)
         return results[0] if plan.is_single else results

@@ -14,9 +14,11 @@ _VIRIDIS = (
     "1f968b 20a387 29af7f 3cbb75 55c667 73d055 95d840 b8de29 dce319 fde725"
 )
 _SIDES = (320, 640)  # least and greatest length of the longer side of a picture as drawn
-_MARGIN = 12
+MARGIN = 12
 _BAR_WIDTH = 160
-_FONT_SIZE = 16
+FONT_SIZE = 16
+_GRID_SIDE = 192  # longer side of a tile
+_GRID_COLUMNS = 5
 
 
 def viridis(values: np.ndarray) -> np.ndarray:
@@ -56,22 +58,22 @@ class Heatmap:
         size = (max(1, round(self.image.width * scale)), max(1, round(self.image.height * scale)))
         overlay = _overlay(self.image, self.values, size)
         self._mark_peak(overlay, scale)
-        title, subtitle = _font(_FONT_SIZE + 4), _font(_FONT_SIZE)
-        width = max(2 * size[0] + _MARGIN, _BAR_WIDTH + 180) + 2 * _MARGIN
-        lines = wrap_text(self.sentence, subtitle, width - 2 * _MARGIN) if self.sentence != self.word else []
-        heading = wrap_text(self.word, title, width - 2 * _MARGIN)
-        line_height, title_height = _FONT_SIZE + 6, _FONT_SIZE + 12
-        top = _MARGIN + title_height * len(heading) + line_height * len(lines) + 4
-        canvas = Image.new("RGB", (width, top + size[1] + 3 * _MARGIN + _FONT_SIZE), "white")
+        title, subtitle = load_font(FONT_SIZE + 4), load_font(FONT_SIZE)
+        width = max(2 * size[0] + MARGIN, _BAR_WIDTH + 180) + 2 * MARGIN
+        lines = wrap_text(self.sentence, subtitle, width - 2 * MARGIN) if self.sentence != self.word else []
+        heading = wrap_text(self.word, title, width - 2 * MARGIN)
+        line_height, title_height = FONT_SIZE + 6, FONT_SIZE + 12
+        top = MARGIN + title_height * len(heading) + line_height * len(lines) + 4
+        canvas = Image.new("RGB", (width, top + size[1] + 3 * MARGIN + FONT_SIZE), "white")
         pen = ImageDraw.Draw(canvas)
         for number, line in enumerate(heading):
-            pen.text((_MARGIN, _MARGIN + number * title_height), line, fill="black", font=title)
+            pen.text((MARGIN, MARGIN + number * title_height), line, fill="black", font=title)
         for number, line in enumerate(lines):
-            place = (_MARGIN, _MARGIN + title_height * len(heading) + number * line_height)
+            place = (MARGIN, MARGIN + title_height * len(heading) + number * line_height)
             pen.text(place, line, fill="#555555", font=subtitle)
-        canvas.paste(self.image.resize(size, Image.Resampling.BICUBIC), (_MARGIN, top))
-        canvas.paste(overlay, (width - _MARGIN - size[0], top))
-        _draw_legend(canvas, top + size[1] + _MARGIN)
+        canvas.paste(self.image.resize(size, Image.Resampling.BICUBIC), (MARGIN, top))
+        canvas.paste(overlay, (width - MARGIN - size[0], top))
+        draw_legend(canvas, top + size[1] + MARGIN)
         return canvas
 
     def save(self, path: str | Path) -> None:
@@ -98,16 +100,18 @@ def _overlay(image: Image.Image, values: np.ndarray, size: tuple[int, int]) -> I
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 
-def _draw_legend(canvas: Image.Image, top: int) -> None:
-    pen, font = ImageDraw.Draw(canvas), _font(_FONT_SIZE)
-    ramp = viridis(np.broadcast_to(np.linspace(0, 1, _BAR_WIDTH), (_FONT_SIZE, _BAR_WIDTH)))
-    pen.text((_MARGIN, top - 2), "less", fill="black", font=font)
-    left = _MARGIN + int(pen.textlength("less", font=font)) + 8
+def draw_legend(canvas: Image.Image, top: int) -> None:
+    """The colours from less to more attention, at the left."""
+    pen, font = ImageDraw.Draw(canvas), load_font(FONT_SIZE)
+    ramp = viridis(np.broadcast_to(np.linspace(0, 1, _BAR_WIDTH), (FONT_SIZE, _BAR_WIDTH)))
+    pen.text((MARGIN, top - 2), "less", fill="black", font=font)
+    left = MARGIN + int(pen.textlength("less", font=font)) + 8
     canvas.paste(Image.fromarray(ramp), (left, top))
     pen.text((left + _BAR_WIDTH + 8, top - 2), "more attention", fill="black", font=font)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font of every picture here; Pillow brings it."""
     return ImageFont.load_default(size)
 
 
@@ -125,3 +129,49 @@ def wrap_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wid
             word = word[fits:]
         lines.append(word)
     return lines
+
+
+@dataclass(frozen=True, eq=False)
+class HeatmapGrid:
+    """The maps of several words on one picture."""
+
+    heatmaps: list[Heatmap]
+
+    def draw(self) -> Image.Image:
+        """The picture, then each word's map under its word, in rows, with a legend; RGB."""
+        first = self.heatmaps[0]
+        longer = max(first.image.size)
+        scale = _GRID_SIDE / longer
+        size = (max(1, round(first.image.width * scale)), max(1, round(first.image.height * scale)))
+        columns = min(_GRID_COLUMNS, len(self.heatmaps) + 1)
+        rows = -(-(len(self.heatmaps) + 1) // columns)
+        font, label_height = load_font(FONT_SIZE), FONT_SIZE + 8
+        width = max(columns * (size[0] + MARGIN) + MARGIN, _BAR_WIDTH + 180)
+        lines = wrap_text(first.sentence, font, width - 2 * MARGIN)
+        top = MARGIN + (FONT_SIZE + 6) * len(lines) + 4
+        canvas = Image.new(
+            "RGB", (width, top + rows * (size[1] + label_height + MARGIN) + 2 * MARGIN + FONT_SIZE), "white"
+        )
+        pen = ImageDraw.Draw(canvas)
+        for number, line in enumerate(lines):
+            pen.text((MARGIN, MARGIN + number * (FONT_SIZE + 6)), line, fill="#555555", font=font)
+        tiles = [("", first.image.convert("RGB").resize(size, Image.Resampling.BICUBIC))]
+        tiles += [(heatmap.word, _overlay(heatmap.image, heatmap.values, size)) for heatmap in self.heatmaps]
+        for number, (word, tile) in enumerate(tiles):
+            x = MARGIN + (number % columns) * (size[0] + MARGIN)
+            y = top + (number // columns) * (size[1] + label_height + MARGIN)
+            pen.text((x, y), _shortened(word, font, size[0]), fill="black", font=font)
+            canvas.paste(tile, (x, y + label_height))
+        draw_legend(canvas, canvas.height - FONT_SIZE - MARGIN)
+        return canvas
+
+    def save(self, path: str | Path) -> None:
+        """Write the drawing; the ending says the format."""
+        self.draw().save(path)
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """A label that is no wider than its tile."""
+    if font.getlength(text) <= width:
+        return text
+    return next((f"{text[:n]}..." for n in range(len(text), 0, -1) if font.getlength(f"{text[:n]}...") <= width), "")

@@ -1,184 +1,171 @@
-"""Recording of attention weights for texts on pictures, while every output stays what it is.
+"""Recording of attention weights beside the forward, while every output stays what it is.
 
-The model decodes on its fused kernels, unobserved. When a text is done it is read once more in one pass under an
-observer that keeps the queries and keys, and the weights are computed from those. So beams, reordering and early
-stopping need no bookkeeping, and results are bit for bit those of a run without a recorder.
+Three families, one recorder. Our translator and vision-language model read each finished text once more in one pass,
+so that beams and early stopping need no bookkeeping. Diffusion models and stock transformers models are looked at
+while they run. Either way attention stays on its fused kernels, and weights are computed from its queries and keys.
 
-H heads, L tokens of a text, Lk features of a picture.
+H heads, L tokens of a text, Lk features of a picture or tokens of a source, C cells of a picture, T tokens kept.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 
 from mmattn.errors import UsageError
-from mmattn.maps.draw import Heatmap
-from mmattn.ops.attention import attention
+from mmattn.maps.alignment import Alignment
+from mmattn.maps.capture import seen_call
+from mmattn.maps.draw import Heatmap, HeatmapGrid
+from mmattn.maps.files import save_maps
+from mmattn.maps.layers import Layers, Numbers, Role, as_numbers, check_heads
+from mmattn.maps.recordings import (
+    Place,
+    Recorded,
+    RecordedPair,
+    RecordedPicture,
+    RecordedText,
+    TextToRecord,
+)
+from mmattn.maps.tokens import TextTokens
+from mmattn.maps.wanted import Guidance, Prompts, Tokens, View, Wanted
 from mmattn.ops.observe import AttentionCall, observing
 
-_CHUNK = 256  # queries whose weights are computed at a time
+__all__ = ["AttentionMaps", "RecordedText", "TextToRecord", "record_attention", "recorders_of"]
 
-Layers = int | Sequence[int] | None
-
-
-@dataclass(frozen=True, eq=False)
-class TextToRecord:
-    """A finished text, as the model's façade hands it to the recorder.
-
-    Attributes:
-        pieces: the text of each token, "" for special tokens.
-        num_given: tokens that were given (prompt, question); those after them were generated.
-        image: the picture.
-        grid: rows and columns of the picture's features.
-        num_extra: features before the grid's, such as a class token.
-    """
-
-    pieces: list[str]
-    num_given: int
-    image: Image.Image
-    grid: tuple[int, int]
-    num_extra: int
-
-    @property
-    def sentence(self) -> str:
-        """The text, a space between tokens."""
-        return " ".join(filter(None, self.pieces))
-
-
-@dataclass(frozen=True, eq=False)
-class RecordedText:
-    """A text with its attention weights: `weights[layer]` is float32 `[H, L, Lk]` on the CPU."""
-
-    text: TextToRecord
-    weights: dict[int, torch.Tensor]
-
-    def positions(self, word: str | None, place: Literal["predicting", "reading"], occurrence: int) -> list[int]:
-        """The tokens whose queries speak for a word (several when it is cut into pieces); all generated ones for None.
-
-        Raises:
-            UsageError: the word is not in the text.
-        """
-        num_tokens, num_given = len(self.text.pieces), self.text.num_given
-        if word is None:
-            tokens = list(range(num_given, num_tokens)) or [t for t, piece in enumerate(self.text.pieces) if piece]
-        else:
-            found = _find(self.text.pieces, word)
-            if len(found) <= occurrence:
-                times = f"{len(found)} times" if found else "not"
-                raise UsageError(f"{word!r} is {times} in the recorded text {self.text.sentence!r}")
-            tokens = found[occurrence]
-        # A generated token was chosen by the query before it; a given one has no other than its own.
-        return [token - 1 if place == "predicting" and token >= num_given else token for token in tokens]
+_GRID_WORDS = 12  # that a grid shows unless it is told which
 
 
 class AttentionMaps:
-    """What `record_attention` fills: a `RecordedText` in `texts` for every text made within the block, in order."""
+    """What `record_attention` fills: one entry in `texts` for every text or picture made within the block, in order.
 
-    def __init__(self, target: Any, role: Literal["self", "cross"], layers: Layers, heads: Layers) -> None:
+    Attributes:
+        texts: `RecordedText` (a text on a picture), `RecordedPicture` (drawn from a prompt) or `RecordedPair` (a
+            translation), by the model that was recorded.
+        layer_names: number to name of the layers, where they have one.
+    """
+
+    def __init__(self, target: Any, wanted: Wanted) -> None:
         self.target = target
-        self.role = role
-        self.texts: list[RecordedText] = []
-        self._layers = _as_numbers(layers)
-        self._heads = _as_numbers(heads)
+        self.wanted = wanted
+        self.texts: list[Recorded] = []
+        self.layer_names: dict[int, str] = {}
+        self.drawing: Any = None  # what looks at a diffusion model
+        self.why_empty: Callable[[], str] = lambda: "the model made no text within record_attention()"
+
+    @property
+    def role(self) -> Role:
+        """ "cross" or "self"."""
+        return self.wanted.role
 
     def __len__(self) -> int:
         return len(self.texts)
 
+    # Used by the façades of our models.
+
     def record(self, text: TextToRecord, read: Callable[[], object]) -> None:
         """Keep the weights of one text. `read` runs the model over it, and over nothing else, with one row."""
+        self.texts.append(RecordedText(text, self.weights_of(read)[0]))
+
+    def pair(
+        self,
+        target: TextTokens,
+        source: TextTokens,
+        read: Callable[[], object],
+        *,
+        align: Callable[[np.ndarray], Alignment] | None,
+        best: tuple[Any, list[int] | None],
+    ) -> RecordedPair:
+        """The weights of one translation, which the caller puts into `texts`.
+
+        Args:
+            target: the tokens that the rows of `read` chose.
+            source: the tokens that were attended to.
+            read: as in `record`.
+            align: as in `RecordedPair`.
+            best: the module, and the heads, that tell alignments best.
+        """
+        weights, callers = self.weights_of(read)
+        number = next((number for number in weights if callers[number] is best[0]), None)
+        spot = None if number is None or self.wanted.heads is not None else (number, best[1])
+        source = source if self.role == "cross" else target
+        return RecordedPair(target, source, weights, is_shifted=False, best=spot, align=align)
+
+    def weights_of(self, read: Callable[[], object]) -> tuple[dict[int, torch.Tensor], list[Any]]:
+        """Float32 `[H, L, Lk]` by layer of what `read` does with one row, and the module of every layer."""
         calls: list[AttentionCall] = []
         with observing(calls.append):
             read()
-        weights: dict[int, torch.Tensor] = {}
-        for layer, call in enumerate(call for call in calls if call.role == self.role):
-            if self._layers is None or layer in self._layers:
-                weights[layer] = self._weights(call)
-        if not weights:
-            raise UsageError(f"record_attention: none of layers={self._layers} made a {self.role}-attention call")
-        self.texts.append(RecordedText(text, weights))
+        calls = [call for call in calls if call.role == self.role]
+        chosen = self.wanted.numbered_layers(len(calls))
+        weights = {number: self._weights(calls[number]) for number in chosen}
+        return weights, [call.caller for call in calls]
 
     def _weights(self, call: AttentionCall) -> torch.Tensor:
-        length = call.query.shape[2]
-        parts = []
-        for first in range(0, length, _CHUNK):
-            rows = slice(first, min(first + _CHUNK, length))
-            mask = call.attn_mask
-            if mask is not None and mask.shape[2] > 1:
-                mask = mask[:, :, rows]
-            # Cut keys, not a mask, keep the causal diagonal at the end of the queries that are left.
-            keys = slice(None, call.key.shape[2] - (length - rows.stop) if call.is_causal else None)
-            mask = mask[..., keys] if mask is not None and mask.shape[3] > 1 else mask
-            _, weights = attention(
-                call.query[:, :, rows],
-                call.key[:, :, keys],
-                call.value[:, :, keys],
-                attn_mask=mask,
-                key_mask=None if call.key_mask is None else call.key_mask[:, keys],
-                is_causal=call.is_causal,
-                scale=call.scale,
-                backend="eager",
-                return_weights=True,
-            )
-            missing = call.key.shape[2] - weights.shape[3]
-            parts.append(torch.nn.functional.pad(weights[0].float(), (0, missing)).cpu())
-        weights = torch.cat(parts, dim=1)
-        if self._heads is None:
-            return weights
-        if max(self._heads) >= weights.shape[0]:
-            raise UsageError(f"record_attention: heads={self._heads}, but there are {weights.shape[0]} heads")
-        return weights[self._heads]
+        check_heads(self.wanted.heads, call.query.shape[1], f"in {self.role}-attention")
+        return seen_call(call).kept(0, None, self.wanted.heads, average=False).cpu()
 
-    def array(self, text: int = 0, *, layer: Layers = None, head: Layers = None) -> np.ndarray:
-        """Weights `[L, Lk]` of a text, averaged over the layers and heads chosen (all recorded ones by default).
+    def expect_prompts(self, prompts: Sequence[str], negatives: Sequence[str] | None, *, is_guided: bool) -> None:
+        """Say what is drawn next, of which the pipeline is given embeddings."""
+        from mmattn.maps.denoising import Texts
+
+        self.drawing.expect(
+            Texts(list(prompts), None, None if negatives is None else list(negatives)), is_guided=is_guided
+        )
+
+    def take_images(self, images: Sequence[Image.Image]) -> None:
+        """The pictures that came of what was recorded last."""
+        self.drawing.take_images(images)
+
+    # Used by everybody.
+
+    def array(self, text: int = 0, *, layer: Numbers = None, head: Numbers = None, step: Numbers = None) -> np.ndarray:
+        """Weights of a text or picture, averaged over the layers, heads and steps chosen (all recorded by default).
+
+        Texts: `[L, Lk]`, a row for each token's query. Drawn pictures: `[rows, columns, T]` at the finest grid among
+        the layers, a column for each token kept (all, padding included, unless `tokens` was given; those sum to 1).
 
         Args:
-            text: number of the text in `texts`.
+            text: number of the text or picture in `texts`.
             layer: a layer's number, or several; attending layers are counted from 0.
-            head: a head's number among those recorded, or several.
+            head: a head's number among those recorded, or several. Drawn pictures: needs `views=["head"]`.
+            step: a step's number, or several: drawn pictures with `views=["step"]`.
 
         Raises:
-            UsageError: nothing was recorded, or no such text, layer or head.
+            UsageError: nothing was recorded, or no such text, layer, head or step.
         """
         recorded = self._text(text)
-        chosen = list(recorded.weights) if layer is None else _as_numbers(layer) or []
-        unknown = [number for number in chosen if number not in recorded.weights]
-        if unknown:
-            raise UsageError(f"layers {unknown} were not recorded, only {sorted(recorded.weights)}")
-        stacked = torch.stack([recorded.weights[number] for number in chosen])
-        heads = _as_numbers(head)
-        if heads is not None:
-            if max(heads) >= stacked.shape[1]:
-                raise UsageError(f"heads {heads} were asked for, {stacked.shape[1]} were recorded")
-            stacked = stacked[:, heads]
-        return stacked.mean(dim=(0, 1)).numpy()
+        return recorded.array(self._averaged(recorded, layer, head, step))
 
     def heatmap(
         self,
         word: str | None = None,
         text: int = 0,
         *,
-        layer: Layers = None,
-        head: Layers = None,
-        place: Literal["predicting", "reading"] = "predicting",
+        layer: Numbers = None,
+        head: Numbers = None,
+        step: Numbers = None,
+        place: Place = "predicting",
         occurrence: int = 0,
+        image: Image.Image | None = None,
     ) -> Heatmap:
-        """Where in the picture the model looked for a word.
+        """Where in the picture a word belongs: where the model looked for it, or which places of a drawn picture looked
+        at it (several tokens of a word are added up there).
 
         Args:
-            word: a word or phrase of the text (or question); None: the mean over all that was generated.
-            text: number of the text in `texts`.
+            word: a word or phrase of the text, question or prompt; None: the mean over all that was generated.
+            text: number of the text or picture in `texts`.
             layer: as in `array`.
             head: as in `array`.
+            step: as in `array`.
             place: for generated words, the query that chose the word ("predicting") or the one that had read it.
             occurrence: which one, when the word occurs more than once.
+            image: the picture to draw on, where the recorder does not know it: a pipeline returns it at its end.
 
         Raises:
             UsageError: as `array`; the word is not there; or self-attention was recorded, which has no picture.
@@ -186,14 +173,99 @@ class AttentionMaps:
         recorded = self._text(text)
         if self.role != "cross":
             raise UsageError("heatmap() needs record_attention(role='cross'); array() gives the self-attention weights")
-        weights = self.array(text, layer=layer, head=head)
-        source = recorded.text
-        values = weights[recorded.positions(word, place, occurrence)].mean(axis=0)[source.num_extra :]
-        return Heatmap(values.reshape(source.grid), source.image, word or source.sentence, source.sentence)
+        if place not in get_args(Place):
+            raise UsageError(f"heatmap: place is {place!r}; choose one of {', '.join(get_args(Place))}")
+        averaged = self._averaged(recorded, layer, head, step)
+        return recorded.heatmap(averaged, word, place, occurrence, image)
 
-    def _text(self, number: int) -> RecordedText:
+    def grid(
+        self, words: Sequence[str] | None = None, text: int = 0, *, image: Image.Image | None = None, **chosen: Any
+    ) -> HeatmapGrid:
+        """The maps of several words in one picture, each in its own colours from its least to its most.
+
+        Args:
+            words: those to show; None: the text's, the first twelve.
+            text: as in `heatmap`.
+            image: as in `heatmap`.
+            **chosen: other arguments of `heatmap`.
+
+        Raises:
+            UsageError: as `heatmap`, or there are no words.
+        """
+        recorded = self._text(text)
+        shown = recorded.words[:_GRID_WORDS] if words is None else list(words)
+        if not shown:
+            raise UsageError("grid() has no words to show: give words=[...]")
+        return HeatmapGrid([self.heatmap(word, text, image=image, **chosen) for word in shown])
+
+    def alignment(self, text: int = 0, *, layer: Numbers = None, head: Numbers = None) -> Alignment:
+        """Which source words a translation's words come from: `pairs()`, `words()`, `save("x.png")`.
+
+        Args:
+            text: number of the translation in `texts`.
+            layer: as in `array`; without layer and head those that the model's config names for alignments, if any.
+            head: as in `array`.
+
+        Raises:
+            UsageError: as `array`, or what was recorded is no translation.
+        """
+        recorded = self._text(text)
+        if layer is None and head is None and isinstance(recorded, RecordedPair) and recorded.best is not None:
+            layer, head = recorded.best
+        return recorded.alignment(self._averaged(recorded, layer, head, None))
+
+    def save(self, path: Any) -> None:
+        """Write everything that was recorded into a NumPy file: arrays `TEXT/LAYER`, and `about`, JSON that says what
+        their axes are (head, token, feature; of drawn pictures step, head, cell, token).
+
+        Raises:
+            UsageError: nothing was recorded, or a name that does not end in .npz.
+            RunError: the file cannot be written.
+        """
+        self._text(0)
+        save_maps(path, self.texts, self.role, self.layer_names)
+
+    def _averaged(self, recorded: Recorded, layer: Numbers, head: Numbers, step: Numbers) -> dict[int, np.ndarray]:
+        weights = recorded.weights
+        chosen = list(weights) if layer is None else as_numbers(layer) or []
+        unknown = [number for number in chosen if number not in weights]
+        if unknown:
+            raise UsageError(f"layers {unknown} were not recorded, only {sorted(weights)}")
+        steps = self._steps(recorded, step)
+        found = {}
+        for number in chosen:
+            stacked = weights[number] if weights[number].dim() == 4 else weights[number][None]
+            stacked = stacked if steps is None else stacked[steps]
+            heads = as_numbers(head)
+            if heads is not None:
+                self._check_heads(recorded, heads, stacked.shape[1])
+                stacked = stacked[:, heads]
+            found[number] = stacked.mean(dim=(0, 1)).numpy()
+        return found
+
+    def _check_heads(self, recorded: Recorded, heads: list[int], count: int) -> None:
+        if isinstance(recorded, RecordedPicture) and "head" not in self.wanted.views:
+            raise UsageError("heads were averaged while recording: record_attention(..., views=['head']) keeps them")
+        if max(heads) >= count or min(heads) < 0:
+            raise UsageError(f"heads {heads} were asked for, {count} were recorded")
+
+    def _steps(self, recorded: Recorded, step: Numbers) -> list[int] | None:
+        """Places of the steps among those that were kept."""
+        wanted = as_numbers(step)
+        if wanted is None:
+            return None
+        if not isinstance(recorded, RecordedPicture):
+            raise UsageError("step= is for drawn pictures: a text is read in one pass")
+        if "step" not in self.wanted.views:
+            raise UsageError("steps were averaged while recording: record_attention(..., views=['step']) keeps them")
+        unknown = [number for number in wanted if number not in recorded.steps]
+        if unknown:
+            raise UsageError(f"steps {unknown} were not recorded, only {recorded.steps}")
+        return [recorded.steps.index(number) for number in wanted]
+
+    def _text(self, number: int) -> Recorded:
         if not self.texts:
-            raise UsageError("nothing was recorded: call caption(), ask() or match() within record_attention()")
+            raise UsageError(f"nothing was recorded: {self.why_empty()}")
         if not -len(self.texts) <= number < len(self.texts):
             raise UsageError(f"text {number} was asked for, {len(self.texts)} were recorded")
         return self.texts[number]
@@ -204,31 +276,50 @@ _RECORDERS: ContextVar[tuple[AttentionMaps, ...]] = ContextVar("mmattn_recorders
 
 @contextlib.contextmanager
 def record_attention(
-    target: Any, role: Literal["self", "cross"] = "cross", layers: Layers = None, heads: Layers = None
+    target: Any,
+    role: Role = "cross",
+    layers: Layers = None,
+    heads: Numbers = None,
+    steps: Numbers = None,
+    tokens: Tokens = None,
+    *,
+    views: Collection[View] = (),
+    guidance: Guidance = "conditional",
+    prompts: Prompts = None,
+    tokenizer: Any = None,
 ) -> Iterator[AttentionMaps]:
-    """Record the attention of the texts that `target` makes or reads within the block; its results stay the same.
+    """Record the attention of the texts or pictures that `target` makes or reads within the block; its results stay
+    the same, bit for bit. The maps can be used in the block and after it.
 
-    Each text is read once more for it (no picture is encoded again). The maps can be used in the block and after it.
+    Other threads that use the model meanwhile are not recorded.
 
     Args:
-        target: a `VisionLanguageModel`.
-        role: "cross" (text to picture) or "self" (text to text).
-        layers: attending layers to keep, counted from 0; all by default.
+        target: `VisionLanguageModel`, `Translator` or `TextToImage`; a diffusers pipeline with a U-Net or another model
+            with cross-attention, swapped or not, or that model by itself; a transformers model with cross-attention.
+        role: "cross" (text and picture, target and source) or "self".
+        layers: attending layers to keep, counted from 0 in the order in which they run, or parts of their names
+            ("up_blocks.1"); all by default.
         heads: heads to keep; all by default.
+        steps: denoising steps to keep, counted from 0; all by default.
+        tokens: of a drawn picture's prompt, the words (or token positions) to keep; None: every token, padding
+            included. Fewer tokens are faster and smaller.
+        views: what of a drawn picture is kept apart and not averaged while recording: "head", "step". Layers always
+            are. Texts keep their heads anyway.
+        guidance: which half of a pipeline's batch is kept: "conditional", "unconditional" or "both".
+        prompts: of a pipeline that is given embeddings, or of a model by itself: the texts, one for each prompt.
+        tokenizer: of a transformers model, for the words of its texts.
 
     Raises:
-        UsageError: a target whose attention cannot be recorded, or a wrong role.
+        UsageError: a target whose attention cannot be recorded or that is compiled, an argument that does not fit it,
+            or layers and heads that are not there.
     """
-    if not hasattr(target, "records_attention"):
-        raise UsageError(f"record_attention takes a VisionLanguageModel, not a {type(target).__name__}")
-    if role not in ("self", "cross"):
-        raise UsageError(f"record_attention: role is {role!r}; it must be 'self' or 'cross'")
-    maps = AttentionMaps(target, role, layers, heads)
-    token = _RECORDERS.set((*_RECORDERS.get(), maps))
-    try:
+    wanted = Wanted.checked(role, layers, heads, steps, tokens, views, guidance, prompts, tokenizer)
+    maps = AttentionMaps(target, wanted)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_watching(target, maps))
+        token = _RECORDERS.set((*_RECORDERS.get(), maps))
+        stack.callback(_RECORDERS.reset, token)
         yield maps
-    finally:
-        _RECORDERS.reset(token)
 
 
 def recorders_of(target: Any) -> list[AttentionMaps]:
@@ -236,23 +327,33 @@ def recorders_of(target: Any) -> list[AttentionMaps]:
     return [maps for maps in _RECORDERS.get() if maps.target is target]
 
 
-def _as_numbers(chosen: Layers) -> list[int] | None:
-    if chosen is None:
-        return None
-    return [chosen] if isinstance(chosen, int) else list(chosen)
+def is_recording(maps: AttentionMaps) -> bool:
+    """Whether a recorder's block is open here: in this thread or task."""
+    return any(open_maps is maps for open_maps in _RECORDERS.get())
 
 
-def _find(pieces: Sequence[str], word: str) -> list[list[int]]:
-    """Runs of tokens that spell a word or phrase, spaces and case aside."""
-    wanted = "".join(word.lower().split())
-    runs = []
-    for first in range(len(pieces)):
-        spelled = ""
-        for last in range(first, len(pieces)):
-            spelled += pieces[last]
-            if not pieces[last] or not wanted.startswith(spelled):
-                break
-            if spelled == wanted:
-                runs.append(list(range(first, last + 1)))
-                break
-    return runs
+def _watching(target: Any, maps: AttentionMaps) -> contextlib.AbstractContextManager[object]:
+    """What looks at a target while it runs; nothing for models that hand over their texts themselves."""
+    if hasattr(target, "records_attention") and not hasattr(target, "pipeline"):
+        maps.wanted.refuse_for(type(target).__name__, ("steps", "tokens", "views", "prompts", "tokenizer"))
+        return contextlib.nullcontext()
+    pipeline = getattr(target, "pipeline", target)
+    if isinstance(getattr(pipeline, "components", None), dict):
+        from mmattn.maps.denoising import watching_pipeline
+
+        return watching_pipeline(pipeline, maps)
+    if isinstance(target, torch.nn.Module):
+        from mmattn.swap.parts import is_diffusers, is_transformers, uncompiled
+
+        if is_diffusers(uncompiled(target)):
+            from mmattn.maps.denoising import watching_model
+
+            return watching_model(target, maps)
+        if is_transformers(uncompiled(target)):
+            from mmattn.maps.stock_models import watching_stock
+
+            return watching_stock(target, maps)
+    raise UsageError(
+        "record_attention takes a VisionLanguageModel, a Translator, a TextToImage, a diffusers pipeline or model, or a"
+        f" transformers model, not a {type(target).__name__}"
+    )

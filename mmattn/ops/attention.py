@@ -10,9 +10,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from mmattn.ops.observe import OBSERVERS, AttentionCall
+from mmattn.ops.observe import OBSERVERS, STEER, AttentionCall
 from mmattn.ops.registry import check_role, choose, selected
-from mmattn.ops.request import prepare, traits_of
+from mmattn.ops.request import Request, prepare, traits_of
 
 
 @overload
@@ -100,9 +100,21 @@ def attention(
     if backend == "auto":
         backend = selected(role)
     request = prepare(query, key, value, attn_mask, key_mask, is_causal, scale, dropout_p, return_weights)
+    # torch.compile cannot trace a context variable: compiled calls are neither steered nor observed.
+    steer = None if torch.compiler.is_compiling() else STEER.get()
+    if steer is not None and not return_weights:
+        return steer(request, lambda changed: _serve(changed, backend, role, caller)[0])
+    output, weights = _serve(request, backend, role, caller)
+    if return_weights:
+        assert weights is not None  # backends that cannot return weights have refused
+        return output, weights
+    return output
+
+
+def _serve(request: Request, backend: str, role: str | None, caller: Any) -> tuple[Tensor, Tensor | None]:
+    """Choose a backend, run it and tell the observers."""
     chosen = choose(backend, traits_of(request), request)
     output, weights = chosen.run(request)
-    # torch.compile cannot trace a context variable, nor what a callback does: compiled calls are not observed.
     observers = () if torch.compiler.is_compiling() else OBSERVERS.get()
     if observers:
         call = AttentionCall(
@@ -120,7 +132,4 @@ def attention(
         )
         for observer in observers:
             observer(call)
-    if return_weights:
-        assert weights is not None  # backends that cannot return weights have refused
-        return output, weights
-    return output
+    return output, weights

@@ -1,4 +1,5 @@
-"""Seeing attention calls while they happen, without touching them: the hook that attention maps are built on."""
+"""Seeing attention calls while they happen, without touching them, and changing them: the hooks that attention maps
+and steering are built on."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from mmattn.ops.request import Request
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -60,3 +63,33 @@ def observing(callback: Observer) -> Iterator[None]:
         yield
     finally:
         OBSERVERS.reset(token)
+
+
+@contextlib.contextmanager
+def unobserved() -> Iterator[None]:
+    """Within the block no observer is told of anything."""
+    token = OBSERVERS.set(())
+    try:
+        yield
+    finally:
+        OBSERVERS.reset(token)
+
+
+Steer = Callable[[Request, Callable[[Request], Tensor]], Tensor]
+
+# Read by `attention` in every call, as `OBSERVERS` is.
+STEER: ContextVar[Steer | None] = ContextVar("mmattn_attention_steer", default=None)
+
+
+@contextlib.contextmanager
+def steering(steer: Steer) -> Iterator[None]:
+    """Within the block (and this thread or task only), `steer(request, run)` answers every attention call in place of
+    `run(request)`, which computes one: with other queries, keys, values or masks, or several times. Observers are told
+    of what is run. Calls that return weights, and calls inside a graph of torch.compile, are not steered. An inner
+    block takes the place of an outer one.
+    """
+    token = STEER.set(steer)
+    try:
+        yield
+    finally:
+        STEER.reset(token)

@@ -17,9 +17,10 @@ from mmattn.training.peers import LostProcessError
 
 @pytest.fixture
 def ranks(tmp_path):
-    """`_Ranks` without processes: reports can be left for three of them."""
+    """`_Ranks` without processes: reports can be left for three of them, which have not met unless `keys` says so."""
     made = launch._Ranks.__new__(launch._Ranks)
-    made.num_processes, made.signals = 3, []
+    made.num_processes, made.signals, made.keys = 3, [], 0
+    made.store = types.SimpleNamespace(num_keys=lambda: made.keys)
     made.context = types.SimpleNamespace(error_files={rank: str(tmp_path / f"{rank}.json") for rank in range(3)})
     return made
 
@@ -59,6 +60,27 @@ def test_a_stop_before_anything_was_begun(ranks):
     ranks.signals = [signal.SIGINT]
     codes = {rank: -signal.SIGINT for rank in range(3)}
     assert told(ranks, codes, codes) == ("stopped by SIGINT before the first step", 130)
+
+
+@pytest.mark.parametrize(
+    ("signals", "keys", "said"),
+    [
+        ([signal.SIGTERM, signal.SIGTERM], 3, ("SIGTERM", 143)),
+        ([signal.SIGTERM, signal.SIGINT], 3, ("SIGINT", 130)),
+        ([signal.SIGINT, signal.SIGINT], 0, ("SIGINT", 130)),
+        ([signal.SIGTERM], 3, ("SIGTERM", 143)),  # after the last step
+    ],
+)
+def test_a_second_signal_or_one_after_training_has_begun(ranks, signals, keys, said):
+    ranks.signals, ranks.keys = signals, keys
+    codes = {rank: -signals[-1] for rank in range(3)}
+    name, code = said
+    assert told(ranks, codes, codes) == (
+        f"ended at once by {name}; go on with --resume from the last checkpoint",
+        code,
+    )
+    leave(ranks, 1, "stopped by SIGTERM after step 3", 143, at=1.0, is_consequence=True)  # it came in time
+    assert told(ranks, codes, codes) == ("stopped by SIGTERM after step 3", 143)
 
 
 def test_one_that_ended_without_a_word(ranks):

@@ -85,7 +85,7 @@ def test_long_texts_are_computed_in_chunks(own, monkeypatch):
     image = pictures(1)[0]
     with record_attention(own, role="self") as whole:
         own.ask(image, QUESTION)
-    monkeypatch.setattr("mmattn.maps.record._CHUNK", 3)
+    monkeypatch.setattr("mmattn.maps.weights._CHUNK_BYTES", 300)
     with record_attention(own, role="self") as cut:
         own.ask(image, QUESTION)
     assert np.allclose(whole.array(), cut.array(), atol=1e-6)
@@ -140,7 +140,7 @@ def test_wrong_questions_to_the_maps(own, use, message):
 
 def test_wrong_use_is_named(own):
     with (
-        pytest.raises(UsageError, match="takes a VisionLanguageModel, not a Linear"),
+        pytest.raises(UsageError, match="takes a VisionLanguageModel, a Translator, .* not a Linear"),
         record_attention(torch.nn.Linear(1, 1)),
     ):
         pass

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import signal
 
 import pytest
 from safetensors import SafetensorError
@@ -9,6 +11,7 @@ from safetensors import SafetensorError
 from mmattn.errors import CheckpointError, RunError
 from mmattn.training import latest_checkpoint, verify_checkpoint
 from mmattn.training.checkpoint import CheckpointStore
+from tests.training.pieces import assert_whole, kill_at_call, run_in_child
 
 
 def write(folder):
@@ -125,3 +128,58 @@ def test_clean_removes_leftovers_only(store):
         (folder / "weights").write_text("half")
     assert store.clean() == 2
     assert store.steps() == [10, 20, 30]
+
+
+def write_otherwise(folder):
+    (folder / "weights").write_bytes(b"otherwise")
+
+
+def test_a_step_that_is_saved_again_replaces_its_checkpoint(store):
+    store.save(30, write_otherwise)
+    assert_whole(store.output_dir)
+    assert (store.path(30) / "weights").read_bytes() == b"otherwise"
+    assert sorted(path.name for path in store.folder.iterdir()) == [f"step-000000{step}" for step in (10, 20, 30)]
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("number", [1, 2])
+def test_killed_while_a_checkpoint_is_replaced(store, number, after):
+    def save_again():
+        kill_at_call(["rename"], number, after=after)
+        store.save(30, write_otherwise)
+
+    assert run_in_child(save_again) == -signal.SIGKILL
+    store.clean()
+    assert_whole(store.output_dir)
+    assert store.steps() == [10, 20, 30]
+    is_new = (number, after) == (2, True)
+    assert (store.path(30) / "weights").read_bytes() == (b"otherwise" if is_new else b"abc" * 100)
+    assert len(list(store.folder.iterdir())) == 3
+
+
+def denied(*_):
+    raise PermissionError(errno.EACCES, "Permission denied", "step-00000010")
+
+
+def test_what_cannot_be_deleted_or_renamed_is_said(store, monkeypatch):
+    kept = r"the checkpoint of step 30 is kept; look at the disk and its permissions, then go on with --resume$"
+    for name, left in (("rename", "step-00000010"), ("rmdir", ".tmp-delete-00000010")):
+        monkeypatch.setattr(os, name, denied)
+        with pytest.raises(
+            RunError, match=rf"^cannot delete .*step-00000010: .*Permission denied: 'step-00000010'; {kept}"
+        ):
+            store.prune(2, ())
+        assert (store.folder / left).exists()
+        monkeypatch.undo()
+    assert store.steps() == [20, 30]
+    monkeypatch.setattr(shutil, "rmtree", denied)
+    with pytest.raises(RunError, match=rf"^cannot delete .*\.tmp-delete-00000010: .*; {kept}"):
+        store.clean()
+    monkeypatch.undo()
+    os.rename(store.path(20), store.folder / "step-00000020.replaced")
+    monkeypatch.setattr(os, "rename", denied)
+    with pytest.raises(RunError, match=rf"^cannot rename .*step-00000020\.replaced: .*; {kept}"):
+        store.clean()
+    monkeypatch.undo()
+    assert store.clean() == 1
+    assert store.steps() == [20, 30]

@@ -103,6 +103,11 @@ class PixelPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.config["pixel_unshuffle"], width * self.config["pixel_unshuffle"]
 
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the last call, or the one under way, puts guidance's half before the prompts', as in diffusers."""
+        return getattr(self, "_guidance_scale", 0.0) > 1
+
     def encode_prompt(self, prompt: Sequence[str]) -> EncodedText:
         """Text states `[B, L, C]` of the prompts, and their padding mask; a prompt that is cut is warned of."""
         return self.text_encoding.encode_prompts(prompt)
@@ -160,6 +165,7 @@ class PixelPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         steps = check_steps(num_inference_steps, self.scheduler)
         scale = check_guidance(guidance_scale, self.unet, has_negative=_given(negative_prompt, negative_prompt_embeds))
         _check_output(output_type, callback_on_step_end_tensor_inputs)
+        self._guidance_scale = scale
         positive = self._texts("prompt", prompt, prompt_embeds, prompt_attention_mask)
         texts = positive
         if scale > 1:

@@ -34,11 +34,13 @@ class EncodedPrompts:
         prompts: the texts.
         tensors: arguments of the pipeline by name, a row for each prompt; those of guidance begin with "negative_".
         has_negative: negative prompts were given.
+        negatives: those, one for each prompt; empty without.
     """
 
     prompts: tuple[str, ...]
     tensors: dict[str, Tensor]
     has_negative: bool
+    negatives: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -52,6 +54,11 @@ class EncodedPrompts:
     def is_guided(self) -> bool:
         """Whether the other half of guidance is there."""
         return any(name.startswith(_NEGATIVE) for name in self.tensors)
+
+    def texts(self, numbers: Sequence[int]) -> tuple[list[str], list[str] | None]:
+        """Prompts and negative prompts of these numbers; None where none were given."""
+        negatives = [self.negatives[number] for number in numbers] if self.negatives else None
+        return [self.prompts[number] for number in numbers], negatives
 
     def rows(self, numbers: Sequence[int], *, is_guided: bool) -> dict[str, Tensor]:
         """The pipeline's arguments for the prompts of these numbers, without guidance's half where it is not used."""
@@ -88,7 +95,7 @@ def encode_prompts(
             rows = slice(start, start + _AT_ONCE)
             parts.append(encode(pipeline, texts[rows], negatives and negatives[rows], is_guided=is_guided))
     tensors = {name: torch.cat(_same_length([part[name] for part in parts])) for name in parts[0]}
-    return EncodedPrompts(tuple(texts), tensors, has_negative=negatives is not None)
+    return EncodedPrompts(tuple(texts), tensors, negatives is not None, tuple(negatives or ()))
 
 
 def check_encoded(encoded: EncodedPrompts, unet: Any, *, is_guided: bool) -> None:

@@ -100,7 +100,7 @@ def plan_model(model: nn.Module, part: str, options: Options) -> Plan:
     backends: dict[str, RegisterBackend] = {}
     padding = PaddingReader()
     for name, module in model.named_modules():
-        layer = _layer(module, name, part)
+        layer = layer_of(module, name, part)
         if layer is None:
             continue
         plan.layers.append(layer)
@@ -144,7 +144,7 @@ def _sharers(layers: list[Layer]) -> dict[int, list[Layer]]:
     return sharers
 
 
-def _layer(module: nn.Module, name: str, part: str) -> Layer | None:
+def layer_of(module: nn.Module, name: str, part: str) -> Layer | None:
     """The layer that a module is, with the reason for leaving it alone; None for other modules."""
     if f".{MOTION}." in f".{name}.":
         part = MOTION

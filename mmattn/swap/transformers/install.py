@@ -70,7 +70,7 @@ def plan_model(model: nn.Module, part: str, backend: str, role: str | None) -> P
     check_transformers()
     plan = Plan()
     for name, module in model.named_modules():
-        layer = _layer(module, name, part)
+        layer = layer_of(module, name, part)
         if layer is None:
             continue
         layer.backend = backend
@@ -88,7 +88,7 @@ def plan_model(model: nn.Module, part: str, backend: str, role: str | None) -> P
     return plan
 
 
-def _layer(module: nn.Module, name: str, part: str) -> Layer | None:
+def layer_of(module: nn.Module, name: str, part: str) -> Layer | None:
     """The layer that a module is, with the reason for leaving it alone; None for other modules."""
     if isinstance(module, PreTrainedModel):  # its methods name the interface too
         return None

@@ -1,0 +1,35 @@
+"""Recorded maps as a NumPy file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmattn.errors import RunError, UsageError
+from mmattn.maps.recordings import Recorded
+
+
+def save_maps(path: str | Path, texts: Sequence[Recorded], role: str, layer_names: Mapping[int, str]) -> None:
+    """Write arrays `TEXT/LAYER` and `about`; see `AttentionMaps.save`.
+
+    Raises:
+        UsageError: a name that does not end in .npz.
+        RunError: the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise UsageError(f"{path}: maps are saved as NumPy's .npz: give a name that ends so")
+    arrays: dict[str, Any] = {}
+    for number, recorded in enumerate(texts):
+        arrays |= {f"{number}/{layer}": weights.numpy() for layer, weights in recorded.weights.items()}
+    names = {str(number): name for number, name in layer_names.items()}
+    about = {"role": role, "layers": names, "texts": [recorded.about() for recorded in texts]}
+    arrays["about"] = np.array(json.dumps(about, ensure_ascii=False))
+    try:
+        np.savez_compressed(path, **arrays)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error

@@ -1,0 +1,111 @@
+"""Which modules of a model attend, in what role, and which of them are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from mmattn.errors import UsageError
+from mmattn.nn.projected_attention import ProjectedAttention
+from mmattn.swap.parts import is_diffusers, is_transformers, uncompiled
+
+Role = Literal["self", "cross"]
+Numbers = int | Sequence[int] | None
+Layers = int | str | Sequence[int | str] | None
+_SHOWN = 12  # layers that an error lists
+
+
+class AttendingLayer(NamedTuple):
+    """An attention module of one role.
+
+    Attributes:
+        number: counted from 0 in the order in which the layers run.
+        name: its path in the model.
+        module: the module.
+    """
+
+    number: int
+    name: str
+    module: nn.Module
+
+
+def attending_layers(model: nn.Module, role: Role) -> list[AttendingLayer]:
+    """The attention modules of a role, numbered in the order in which they run.
+
+    Raises:
+        UsageError: there are none.
+    """
+    found = [(name, module) for name, module in model.named_modules() if _role(module, name, model) == role]
+    if not found:
+        raise UsageError(f"record_attention: {type(model).__name__} has no {role}-attention that can be read")
+    # A U-Net's middle is made last and runs between the two halves.
+    found.sort(key=lambda pair: _stage(pair[0]))
+    return [AttendingLayer(number, name, module) for number, (name, module) in enumerate(found)]
+
+
+def _stage(name: str) -> int:
+    order = ("down_blocks", "mid_block", "up_blocks")
+    return next((place for place, part in enumerate(order) if name.startswith(part)), 0)
+
+
+def _role(module: nn.Module, name: str, model: nn.Module) -> str | None:
+    if isinstance(module, ProjectedAttention):
+        return module.role
+    layer = None
+    if is_diffusers(model):
+        from mmattn.swap.diffusers.install import layer_of
+
+        layer = layer_of(module, name, "model")
+    elif is_transformers(model):
+        from mmattn.swap.transformers.install import layer_of as stock_layer_of
+
+        layer = stock_layer_of(module, name, "model")
+    return None if layer is None else layer.role
+
+
+def chosen_layers(layers: Sequence[AttendingLayer], chosen: Layers) -> list[AttendingLayer]:
+    """Those that are asked for, by number or by a part of their name.
+
+    Raises:
+        UsageError: one that is not there; the message says which are.
+    """
+    if chosen is None:
+        return list(layers)
+    wanted = [chosen] if isinstance(chosen, int | str) else list(chosen)
+    for each in wanted:
+        if not any(_is_meant(layer, each) for layer in layers):
+            shown = ", ".join(f"{layer.number} ({layer.name})" for layer in layers[:_SHOWN])
+            more = f" and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else ""
+            raise UsageError(f"record_attention: layers has {each!r}, which is not there: there are {shown}{more}")
+    return [layer for layer in layers if any(_is_meant(layer, each) for each in wanted)]
+
+
+def _is_meant(layer: AttendingLayer, wanted: int | str) -> bool:
+    return layer.number == wanted if isinstance(wanted, int) else wanted in layer.name
+
+
+def as_numbers(chosen: Numbers) -> list[int] | None:
+    """One number or several as a list; None stays None."""
+    if chosen is None:
+        return None
+    return [chosen] if isinstance(chosen, int) else list(chosen)
+
+
+def check_heads(heads: Sequence[int] | None, count: int, where: str) -> None:
+    """Raise `UsageError` for a head that a layer does not have."""
+    wrong = [head for head in heads or () if not 0 <= head < count]
+    if wrong:
+        raise UsageError(f"record_attention: heads={list(heads or ())}, but there are {count} heads ({where})")
+
+
+def check_not_compiled(name: str, model: Any) -> None:
+    """Raise `UsageError` for a model that `torch.compile` runs, wholly or in parts."""
+    compiled = uncompiled(model) is not model and hasattr(model, "_orig_mod")
+    parts = [] if not isinstance(model, nn.Module) else model.modules()
+    if compiled or any(getattr(part, "_compiled_call_impl", None) is not None for part in parts):
+        raise UsageError(
+            f"record_attention: {name} is compiled, and inside torch.compile nothing can be seen: record with the model"
+            " that was not compiled (of torch.compile(model), that is model._orig_mod)"
+        )

@@ -1,0 +1,293 @@
+"""Recording transformers models: every forward as it runs, and every `generate` by reading its texts once more.
+
+Beams are reordered and dropped while a text is generated, so nothing is kept of that: when `generate` has returned, its
+texts go through the model in one forward, without a word of it reaching the caller.
+
+B rows, L tokens of a text, Lk of what it attends to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmattn.errors import UsageError
+from mmattn.maps.capture import SeenAttention, watching
+from mmattn.maps.layers import attending_layers, check_heads, check_not_compiled, chosen_layers
+from mmattn.maps.record import AttentionMaps, is_recording
+from mmattn.maps.recordings import Recorded, RecordedPair, RecordedText, TextToRecord
+from mmattn.maps.tokens import TextTokens, numbered_tokens, tokens_of_ids
+from mmattn.swap.layers import SetAttribute
+from mmattn.swap.parts import uncompiled
+
+_TARGETS = ("decoder_input_ids", "input_ids")
+_GROWING = ("attention_mask", "cross_attention_mask")  # that have a place for each token of a text
+
+
+@contextlib.contextmanager
+def watching_stock(target: nn.Module, maps: AttentionMaps) -> Iterator[None]:
+    """Within the block the model is looked at.
+
+    Raises:
+        UsageError: it is compiled, has no such layers or heads, or an argument means nothing for it.
+    """
+    check_not_compiled("the model", target)
+    maps.wanted.refuse_for("transformers model", ("steps", "tokens", "views", "prompts"))
+    model: Any = uncompiled(target)
+    layers = chosen_layers(attending_layers(model, maps.role), maps.wanted.layers)
+    maps.layer_names = {layer.number: layer.name for layer in layers}
+    reading = Reading(model, maps, {id(layer.module): layer.number for layer in layers})
+    maps.why_empty = reading.why_empty
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(reading.begin, with_kwargs=True).remove)
+        hook = model.register_forward_hook(reading.end, with_kwargs=True, always_call=True)
+        stack.callback(hook.remove)
+        if hasattr(model, "generate"):
+            step = SetAttribute(model, "generate", reading.generating(model.generate))
+            step.do()
+            stack.callback(step.undo)
+        stack.enter_context(watching([layer.module for layer in layers], reading.wants, reading.see))
+        yield
+
+
+@dataclass(eq=False)
+class Reading:
+    """One recorder's view of a transformers model.
+
+    Attributes:
+        model: the model.
+        maps: gets a recording for every row of a forward.
+        numbers: id of an attention module to the layer's number.
+    """
+
+    model: Any
+    maps: AttentionMaps
+    numbers: dict[int, int]
+    _given: dict[str, Any] | None = None  # the arguments of the forward that is under way
+    _layers: dict[int, list[Tensor]] = field(default_factory=dict)
+    _is_generating: bool = False
+    _prefix: Tensor | None = None  # what the first step of a generation was given
+    _num_given: int | None = None
+    _unseen: dict[str, str] = field(default_factory=dict)
+    _was_called: bool = False
+
+    def wants(self) -> bool:
+        """Whether attention that runs now belongs to a forward that is recorded."""
+        return self._given is not None and not self._is_generating and is_recording(self.maps)
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward begins."""
+        if not is_recording(self.maps):
+            return
+        given = dict(inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments)
+        given |= given.pop("kwargs", {})
+        if self._is_generating:
+            if self._prefix is None:
+                self._prefix = _first(given, _TARGETS)
+            return
+        self._was_called = True
+        self._given, self._layers = given, {}
+
+    def end(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """A forward has ended, well if it has an output."""
+        if self._is_generating or self._given is None or not is_recording(self.maps):
+            return
+        given, self._given = self._given, None
+        if output is not None and self._layers:
+            self.maps.texts += self._recorded(given)
+
+    def see(self, module: nn.Module, seen: SeenAttention | None) -> None:
+        """A layer has run."""
+        number = self.numbers[id(module)]
+        if seen is None:
+            self._unseen[self.maps.layer_names[number]] = type(module).__name__
+            return
+        heads = self.maps.wanted.heads
+        check_heads(heads, seen.sizes[0], self.maps.layer_names[number])
+        self._layers[number] = [seen.kept(row, None, heads, average=False).cpu() for row in range(seen.rows)]
+
+    def generating(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's `generate`, and what reads its texts after it."""
+
+        def generate_and_read(*args: Any, **kwargs: Any) -> Any:
+            if not is_recording(self.maps) or self._is_generating:
+                return generate(*args, **kwargs)
+            self._check(args, kwargs)
+            self._is_generating, self._prefix = True, None
+            try:
+                output = generate(*args, **kwargs)
+            finally:
+                self._is_generating = False
+            self._was_called = True
+            self._read(args, kwargs, output if isinstance(output, Tensor) else output.sequences)
+            return output
+
+        return generate_and_read
+
+    def why_empty(self) -> str:
+        """Why nothing was recorded."""
+        if self._unseen:
+            name, kind = next(iter(self._unseen.items()))
+            return (
+                f"{name} ({kind}) attended in a way that cannot be seen: "
+                'model.set_attn_implementation("sdpa") or "eager" can be'
+            )
+        if self._was_called:
+            return f"the model ran, but its {self.maps.role}-attention did not: it got nothing to attend to"
+        return "the model's forward or generate() did not run within record_attention() (in this thread)"
+
+    # Texts that were generated.
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise for a generation that cannot be read again, before it is run."""
+        sound = kwargs.get("input_features", args[0] if args else None)
+        places = getattr(self.model.config, "max_source_positions", None)
+        if self.model.main_input_name != "input_features" or not isinstance(places, int):
+            return
+        if isinstance(sound, Tensor) and sound.shape[-1] > 2 * places:
+            raise UsageError(
+                f"record_attention: {sound.shape[-1]} frames are generated from window by window: record windows of"
+                f" {2 * places} frames, one call each"
+            )
+
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], sequences: Tensor) -> None:
+        """One forward over finished texts [B', L]."""
+        given = dict(kwargs)
+        if args:
+            given[self.model.main_input_name] = args[0]
+        given |= {self.model.main_input_name: given.pop("inputs")} if given.get("inputs") is not None else {}
+        known = inspect.signature(self.model.forward).parameters
+        given = {name: value for name, value in given.items() if name in known and isinstance(value, Tensor)}
+        sequences, self._num_given = self._with_prefix(sequences)
+        is_pair = "decoder_input_ids" in known and self.model.config.is_encoder_decoder
+        name = "decoder_input_ids" if is_pair else "input_ids"
+        given.pop("decoder_input_ids", None)
+        batch = next((len(value) for key, value in given.items() if key != name), len(sequences))
+        repeats = max(1, len(sequences) // max(1, batch))
+        given = {key: value.repeat_interleave(repeats, dim=0) for key, value in given.items()}
+        if name == "input_ids":
+            given |= {key: _grown(given[key], sequences.shape[1]) for key in _GROWING if key in given}
+        given[name] = sequences
+        was_training = self.model.training
+        try:
+            # Dropout would draw, and what is drawn later would be something else.
+            self.model.eval()
+            with torch.no_grad():
+                self.model(**given)
+        finally:
+            self.model.train(was_training)
+            self._num_given = None
+
+    def _with_prefix(self, sequences: Tensor) -> tuple[Tensor, int]:
+        """Texts with what their generation began with, which some models leave out, and its length."""
+        prefix = self._prefix
+        if prefix is None:
+            return sequences, 1
+        length = prefix.shape[1]
+        if sequences.shape[1] >= length and torch.equal(sequences[:1, :length], prefix[:1]):
+            return sequences, length
+        each = prefix.repeat_interleave(max(1, len(sequences) // len(prefix)), dim=0)[: len(sequences)]
+        return torch.cat([each, sequences], dim=1), length
+
+    # What is kept.
+
+    def _recorded(self, given: dict[str, Any]) -> list[Recorded]:
+        shapes = {tuple(rows[0].shape[1:]) for rows in self._layers.values()}
+        if len(shapes) > 1:
+            raise UsageError(
+                f"record_attention: these layers attend to different things ({len(shapes)} shapes): choose with layers="
+                f"among {', '.join(sorted(set(self.maps.layer_names.values())))}"
+            )
+        length, num_keys = next(iter(shapes))
+        ids = self._target_ids(given, length)
+        rows = len(next(iter(self._layers.values())))
+        return [self._row(given, row, ids, num_keys) for row in range(rows)]
+
+    def _row(self, given: dict[str, Any], row: int, ids: Tensor | None, num_keys: int) -> Recorded:
+        weights = {number: rows[row] for number, rows in self._layers.items()}
+        length = next(iter(weights.values())).shape[1]
+        target = numbered_tokens(range(length)) if ids is None else self._tokens(ids[row].tolist())
+        used = length if ids is None else _used(ids[row].tolist(), self._pad)
+        target = _cut(target, used)
+        weights = {number: each[:, :used] for number, each in weights.items()}
+        if self.maps.role == "self":
+            weights = {number: each[:, :, :used] for number, each in weights.items()}
+            return RecordedPair(target, target, weights, is_shifted=False)
+        grid, extra = self._grid(num_keys)
+        if self._looks_at_pictures:
+            num_given = used if self._num_given is None else min(self._num_given, used)
+            text = TextToRecord(list(target.pieces), num_given, None, grid, extra)
+            return RecordedText(text, weights)
+        source = given.get("input_ids")
+        sources = None
+        if isinstance(source, Tensor) and source.shape[1] == num_keys:
+            mask = given.get("attention_mask")
+            kept = num_keys if mask is None else int(mask[row].sum())
+            sources = self._tokens(source[row].tolist())
+            sources = _cut(sources, kept) if mask is None or bool(mask[row, :kept].all()) else sources
+        return RecordedPair(target, sources, weights)
+
+    @property
+    def _pad(self) -> int | None:
+        return getattr(self.model.config, "pad_token_id", None)
+
+    @property
+    def _looks_at_pictures(self) -> bool:
+        return hasattr(self.model.config, "vision_config")
+
+    def _tokens(self, ids: list[int]) -> TextTokens:
+        tokenizer = self.maps.wanted.tokenizer
+        return numbered_tokens(ids) if tokenizer is None else tokens_of_ids(tokenizer, ids)
+
+    def _target_ids(self, given: dict[str, Any], length: int) -> Tensor | None:
+        """The tokens [B, L] whose queries were seen; None where they came as embeddings."""
+        labels, shift = given.get("labels"), getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if given.get("decoder_input_ids") is None and isinstance(labels, Tensor) and shift is not None:
+            given = given | {"decoder_input_ids": shift(labels=labels)}
+        for name in _TARGETS:
+            ids = given.get(name)
+            if isinstance(ids, Tensor) and ids.shape[1] == length:
+                return ids
+        return None
+
+    def _grid(self, num_keys: int) -> tuple[tuple[int, int] | None, int]:
+        """Rows and columns of a picture's features, and how many stand before them; no grid for pictures in tiles."""
+        vision = getattr(self.model.config, "vision_config", None)
+        size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+        if not isinstance(size, int) or not isinstance(patch, int) or hasattr(vision, "max_num_tiles"):
+            return None, 0
+        side = size // patch
+        return ((side, side), num_keys - side * side) if side * side <= num_keys else (None, 0)
+
+
+def _first(given: dict[str, Any], names: tuple[str, ...]) -> Tensor | None:
+    return next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
+
+
+def _grown(mask: Tensor, length: int) -> Tensor:
+    """A mask [B, L', ...] with its last place repeated for tokens that came after it."""
+    missing = length - mask.shape[1]
+    if missing <= 0:
+        return mask[:, :length]
+    return torch.cat([mask, mask[:, -1:].expand(-1, missing, *mask.shape[2:])], dim=1)
+
+
+def _used(ids: list[int], pad: int | None) -> int:
+    """How many tokens come before the padding at the end; the first is never padding, though it may look so."""
+    used = len(ids)
+    while used > 1 and ids[used - 1] == pad:
+        used -= 1
+    return used
+
+
+def _cut(text: TextTokens, length: int) -> TextTokens:
+    if length >= len(text):
+        return text
+    made = TextTokens("", text.ids[:length], text.pieces[:length], text.starts[:length])
+    return TextTokens(" ".join(word for word, _ in made.words()), made.ids, made.pieces, made.starts)

@@ -1,0 +1,84 @@
+"""`mmattn maps`: a picture of each kind of model, and what is said of wrong usage."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from mmattn.cli.main import main
+from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
+from tests.inference.tiny_models import pictures, save_own
+from tests.inference.tiny_pipelines import pixel_parts
+from tests.inference.tiny_translators import ENGLISH, save_own_translator
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    translator = save_own_translator(tmp_path_factory.mktemp("translator"), files=tmp_path_factory.mktemp("files"))
+    drawing = tmp_path_factory.mktemp("drawing")
+    PixelPipeline(**pixel_parts()).save_pretrained(drawing)
+    return {"translator": translator, "vlm": save_own(tmp_path_factory.mktemp("vlm")), "diffusion": drawing}
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("image") / "a.png"
+    pictures(1)[0].save(path)
+    return str(path)
+
+
+def test_a_picture_for_every_kind_of_model(folders, image, tmp_path, capsys):
+    calls = {
+        "translator": [ENGLISH[0], "--save", str(tmp_path / "maps.npz")],
+        "vlm": ["is the red circle left ?", "--image", image, "-w", "red", "-w", "circle"],
+        "diffusion": ["a red circle", "--steps", "2", "--json"],
+    }
+    for kind, arguments in calls.items():
+        output = tmp_path / f"{kind}.png"
+        assert main(["maps", "-m", str(folders[kind]), *arguments, "-o", str(output)]) == 0
+        with Image.open(output) as picture:
+            assert min(picture.size) > 80
+    said = capsys.readouterr().out.splitlines()
+    assert json.loads(said[-1]) == {"file": str(tmp_path / "diffusion.png"), "text": "a red circle"}
+    assert (tmp_path / "maps.npz").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("translator", [], "no text: give a text to translate"),
+        ("diffusion", [], "no text: give a prompt"),
+        ("vlm", ["what ?"], "give one with --image"),
+        ("diffusion", ["a", "--image", "x.png"], r"--image x.png: this model (diffusion) looks at no pictures"),
+        ("translator", ["a", "-w", "a"], "--word is for pictures"),
+        ("translator", ["a", "-o", "maps.jpg"], "--output maps.jpg: must end in .png"),
+        ("translator", ["a", "--save", "maps.txt"], "--save maps.txt: must end in .npz"),
+        ("diffusion", ["a", "--score", "4", "-w", "a"], "leave out TEXT, --word"),
+        ("diffusion", ["a red circle", "--steps", "1", "-w", "dog"], "'dog' is not in 'a red circle'; its words are"),
+        ("diffusion", ["a", "--steps", "1", "--layer", "nowhere"], "layers has 'nowhere', which is not there"),
+    ],
+)
+def test_wrong_usage_is_one_line(folders, kind, arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["maps", "-m", str(folders[kind]), *arguments]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_not_overwritten(folders, tmp_path, capsys):
+    output = tmp_path / "maps.png"
+    output.write_bytes(b"mine")
+    call = ["maps", "-m", str(folders["translator"]), ENGLISH[0], "-o", str(output)]
+    assert main(call) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert output.read_bytes() == b"mine"
+    assert main([*call, "--force"]) == 0
+
+
+def test_scores_of_a_translator(folders, capsys):
+    assert main(["maps", "-m", str(folders["translator"]), "--score", "5", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert 0 < scores["alignment/f1/chance"] < 1
