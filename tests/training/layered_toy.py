@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,8 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from mmattn.errors import MmattnError
-from mmattn.training import Batch, Loss, launcher_sharding, sharding, train
+from mmattn.training import Batch, Loss, launcher_sharding, loop, sharding, train
+from mmattn.training.state import LoopState
 from tests.training.toy import VOCAB, WIDTH, ToyTask, toy_config
 
 
@@ -87,6 +91,7 @@ class GoesAround(LayeredTask):
 
 def _run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     resume, kill_at = options.pop("resume", False), options.pop("kill_at_fsync", None)
+    full_at = options.pop("full_at_step", None)
     if options.pop("through_accelerate", False):
         _let_accelerate_shard()
     own = options.pop("task", {})
@@ -94,7 +99,8 @@ def _run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     task = LayeredTask(**own, dtype=dtype) if not own.pop("goes_around", False) else GoesAround(dtype=dtype)
     if kill_at is not None:
         _kill_at_fsync(*kill_at)
-    result = train(task, toy_config(folder, **options), resume=resume)
+    with _full_disk(full_at):
+        result = train(task, toy_config(folder, **options), resume=resume)
     if options.get("sharding") == "fsdp2" and task.models:
         sharding.require_sharded(task.models[0], torch.distributed.get_world_size())
     kinds = sorted({type(p).__name__ for p in task.models[0].parameters()}) if task.models else []
@@ -127,6 +133,23 @@ def _kill_at_fsync(rank: int, number: int) -> None:
         fsync(descriptor)
 
     os.fsync = killing
+
+
+@contextlib.contextmanager
+def _full_disk(step: int | None) -> Iterator[None]:
+    """Inside, the facts of that step's checkpoint cannot be written."""
+    write_state = loop.write_state
+
+    def failing(folder: Path, state: LoopState, facts: dict[str, Any]) -> None:
+        if state.step == step:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_state(folder, state, facts)
+
+    loop.write_state = failing
+    try:
+        yield
+    finally:
+        loop.write_state = write_state
 
 
 def run_all(runs: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:

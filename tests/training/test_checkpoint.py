@@ -163,8 +163,8 @@ def denied(*_):
 
 def test_what_cannot_be_deleted_or_renamed_is_said(store, monkeypatch):
     kept = r"the checkpoint of step 30 is kept; look at the disk and its permissions, then go on with --resume$"
-    for name, left in (("rename", "step-00000010"), ("rmdir", ".tmp-delete-00000010")):
-        monkeypatch.setattr(os, name, denied)
+    for module, name, left in ((os, "rename", "step-00000010"), (shutil, "rmtree", ".tmp-delete-00000010")):
+        monkeypatch.setattr(module, name, denied)
         with pytest.raises(
             RunError, match=rf"^cannot delete .*step-00000010: .*Permission denied: 'step-00000010'; {kept}"
         ):

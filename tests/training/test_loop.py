@@ -130,6 +130,20 @@ def test_a_full_disk_while_saving_ends_the_run_with_the_previous_checkpoint(tmp_
     assert train(ToyTask(), toy_config(tmp_path), resume=True).step == 20
 
 
+def test_a_log_that_does_not_reach_the_disk_ends_the_run_with_the_previous_checkpoint(tmp_path, monkeypatch):
+    def failing(log):
+        if log.path.read_text().count("\n") == 10:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(MetricsLog, "sync", failing)
+    with pytest.raises(RunError) as caught:
+        train(ToyTask(), toy_config(tmp_path))
+    assert str(caught.value) == (
+        f"cannot save {tmp_path}/checkpoints/step-00000010: [Errno 5] Input/output error; the checkpoint of step 5 is "
+        "kept; make room, then go on with --resume"
+    )
+
+
 def test_a_dead_data_worker_is_said(tmp_path):
     class Dying(ToyTask):
         def collate(self, draws):

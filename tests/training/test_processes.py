@@ -31,12 +31,16 @@ from tests.training.toy import RaggedTask, ToyTask, toy_config
 
 folder, options = sys.argv[1], json.loads(sys.argv[2])
 extra = {"bad": (), "resume": False, "sleep": 0, "fill_at": 0, "dies": None}
-extra |= {"stop_in_evaluation": False, "batch_norm": False}
+extra |= {"stop_in_evaluation": False, "stop_other_at": 0, "batch_norm": False}
 extra = {key: options.pop(key, default) for key, default in extra.items()}
-saves = 0
+saves = calls = 0
 
 class Task(ToyTask if extra["batch_norm"] else RaggedTask):
     def loss(self, model, batch):
+        global calls
+        calls += 1
+        if calls == extra["stop_other_at"] and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(extra["sleep"])
         return super().loss(model, batch)
 
@@ -195,12 +199,17 @@ def test_a_dead_data_worker_of_one_process_ends_all(tmp_path):
     assert "rank 0: lost another of the 2 processes after step" in err
 
 
-def test_a_signal_in_an_evaluation_stops_all(tmp_path):
-    process = start(tmp_path, tmp_path / "run", 2, stop_in_evaluation=True, eval_every=3, max_steps=9)
-    _, err, code = finish(process)
+@pytest.mark.parametrize(
+    ("stop", "when"),
+    [({"stop_in_evaluation": True}, "in the evaluation after"), ({"stop_other_at": 3}, "after")],
+    ids=["in the evaluation", "the other process in the step before"],
+)
+def test_a_signal_in_an_evaluation_or_the_step_before_stops_all(tmp_path, stop, when):
+    _, err, code = finish(start(tmp_path, tmp_path / "run", 2, **stop, eval_every=3, max_steps=9))
     assert code != 0
     for rank in (0, 1):
-        assert f"rank {rank}: stopped by SIGTERM in the evaluation after step 3, saved in" in err
+        assert f"rank {rank}: stopped by SIGTERM {when} step 3, saved in" in err
+    assert not read_metrics(tmp_path / "run/metrics.jsonl", kind="eval")
     _, err, code = finish(start(tmp_path, tmp_path / "run", 2, resume=True, eval_every=3, max_steps=9))
     assert code == 0, err
     assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl", kind="eval")] == [3, 6, 9]

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmattn.training import TrainingStoppedError, latest_checkpoint, train
+from mmattn.training import TrainingStoppedError, latest_checkpoint, read_metrics, train
+from mmattn.training.state import read_facts
 from tests.training.pieces import KilledTask, assert_whole, kill_at_call, run_in_child, run_piece, timeless_lines
 from tests.training.toy import RaggedTask, ToyTask, toy_config
 
@@ -179,6 +180,26 @@ def test_sigterm_in_an_evaluation_saves_at_once_and_evaluates_on_resume(tmp_path
     assert time.monotonic() - started < 50
     run_piece(tmp_path, resume=True, **OPTIONS)
     assert_equal_runs(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize("step", [20, 40])
+def test_sigterm_in_the_step_before_an_evaluation_leaves_that_to_the_resume(tmp_path, unbroken, step):
+    class Unscored(KilledTask):
+        def evaluate(self, model):
+            assert self.at_call is not None
+            assert self.calls < self.at_call, "an evaluation was begun after the signal"
+            return super().evaluate(model)
+
+    last_call = 2 * step + step // 10 - 1  # two micro-batches a step, one in each evaluation
+    with pytest.raises(TrainingStoppedError, match=f"stopped by SIGTERM after step {step}, saved in .*-000000{step};"):
+        run_piece(tmp_path, resume=False, task=Unscored(last_call, signal.SIGTERM), **OPTIONS)
+    assert read_facts(tmp_path / f"checkpoints/step-000000{step}")["is_evaluation_due"]
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl", kind="eval")] == [*range(10, step, 10)]
+    run_piece(tmp_path, resume=True, **OPTIONS)
+    assert_equal_runs(tmp_path, unbroken)
+    newest, old = (read_facts(run / "checkpoints/step-00000040") for run in (tmp_path, unbroken))
+    assert newest == {**old, "training": newest["training"]}  # output_dir
+    assert not list(tmp_path.glob("checkpoints/*.replaced"))
 
 
 def test_killed_after_the_evaluation_that_was_made_again(tmp_path, unbroken):

@@ -116,6 +116,48 @@ def test_killed_inside_a_sharded_save(tmp_path):
         assert not list((folder / "checkpoints").glob(".tmp-*"))
 
 
+def test_a_full_disk_at_the_end_of_a_sharded_save_is_said_by_both(tmp_path):
+    """When the main process alone writes, after all have written their part."""
+    options = {**BASE, **FSDP2, "sharded_checkpoints": True}
+    runs = [(tmp_path / "run", {**options, "full_at_step": 8}), (tmp_path / "run", {**options, "resume": True})]
+    both = launch(runs, 2)
+    for failed, resumed in both:
+        assert failed["error"] == (
+            f"cannot save {tmp_path}/run/checkpoints/step-00000008: the disk is full; the checkpoint of step 6 is kept;"
+            " make room, then go on with --resume"
+        )
+        assert len(resumed["losses"]) == 6
+    assert_whole(tmp_path / "run")
+
+
+def test_a_finished_run_goes_on_with_whole_checkpoints(tmp_path):
+    """Published is what the last step's sharded checkpoint holds, which becomes a whole one."""
+    options = {**BASE, "ema_decay": 0.9}
+    sharded = {**options, **FSDP2, "sharded_checkpoints": True}
+    run_all([(tmp_path / "plain", options)])
+    again = [(tmp_path / "by-two", {**options, **FSDP2, "resume": True})]
+    launch([(tmp_path / name, sharded) for name in ("by-one", "by-two")] + again, 2)
+    assert exported_part(tmp_path / "by-one").parent.name == "checkpoints"
+    run_all([(tmp_path / "by-one", {**options, "resume": True})])
+    for name in ("by-one", "by-two"):
+        _assert_same_files(tmp_path / "plain", tmp_path / name)
+        assert exported_part(tmp_path / name) == tmp_path / name / "best"
+        assert not list((tmp_path / name / "checkpoints").glob("*.replaced"))
+
+
+def test_models_published_before_checkpoints_were_sharded_are_not_exported(tmp_path):
+    options = {**BASE, **FSDP2, "schedule": "constant"}
+    longer = {**options, "max_steps": 18, "sharded_checkpoints": True, "resume": True}
+    first, second = launch([(tmp_path / "run", options), (tmp_path / "run", longer)], 2)[0]
+    assert first["metrics"]["loss"] > second["metrics"]["loss"]
+    part = exported_part(tmp_path / "run")
+    assert part == tmp_path / "run/checkpoints/step-00000018"
+    task = LayeredTask()
+    export_model(part, tmp_path / "model", lambda: task)
+    with torch.no_grad():
+        assert task.evaluate(task.model) == pytest.approx(second["metrics"], rel=1e-9)
+
+
 def test_bf16_keeps_weights_in_float32_and_what_goes_around_is_refused(tmp_path):
     options = {**BASE, "mixed_precision": "bf16", "task": {"dtype": "float32"}}
     around = {**BASE, "task": {"goes_around": True}}
