@@ -17,10 +17,14 @@ def write(folder):
     (folder / "model/config.json").write_text(folder.name)
 
 
+def write_in_pieces(folder):
+    (folder / "trained-00000-of-00002.safetensors").write_text("x")
+
+
 def test_the_best_is_copied_or_it_is_said_where_it_is(tmp_path):
     store = CheckpointStore(tmp_path)
     store.save(3, write)
-    store.save(5, lambda folder: (folder / "trained-00000-of-00002.safetensors").write_text("x"))
+    store.save(5, write_in_pieces)
     assert publish_best(store, 3) == ""
     assert (tmp_path / "best/config.json").exists()
     checkpoint = store.path(5)
