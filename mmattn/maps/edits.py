@@ -51,14 +51,19 @@ class PromptEdit:
         if self.kind not in get_args(Kind):
             raise UsageError(f"PromptEdit: kind is {self.kind!r}; choose one of {', '.join(get_args(Kind))}")
         for name in ("cross_steps", "self_steps"):
-            share = getattr(self, name)
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-                raise UsageError(f"PromptEdit: {name} is {share!r}; it is a share of the steps, from 0 to 1")
+            check_share(getattr(self, name), f"PromptEdit: {name}")
         if isinstance(self.max_self_tokens, bool) or not isinstance(self.max_self_tokens, int):
             raise UsageError(f"PromptEdit: max_self_tokens is {self.max_self_tokens!r}; it must be a whole number")
         check_weights(self.weights, "PromptEdit")
         if self.kind == "reweight" and not self.weights:
             raise UsageError("PromptEdit: kind 'reweight' needs weights, such as {\"red\": 2}")
+
+
+def check_share(share: object, what: str) -> float:
+    """Raise `UsageError` for something that is no share of the steps."""
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise UsageError(f"{what} is {share!r}; it is a share of the steps, from 0 to 1")
+    return float(share)
 
 
 def check_weights(weights: object, what: str, *, least: float = -math.inf) -> dict[str, float]:

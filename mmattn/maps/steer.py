@@ -6,14 +6,14 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmattn.errors import RunError, UsageError
-from mmattn.maps.edits import PromptEdit, check_weights
+from mmattn.maps.edits import PromptEdit, check_share, check_weights
 from mmattn.maps.steer_changes import MapExchange, ScoreBias, map_exchange, score_bias
 from mmattn.maps.steer_install import STEERERS, SteeredLayer, standing_in, steered_layers
 from mmattn.maps.steer_prompts import PromptMemory
@@ -32,6 +32,7 @@ def steer_attention(
     edit: PromptEdit | Literal["replace", "refine"] | None = None,
     *,
     end_weight: float | None = None,
+    steps: float = 1.0,
 ) -> Iterator[None]:
     """Within the block (and this thread or task only), steer the cross-attention of what a pipeline draws.
 
@@ -53,6 +54,8 @@ def steer_attention(
             noise, and the edited picture takes the attention maps of the source. A `PromptEdit`, or its kind.
         end_weight: weight of the token that ends the text and of padding while a region limits a phrase; None: 0. Text
             encoders put the whole prompt into them, so that with more weight objects appear outside their regions.
+        steps: share of the steps, from the first on, in which weights and regions count. Layout is settled in the first
+            ones; afterwards the whole prompt may work on details.
 
     Raises:
         UsageError: arguments that cannot be, a pipeline or layers that cannot be steered, a compiled U-Net; while
@@ -63,6 +66,8 @@ def steer_attention(
         raise UsageError("steer_attention: nothing to steer; give weights, regions or edit")
     if end_weight is not None and not regions:
         raise UsageError("steer_attention: end_weight is for regions, and there are none; leave it out")
+    if edit is not None and steps != 1:
+        raise UsageError("steer_attention: steps is for weights and regions; PromptEdit has cross_steps and self_steps")
     if edit is not None and (weights is not None or regions is not None):
         raise UsageError(
             "steer_attention: an edit takes the source's maps as they are, so that weights and regions would not reach "
@@ -75,6 +80,7 @@ def steer_attention(
         check_weights(weights if weights is not None else {}, "steer_attention", least=0.0),
         read_regions(regions if regions is not None else {}),
         check_weights({"end_weight": end_weight or 0.0}, "steer_attention", least=0.0)["end_weight"],
+        check_share(steps, "steer_attention: steps"),
         None if edit is None else _read_edit(edit),
     )
     if any(isinstance(other, _Steering) and other.unet is unet for other in STEERERS.get()):
@@ -134,12 +140,14 @@ class _TextPlan:
 
 @dataclass(frozen=True, eq=False)
 class _Pass:
-    """One run of the U-Net: n pictures a row of text, latents of a size, the share of the steps that are done."""
+    """One run of the U-Net: n pictures a row of text, latents of a size, the share of the steps that are done; of the
+    layers those that were changed."""
 
     plan: _TextPlan
     pictures: int
     size: tuple[int, int]
     share: float
+    changed: set[str] = field(default_factory=set)
 
 
 class _Steering:
@@ -153,6 +161,7 @@ class _Steering:
         weights: dict[str, float],
         regions: list[Region],
         end_weight: float,
+        steps: float,
         edit: PromptEdit | None,
     ) -> None:
         self.unet = unet
@@ -160,6 +169,7 @@ class _Steering:
         self.passes = 0
         self._pipeline = pipeline
         self._weights, self._regions, self._end_weight, self._edit = weights, regions, end_weight, edit
+        self._steps = steps
         self._memory = PromptMemory(pipeline)
         self._plans: list[_TextPlan] = []
         self._now: _Pass | None = None
@@ -187,12 +197,14 @@ class _Steering:
         given = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
         sample, text = given["sample"], given["encoder_hidden_states"]
         text = text if isinstance(text, Tensor) else text.text  # a UNetContext
+        known = tuple(self._plans)
         plan = self._plan_of(text)
         share = 0.0
-        if plan.exchange is not None:
+        if plan.exchange is not None or self._steps < 1:
             number, total = self._step(given["timestep"])
             share = number / total
-            if number == 0:
+            is_first = number == 0 or plan not in known  # image to image begins later
+            if is_first and plan.exchange is not None:
                 plan.exchange.check_noise(sample)
         self._now = _Pass(plan, sample.shape[0] // text.shape[0], (sample.shape[-2], sample.shape[-1]), share)
 
@@ -201,17 +213,37 @@ class _Steering:
         layer, now = self.layers.get(module), self._now
         if layer is None or now is None:
             return None
-        if layer.role == "cross" and now.plan.bias is not None:
-            bias = now.plan.bias
+        change = self._cross(layer, now) if layer.role == "cross" else self._self(now, num_queries)
+        if change is not None:
+            now.changed.add(layer.name)
+        return change
+
+    def end(self, unet: nn.Module) -> None:
+        """See to it that all was done that was to be done."""
+        now = self._now
+        if unet is not self.unet or now is None:
+            return
+        self._now = None
+        cross = next((layer for layer in self.layers.values() if layer.role == "cross"), None)
+        if cross is not None and not now.changed and self._cross(cross, now) is not None:
+            raise RunError(
+                "steer_attention: the U-Net ran and no layer of it was steered; if torch.compile runs its forward, "
+                "steer with a U-Net that is not compiled"
+            )
+
+    def _cross(self, layer: SteeredLayer, now: _Pass) -> Steer | None:
+        bias, exchange = now.plan.bias, now.plan.exchange
+        if bias is not None and now.share < self._steps:
             return functools.partial(bias.apply, size=now.size, pictures=now.pictures, where=layer.name)
-        edit, exchange = self._edit, now.plan.exchange
-        if edit is None or exchange is None:
-            return None
-        if layer.role == "cross":
-            return exchange.cross if now.share < edit.cross_steps else None
-        if now.share < edit.self_steps and num_queries <= edit.max_self_tokens:
-            return functools.partial(exchange.own_maps, pictures=now.pictures)
+        if exchange is not None and self._edit is not None and now.share < self._edit.cross_steps:
+            return exchange.cross
         return None
+
+    def _self(self, now: _Pass, num_queries: int) -> Steer | None:
+        edit, exchange = self._edit, now.plan.exchange
+        if edit is None or exchange is None or now.share >= edit.self_steps or num_queries > edit.max_self_tokens:
+            return None
+        return functools.partial(exchange.own_maps, pictures=now.pictures)
 
     def _plan_of(self, text: Tensor) -> _TextPlan:
         is_guided = bool(getattr(self._pipeline, "do_classifier_free_guidance", False))
@@ -227,7 +259,7 @@ class _Steering:
         else:
             bias = score_bias(prompts, length, self._weights, self._regions, self._end_weight, text)
         plan = _TextPlan(text, version, is_guided, bias, exchange)
-        self._plans = [plan, *self._plans][:_KEPT]
+        self._plans = [plan, *self._plans[: _KEPT - 1]]
         return plan
 
     def _step(self, timestep: Any) -> tuple[int, int]:
@@ -238,6 +270,6 @@ class _Steering:
         if not len(found):
             raise RunError(
                 f"steer_attention: the U-Net is given time {float(time):g}, which is no step of the pipeline's "
-                f"{type(self._pipeline.scheduler).__name__}, so that an edit cannot tell how far it is"
+                f"{type(self._pipeline.scheduler).__name__}, so that it is not known how much is done"
             )
         return int(found[0]), len(timesteps)

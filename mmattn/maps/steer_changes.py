@@ -34,7 +34,7 @@ class ScoreBias:
 
     words: Tensor
     regions: Sequence[tuple[Region, Tensor]]
-    _made: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    _made: dict[tuple[int, int, int, tuple[int, int]], Tensor] = field(default_factory=dict)
 
     def apply(self, request: Request, run: Run, *, size: tuple[int, int], pictures: int, where: str) -> Tensor:
         """The biased attention.
@@ -47,9 +47,9 @@ class ScoreBias:
             where: the layer, for messages.
         """
         sizes = request.query.shape[2] // pictures, request.key.shape[2], pictures
-        bias = self._made.get(sizes)
+        bias = self._made.get((*sizes, size))
         if bias is None:
-            bias = self._made[sizes] = self._bias(*sizes, size, where)
+            bias = self._made[*sizes, size] = self._bias(*sizes, size, where)
         return run(replace(request, attn_mask=_added(request.attn_mask, bias)))
 
     def _bias(self, num_queries: int, num_keys: int, pictures: int, size: tuple[int, int], where: str) -> Tensor:

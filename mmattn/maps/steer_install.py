@@ -42,6 +42,10 @@ class Steerer(Protocol):
         """What to do to a module's attention now; None: nothing."""
         ...
 
+    def end(self, unet: nn.Module) -> None:
+        """A U-Net has run."""
+        ...
+
     def layer(self, module: nn.Module) -> SteeredLayer:
         """The layer that a module is."""
         ...
@@ -146,6 +150,10 @@ def steered_layers(unet: nn.Module) -> dict[nn.Module, SteeredLayer]:
         reason = layer.refused if isinstance(module, Attention) and layer.role != "joint" else "no layer of its kind"
         if isinstance(processor, Swapped):
             reason = _swapped_refusal(processor)
+        elif not isinstance(vars(module).get("forward", None), SteeredForward | None):
+            reason = (
+                "its forward is replaced, by a hook that moves or casts it or the like, which steering would pass by"
+            )
         if reason is not None:
             refused.append(f"{layer.name}: {reason}")
             continue
@@ -201,28 +209,36 @@ class _EncodePrompt:
 
 
 @dataclass(eq=False)
-class _BeforeForward:
-    """Tells the steerers when a U-Net runs."""
+class _AroundForward:
+    """Tells the steerers when a U-Net begins to run and when it has run."""
 
     unet: nn.Module
-    _hook: Any = None
+    _hooks: tuple[Any, ...] = ()
 
     def do(self) -> None:
         """Hook in."""
 
-        def tell(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def begin(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             for steerer in STEERERS.get():
                 steerer.begin(unet, args, kwargs)
 
-        self._hook = self.unet.register_forward_pre_hook(tell, with_kwargs=True)
+        def end(unet: nn.Module, args: Any, output: Any) -> None:
+            for steerer in STEERERS.get():
+                steerer.end(unet)
+
+        self._hooks = (
+            self.unet.register_forward_pre_hook(begin, with_kwargs=True),
+            self.unet.register_forward_hook(end),
+        )
 
     def undo(self, *, force: bool = False) -> str | None:
-        """Take the hook out."""
-        self._hook.remove()
+        """Take the hooks out."""
+        for hook in self._hooks:
+            hook.remove()
         return None
 
     def problem(self) -> str | None:
-        """None: nobody else takes it out."""
+        """None: nobody else takes them out."""
         return None
 
 
@@ -248,7 +264,7 @@ def standing_in(pipeline: Any, unet: nn.Module, layers: dict[nn.Module, SteeredL
             _shared(
                 unet,
                 lambda: [
-                    _BeforeForward(unet),
+                    _AroundForward(unet),
                     *(SetAttribute(module, "forward", SteeredForward(module)) for module in layers),
                 ],
             )

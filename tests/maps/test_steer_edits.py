@@ -109,6 +109,8 @@ def test_arguments_that_cannot_be(pipe):
     refused(pipe, "end_weight is for regions, and there are none", weights={"red": 2}, end_weight=0.5)
     box = {"red": (0, 0, 0.5, 1)}
     refused(pipe, "weight of 'end_weight' is -1; it must be a finite number of 0", regions=box, end_weight=-1)
+    refused(pipe, "steps is 2; it is a share of the steps", weights={"red": 2}, steps=2)
+    refused(pipe, "steps is for weights and regions; PromptEdit has", edit="replace", steps=0.5)
     refused(pipe, "edit is 'swap'; give 'replace', 'refine' or a PromptEdit", edit="swap")
     refused(pipe, r"use PromptEdit\(weights=...\) with an edit", edit="replace", weights={"red": 2})
     refused(pipe.unet, "takes a pipeline with a UNet2DConditionModel.*not a UNet2DConditionModel", weights={"red": 2})
@@ -180,6 +182,19 @@ def test_compiled_u_nets():
     pipe.unet = stock
     stock.compile_repeated_blocks()
     refused(pipe, "the U-Net is compiled", weights={"red": 2})
+
+
+def test_a_forward_that_is_compiled_behind_our_back(pipe, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with mmattn.steer_attention(pipe, weights={"red": 2}), pytest.raises(RunError, match="no layer of it was steered"):
+        run(pipe)
+
+
+def test_layers_behind_hooks():
+    pipe = build("sd")
+    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    layer.forward = layer.forward
+    refused(pipe, r"attn2: its forward is replaced, by a hook", weights={"red": 2})
 
 
 def test_blocks_within_blocks(pipe):
