@@ -100,11 +100,16 @@ def check_heads(heads: Sequence[int] | None, count: int, where: str) -> None:
         raise UsageError(f"record_attention: heads={list(heads or ())}, but there are {count} heads ({where})")
 
 
+def is_compiled(model: Any) -> bool:
+    """Whether `torch.compile` runs a model, wholly or in parts."""
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    is_wrapped = uncompiled(model) is not model and hasattr(model, "_orig_mod")
+    return is_wrapped or any(getattr(part, "_compiled_call_impl", None) is not None for part in parts)
+
+
 def check_not_compiled(name: str, model: Any) -> None:
     """Raise `UsageError` for a model that `torch.compile` runs, wholly or in parts."""
-    compiled = uncompiled(model) is not model and hasattr(model, "_orig_mod")
-    parts = [] if not isinstance(model, nn.Module) else model.modules()
-    if compiled or any(getattr(part, "_compiled_call_impl", None) is not None for part in parts):
+    if is_compiled(model):
         raise UsageError(
             f"record_attention: {name} is compiled, and inside torch.compile nothing can be seen: record with the model"
             " that was not compiled (of torch.compile(model), that is model._orig_mod)"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmattn.errors import RunError, UsageError
 from mmattn.maps.edits import PromptEdit, check_share, check_weights
+from mmattn.maps.layers import is_compiled
 from mmattn.maps.steer_changes import MapExchange, ScoreBias, map_exchange, score_bias
 from mmattn.maps.steer_install import STEERERS, SteeredLayer, standing_in, steered_layers
 from mmattn.maps.steer_prompts import PromptMemory
@@ -109,8 +110,7 @@ def _opened(pipe: Any) -> tuple[Any, nn.Module]:
 
     pipeline = pipe.pipeline if hasattr(pipe, "pipeline") else pipe
     unet = getattr(pipeline, "unet", None)
-    compiled = getattr(unet, "_orig_mod", None) is not None
-    if compiled or any(getattr(part, "_compiled_call_impl", None) for part in _modules(unet)):
+    if unet is not None and is_compiled(unet):
         raise UsageError(
             "steer_attention: the U-Net is compiled, and a compiled graph cannot be steered; steer the pipeline with "
             "the U-Net that was not compiled (unet._orig_mod, or a model loaded anew)"
@@ -121,10 +121,6 @@ def _opened(pipe: Any) -> tuple[Any, nn.Module]:
             f"own) or a TextToImage, not a {type(pipe).__name__}"
         )
     return pipeline, unet
-
-
-def _modules(unet: Any) -> Iterator[nn.Module]:
-    return unet.modules() if isinstance(unet, nn.Module) else iter(())
 
 
 @dataclass(frozen=True, eq=False)
