@@ -58,7 +58,7 @@ def _fail(message: str, debug: bool, exit_code: int, kind: MmattnError) -> None:
     if "RANK" not in os.environ:
         _say(message, debug)
         return
-    from mmattn.cli import rank_report
+    from mmattn.training import rank_report
 
     is_repetition = kind.is_everywhere and not rank_report.is_first()
     rank_report.write_report(message, exit_code, is_consequence=kind.is_consequence or is_repetition)

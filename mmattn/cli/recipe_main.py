@@ -51,7 +51,7 @@ def run_recipe(module: ModuleType, argv: Sequence[str] | None = None) -> int:
 def train_recipe(module: ModuleType, source: str, overrides: Sequence[str], *, resume: bool) -> None:
     """Load the recipe's config, train, and say where the result is (first process only)."""
     if "RANK" in os.environ:
-        from mmattn.cli.launch import watch_launcher
+        from mmattn.training.launch import watch_launcher
 
         watch_launcher()
     config = load_config(module.Config, source, overrides)

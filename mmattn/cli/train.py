@@ -31,7 +31,7 @@ def train(
         )
     recipe = load_recipe(recipe_of(config))
     if processes is not None and processes > 1:
-        from mmattn.cli.launch import launch
+        from mmattn.training.launch import launch
 
         settings = load_config(recipe.Config, config, overrides or ())  # what is wrong with it is said once
         debug = ["--debug"] if "--debug" in sys.argv else []  # taken off the command line before it comes here

@@ -203,6 +203,19 @@ def torch_device_missing(device: str) -> str | None:
     return f"torch {torch.__version__} sees no {device} device here"
 
 
+def ampere_missing(device: str) -> str | None:
+    """Why kernels for NVIDIA cards from the A100 on cannot be used here; None when they can."""
+    missing = torch_device_missing(device)
+    if missing is not None:
+        return missing
+    if torch.version.hip:
+        return "not tried on AMD"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 (A100 and newer), this card has {capability[0]}.{capability[1]}"
+    return None
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype as people write it, without "torch."."""
     return str(dtype).removeprefix("torch.")

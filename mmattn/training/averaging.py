@@ -175,7 +175,7 @@ class LastCheckpoints:
         """Check that those before `first_step`, where this piece of the run starts, are there.
 
         Raises:
-            UsageError: when some are not.
+            UsageError: when some are not, or are sharded.
             CheckpointError: when one is damaged.
         """
         needed = {step for step in self.steps if step <= first_step}
@@ -188,6 +188,11 @@ class LastCheckpoints:
             )
         for step in sorted(needed):
             self._verify(step)
+            if not (self.store.path(step) / TRAINED_FILE).is_file():
+                raise UsageError(
+                    f"average_last {self.number} averages whole checkpoints, and {self.store.path(step)} is sharded: "
+                    "set average_last to 0, or raise max_steps"
+                )
 
     def tensors(self) -> dict[str, Tensor]:
         """The mean of what was trained and of the buffers, by name.

@@ -38,6 +38,16 @@ class CheckpointStore:
         """The folder of a step's checkpoint."""
         return self.folder / f"step-{step:08d}"
 
+    def prepare(self) -> None:
+        """Make the folder, and `clean` it.
+
+        Raises:
+            RunError: when the disk does not let it.
+        """
+        with self._failing_in_a_line(f"make {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.clean()
+
     def clean(self) -> int:
         """Remove what an interrupted save left behind, and put back what it was about to replace.
 

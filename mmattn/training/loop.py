@@ -151,9 +151,7 @@ class _Run:
         self.first_step = self.state.step
         if self.last_checkpoints is not None:
             on_main(self.accelerator, functools.partial(self.last_checkpoints.require, self.first_step))
-        if self.accelerator.is_main_process:
-            self.store.folder.mkdir(parents=True, exist_ok=True)
-            self.store.clean()
+        on_main(self.accelerator, self.store.prepare)
         self.log = RunLog(self.accelerator, self.config, self.state, unit=self.task.unit)
         self.buffers = BufferGuard(stored_buffers(self.prepared.inner))
         for remark in [*remarks, *self._announcement()]:

@@ -150,7 +150,7 @@ def check(work: Path, kind: str, examples: int, seed: int) -> None:
     values = overrides(work, kind, examples)
     started = time.perf_counter()
     steps = steps_of_an_epoch([*values, f"training.output_dir={work / 'unused'}"])
-    report(f"{kind}: indexing and, by tokens, counting", f"{time.perf_counter() - started:.0f} s", "", True)
+    report(f"{kind}: indexing and, by tokens, counting", f"{time.perf_counter() - started:.0f} s", "reported", True)
     arguments = (str(BIN / "mmattn"), "train", "translate/debug", *values, f"training.max_steps={steps}")
     command = Command(arguments, "training.output_dir")
     whole, broken = work / f"{kind}-whole", work / f"{kind}-broken"
@@ -161,10 +161,10 @@ def check(work: Path, kind: str, examples: int, seed: int) -> None:
     lines = timeless(whole)
     drawn = lines[-1]["examples"]
     report(f"{kind}: examples in one epoch of {steps} steps", f"{drawn:,}", f"{examples:,}", drawn == examples)
-    report(f"{kind}: the unbroken run", f"{seconds:.0f} s", "", True)
+    report(f"{kind}: the unbroken run", f"{seconds:.0f} s", "reported", True)
     growth = memory.growth(steps)
     top = max((size for _, size in memory.samples), default=0.0)
-    report(f"{kind}: memory at most, all processes", f"{top:,.0f} MiB", "", True)
+    report(f"{kind}: memory at most, all processes", f"{top:,.0f} MiB", "reported", True)
     name = f"{kind}: its growth from 2nd to last quarter"
     report(name, f"{growth:+.1f} MiB", f"at most {GROWTH_MIB} MiB", growth <= GROWTH_MIB)
     kill_at = random.Random(seed).randrange(steps // 10, 9 * steps // 10)

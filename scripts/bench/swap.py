@@ -20,7 +20,6 @@ import contextlib
 import functools
 import json
 import math
-import platform
 import statistics
 import sys
 import time
@@ -43,7 +42,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from results import finish  # noqa: E402
+from results import facts, finish  # noqa: E402
 
 import mmattn  # noqa: E402
 from mmattn.errors import MmattnError  # noqa: E402
@@ -289,18 +288,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    versions = {"mmattn": mmattn.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    facts = {
-        "versions": versions,
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "size": arguments.size,
-        "repeats": arguments.repeats,
-    }
-    print(json.dumps(facts))
+    about = facts(mmattn, torch, diffusers, size=arguments.size, repeats=arguments.repeats)
+    print(json.dumps(about))
     print(f"{'':<42} {'stock ms':>9} {'ours ms':>9} {'ratio':>7} {'goal':>6}")
     rows = [row for case in arguments.case or CASES for row in CASES[case](arguments.size == "tiny", arguments.repeats)]
-    return finish(rows, facts, arguments.json)
+    return finish(rows, about, arguments.json)
 
 
 if __name__ == "__main__":

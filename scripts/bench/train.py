@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import accelerate
 import torch
 import transformers
-from results import finish
+from results import facts, finish
 from train_translator import translator_rows
 
 import mmattn
@@ -51,21 +50,10 @@ def main() -> int:
         arguments.repeats, arguments.steps = 2, 2
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
-    versions = {
-        "mmattn": mmattn.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-    }
-    facts: dict[str, Any] = {
-        "versions": versions,
-        "processor": platform.processor(),
-        "threads": arguments.threads,
-        "quick": arguments.quick,
-    }
-    print(json.dumps(facts))
+    about = facts(mmattn, torch, transformers, accelerate, quick=arguments.quick)
+    print(json.dumps(about))
     rows = [row for name, part in PARTS.items() if arguments.only in (None, name) for row in part(arguments)]
-    return finish(rows, facts, arguments.json)
+    return finish(rows, about, arguments.json)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -34,7 +33,7 @@ import numpy as np
 import torch
 import transformers
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from results import finish
+from results import StepRow, facts, finish
 from torch import nn
 from transformers import BlipForConditionalGeneration
 from unet import LENGTH, SD15, TINY, Step, gradients_of, liven, seeded, train
@@ -51,24 +50,10 @@ LEARNING_RATE = 1e-5
 
 
 @dataclass
-class Row:
-    """One step beside stock's."""
+class Row(StepRow):
+    """One step beside stock's, and what was in it."""
 
-    name: str
-    value: float
-    goal: float
-    stock_ms: float
-    ours_ms: float
-    stock_spread: float
-    ours_spread: float
-    difference: float
-    backends: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_ok(self) -> bool:
-        """Whether the goal is reached."""
-        return self.value >= self.goal
 
 
 @dataclass(frozen=True)
@@ -247,16 +232,9 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
-    versions = {module.__name__: module.__version__ for module in (mmattn, torch, transformers, diffusers)}
-    facts = {
-        "versions": versions,
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "size": arguments.size,
-        "repeats": arguments.repeats,
-    }
-    print(json.dumps(facts))
-    return finish(all_rows(arguments.size, arguments.repeats, is_quick=arguments.quick), facts, arguments.json)
+    about = facts(mmattn, torch, transformers, diffusers, size=arguments.size, repeats=arguments.repeats)
+    print(json.dumps(about))
+    return finish(all_rows(arguments.size, arguments.repeats, is_quick=arguments.quick), about, arguments.json)
 
 
 if __name__ == "__main__":

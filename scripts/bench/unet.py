@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
 import statistics
 import sys
 import time
@@ -36,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from results import finish  # noqa: E402
+from results import StepRow, facts, finish  # noqa: E402
 
 import mmattn  # noqa: E402
 from mmattn.ops.observe import AttentionCall, observing  # noqa: E402
@@ -50,25 +49,11 @@ PARTS = ("convolutions", "feed-forward", "norms", "projections", "self core", "c
 
 
 @dataclass
-class Row:
-    """One step beside stock's."""
+class Row(StepRow):
+    """One step beside stock's, and where the time goes."""
 
-    name: str
-    value: float
-    goal: float
-    stock_ms: float
-    ours_ms: float
-    stock_spread: float
-    ours_spread: float
-    difference: float
-    backends: list[str]
     stock_parts_ms: dict[str, float] = field(default_factory=dict)
     ours_parts_ms: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def is_ok(self) -> bool:
-        """Whether the goal is reached."""
-        return self.value >= self.goal
 
 
 @dataclass(frozen=True)
@@ -236,17 +221,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    facts = {
-        "versions": {"mmattn": mmattn.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "size": arguments.size,
-        "repeats": arguments.repeats,
-    }
-    print(json.dumps(facts))
+    about = facts(mmattn, torch, diffusers, size=arguments.size, repeats=arguments.repeats)
+    print(json.dumps(about))
     config = SD15 | TINY if arguments.size == "tiny" else SD15
     rows = run_sizes(config, [32] if arguments.quick else [64, 32], arguments.repeats)
-    return finish(rows, facts, arguments.json)
+    return finish(rows, about, arguments.json)
 
 
 if __name__ == "__main__":

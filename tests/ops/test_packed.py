@@ -176,6 +176,15 @@ def test_kernels_of_the_gpu_refuse_a_cpu():
             packed_attention(*inputs, Segments.of([3]), backend=name)
 
 
+def test_an_old_card_is_no_card_for_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(flash, "package_version", lambda name: "2.8")
+    for backend in (varlen, flash):
+        reason = backend.unusable.__wrapped__("cuda")  # not the remembered one
+        assert reason == "needs compute capability 8.0 (A100 and newer), this card has 7.5"
+
+
 def test_a_named_backend_and_use_backend_serve_the_groups(monkeypatch):
     seen: list[str] = []
     real = packed_groups.attention

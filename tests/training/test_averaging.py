@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from mmattn.errors import CheckpointError, ConfigError, UsageError
 from mmattn.training import average_checkpoints, read_metrics, train
+from mmattn.training.checkpoint import MANIFEST
+from mmattn.training.state import TRAINED_FILE
 from tests.training.pieces import KilledTask, run_in_child, run_piece, timeless_lines
 from tests.training.test_loop import ScriptedTask
 from tests.training.toy import ToyTask, toy_config
@@ -219,6 +221,20 @@ def test_checkpoints_that_are_gone_are_said_before_the_first_step(tmp_path):
     with pytest.raises(UsageError, match="has none of 20: set average_last to 1 or less"):
         train(ToyTask(), config, resume=tmp_path / "a")
     assert not (tmp_path / "b/checkpoints").exists()
+
+
+def test_sharded_checkpoints_are_refused_before_any_step(tmp_path):
+    train(ToyTask(), toy_config(tmp_path, max_steps=10))
+    (tmp_path / "checkpoints/step-00000005" / TRAINED_FILE).unlink()
+    manifest = tmp_path / "checkpoints/step-00000005" / MANIFEST
+    files = json.loads(manifest.read_text())
+    del files["files"][TRAINED_FILE]  # as where every process writes its own rows
+    manifest.write_text(json.dumps(files))
+    config = toy_config(tmp_path, max_steps=10, average_last=2)
+    with pytest.raises(
+        UsageError, match="averages whole checkpoints, and .*step-00000005 is sharded: set average_last"
+    ):
+        train(ToyTask(), config, resume=True)
 
 
 def test_a_damaged_one_is_not_averaged(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmattn._optional import package_version, require
-from mmattn.ops.limits import Limits, torch_device_missing
+from mmattn.ops.limits import Limits, ampere_missing
 from mmattn.ops.segments import PackedRequest
 
 LIMITS = Limits(
@@ -46,4 +46,4 @@ def unusable(device: str) -> str | None:
     """Why it cannot be used here; None when it can."""
     if package_version("flash-attn") is None:
         return "needs the package flash-attn: pip install flash-attn"
-    return torch_device_missing(device)
+    return ampere_missing(device)

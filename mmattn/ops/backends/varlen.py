@@ -7,10 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from mmattn.ops.limits import Limits, torch_device_missing
+from mmattn.ops.limits import Limits, ampere_missing
 from mmattn.ops.segments import PackedRequest
-
-_MIN_CAPABILITY = (8, 0)
 
 LIMITS = Limits(
     dtypes={"cuda": (torch.bfloat16, torch.float16)},
@@ -48,12 +46,4 @@ def run(request: PackedRequest) -> Tensor:
 @functools.cache
 def unusable(device: str) -> str | None:
     """Why it cannot be used here; None when it can."""
-    missing = torch_device_missing(device)
-    if missing is not None:
-        return missing
-    if torch.version.hip:
-        return "not tried on AMD"
-    capability = torch.cuda.get_device_capability()
-    if capability < _MIN_CAPABILITY:
-        return f"needs compute capability 8.0 (A100 and newer), this card has {capability[0]}.{capability[1]}"
-    return None
+    return ampere_missing(device)

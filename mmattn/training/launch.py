@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from mmattn.cli.rank_report import is_first, is_launched, read_report
 from mmattn.errors import RunError, UsageError
 from mmattn.training.devices import PROCESSES_VARIABLE
+from mmattn.training.rank_report import is_first, is_launched, read_report
 
 _POLL_S = 0.1
 _GRACE_S = 10.0

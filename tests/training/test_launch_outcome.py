@@ -8,9 +8,9 @@ import types
 
 import pytest
 
-from mmattn.cli import launch, rank_report
 from mmattn.cli.guard import run_guarded
 from mmattn.errors import DataError, RunError
+from mmattn.training import launch, rank_report
 from mmattn.training.devices import PROCESSES_VARIABLE
 from mmattn.training.peers import LostProcessError
 
