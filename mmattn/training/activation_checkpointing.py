@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from mmattn.errors import UsageError
-from mmattn.training.repeated_layers import repeated_layers
+from mmattn.training.repeated_layers import required_layers
 from mmattn.training.task import Task
 
 
@@ -31,13 +31,7 @@ class ActivationCheckpointing:
     """
 
     def __init__(self, task: Task, model: nn.Module) -> None:
-        layers = repeated_layers(task, model)
-        if not layers:
-            named = ", ".join(kind.__name__ for kind in task.repeated_layers) or "none"
-            raise UsageError(
-                f"training.activation_checkpointing works layer by layer, and {type(model).__name__} has no layers of "
-                f"the classes in {type(task).__name__}.repeated_layers ({named}): name them there, or leave it out"
-            )
+        layers = required_layers(task, model, "activation_checkpointing")
         for name, layer in layers.items():
             if any(isinstance(part, _BatchNorm) for part in layer.modules()):
                 raise UsageError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmattn.training.activation_checkpointing import ActivationCheckpointing
 from mmattn.training.config import TrainingConfig
 from mmattn.training.ema import ParameterAverage, replaced
+from mmattn.training.layer_compilation import LayerCompilation
 from mmattn.training.optim import make_optimizer, optimizer_tensors, trainable_parameters
 from mmattn.training.state import FullState, frozen_checksum, trained_tensors
 from mmattn.training.task import Task
@@ -63,6 +64,7 @@ class WholeModel(PreparedModel):
 
     def __init__(self, task: Task, config: TrainingConfig, accelerator: Accelerator) -> None:
         self._had_own_forward = "forward" in vars(task.model)
+        self._compilation = LayerCompilation(task, task.model) if config.torch_compile else None
         self._checkpointing = ActivationCheckpointing(task, task.model) if config.activation_checkpointing else None
         optimizer = make_optimizer(task.model, config, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
@@ -93,8 +95,11 @@ class WholeModel(PreparedModel):
 
     def close(self) -> None:
         """Take Accelerate's `forward`, an autocasting one over the class's, off the model again."""
+        # In this order: the one that is put on last is taken off first.
         if self._checkpointing is not None:
             self._checkpointing.undo()
+        if self._compilation is not None:
+            self._compilation.undo()
         if not self._had_own_forward:
             vars(self.inner).pop("forward", None)
             vars(self.inner).pop("_original_forward", None)

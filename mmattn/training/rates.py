@@ -96,7 +96,8 @@ class Rates:
         if self._peak is None or self._flops is not None:
             yield
             return
-        with FlopCounterMode(display=False) as counter:
+        # Compiled layers are not looked into.
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             yield
         self._flops = counter.get_total_flops() * self.accelerator.num_processes
 

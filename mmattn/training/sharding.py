@@ -24,6 +24,7 @@ from mmattn.training.activation_checkpointing import ActivationCheckpointing
 from mmattn.training.config import TrainingConfig
 from mmattn.training.ema import ParameterAverage, assign
 from mmattn.training.launcher_sharding import fsdp_plugin
+from mmattn.training.layer_compilation import LayerCompilation
 from mmattn.training.optim import make_optimizer, optimizer_tensors, trainable_parameters
 from mmattn.training.prepared import PreparedModel
 from mmattn.training.repeated_layers import repeated_layers
@@ -50,6 +51,7 @@ class ShardedModel(PreparedModel):
         self.plain = task.model.cpu()
         self.frozen_checksum = frozen_checksum(self.plain)
         model = copy.deepcopy(self.plain) if accelerator.is_main_process else self.plain
+        self._compilation = LayerCompilation(task, model) if config.torch_compile else None
         self._checkpointing = ActivationCheckpointing(task, model) if config.activation_checkpointing else None
         self._layers = layers_to_shard(task, model)
         _require_dimensions(model)
@@ -120,8 +122,11 @@ class ShardedModel(PreparedModel):
 
     def close(self) -> None:
         """The sharded copy stays as it is."""
+        # In this order: the one that is put on last is taken off first.
         if self._checkpointing is not None:
             self._checkpointing.undo()
+        if self._compilation is not None:
+            self._compilation.undo()
 
 
 def layers_to_shard(task: Task, model: nn.Module) -> dict[str, nn.Module]:

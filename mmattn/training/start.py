@@ -103,7 +103,9 @@ def check_continuation(
     Raises:
         UsageError: when a run would be continued in its own folder with other mathematics.
     """
-    old, new = saved["training"], config_dict(config)
+    new = config_dict(config)
+    # What a run knew nothing of was as it is by default.
+    old = config_dict(TrainingConfig(config.output_dir)) | saved["training"]
     changed = config_differences(old, new, maths_keys(config))
     changed += config_differences(saved, facts, ("num_examples", "lengths_checksum", "frozen_checksum"))
     changed += stream_differences(saved.get("stream"), facts["stream"])
