@@ -19,6 +19,7 @@ _EXTRA_OF = {
     "tensorboard": "all",
     "triton": "triton",
     "torchmetrics": "metrics",
+    "gradio": "ui",
 }
 
 

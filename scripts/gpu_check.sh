@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
-# Proves and measures mmattn on a CUDA card, in under 10 minutes on an H100 or H200: first each recipe by `accelerate
+# Proves and measures mmattn on a CUDA card, in under 15 minutes on an H100 or H200: first each recipe by `accelerate
 # launch` in bfloat16 (200 steps, killed and resumed; speed, MFU, memory), then the tests marked `gpu`, then tables of
-# attention kernels, translator, vision-language model and diffusion models beside stock, written to docs/gpu.md.
+# attention kernels (short keys, decoding, masked and packed rows, maps), of compiled and graphed models, and of
+# translator, vision-language model and diffusion models beside stock; written to docs/gpu.md and docs/gpu.json.
 #
-#   scripts/gpu_check.sh [--quick] [--output FILE] [--logs FOLDER] [--part PART]
+#   scripts/gpu_check.sh [--quick] [--output FILE] [--part PART]... [--seconds N] [--keep FOLDER] [--join FOLDER]...
+#
+# In two runs, of parts named, each kept; then the page of both, which needs no card:
+#
+#   scripts/gpu_check.sh --part training --part tests --seconds 330 --keep one
+#   scripts/gpu_check.sh --part short_keys --part compiled --part decode ... --seconds 350 --keep two
+#   scripts/gpu_check.sh --join one --join two
 #
 # It makes .venv as scripts/test.sh does. With MMATTN_PYTHON=/path/to/python it uses that Python and installs nothing.
 # Exit status: 0 all well, 1 something failed (the rest was still run), 2 no CUDA card here.
@@ -13,7 +20,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 python="${MMATTN_PYTHON:-}"
 if [ -z "$python" ]; then
     case " $* " in
-    *" --device cpu "* | *" --help "* | *" -h "*) ;;
+    *" --device cpu "* | *" --join "* | *" --help "* | *" -h "*) ;;
     *)
         if ! has_nvidia_gpu; then
             echo "gpu_check.sh: no CUDA card here (nvidia-smi lists none): nothing was checked"

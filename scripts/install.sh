@@ -36,6 +36,33 @@ pip_constraints() {
     has_nvidia_gpu || printf '%s\n' --constraint "$root/scripts/constraints-cpu.txt"
 }
 
+# A Chromium for the tests of `mmattn ui`: one that is there, else Playwright's, else Debian's. 1 where none can be had.
+install_chromium() {
+    local name
+    for name in chromium chromium-browser google-chrome google-chrome-stable; do
+        if command -v "$name" >/dev/null; then
+            return
+        fi
+    done
+    if "$venv/bin/python" -c '
+import os, sys
+from playwright.sync_api import sync_playwright
+with sync_playwright() as playwright:
+    sys.exit(not os.path.exists(playwright.chromium.executable_path))' 2>/dev/null; then
+        return
+    fi
+    echo "getting a Chromium for the tests of mmattn ui"
+    if timeout 300 "$venv/bin/python" -m playwright install chromium </dev/null >/dev/null 2>&1; then
+        return
+    fi
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        apt-get update -qq </dev/null >/dev/null 2>&1 || true
+        DEBIAN_FRONTEND=noninteractive timeout 600 apt-get install -y -qq --no-install-recommends chromium \
+            </dev/null >/dev/null 2>&1 || true
+    fi
+    command -v chromium >/dev/null
+}
+
 install_mmattn() {
     local extras="$1" python key stamp options
     if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then

@@ -5,6 +5,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
 cd "$root"
 install_mmattn dev
+has_chromium=yes
+install_chromium || has_chromium=no
 
 # Tests use nothing from a hub. One thread a test process: the processes themselves fill the cores.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
@@ -30,6 +32,9 @@ if [ $# -eq 0 ]; then
         failed+=("pytest, interpreter")
 fi
 
+if [ "$has_chromium" = no ]; then
+    echo "NOT TESTED: the page of mmattn ui, for want of a Chromium; install one, or run: .venv/bin/playwright install chromium" >&2
+fi
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}" >&2
     exit 1

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmattn.cli.options import BeamsOption, JsonOption, ModelOption
+from mmattn.cli.options import BeamsOption, CompileOption, JsonOption, ModelOption
 from mmattn.errors import UsageError
 
 
@@ -23,6 +23,7 @@ def ask(
         str | None, typer.Option("--word", help="With --map: where it looked for this word of question or answer.")
     ] = None,
     num_beams: BeamsOption = None,
+    compile: CompileOption = False,
     json_lines: JsonOption = False,
 ) -> None:
     """Answer questions about an image."""
@@ -34,7 +35,7 @@ def ask(
     from mmattn.cli.models import open_vlm
     from mmattn.maps.record import record_attention
 
-    vlm = open_vlm(model)
+    vlm = open_vlm(model, compile=compile)
     settings: dict[str, Any] = {} if num_beams is None else {"num_beams": num_beams}
     with contextlib.nullcontext() if map_file is None else record_attention(vlm) as maps:
         answers = vlm.ask(image, questions, **settings)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmattn.cli.options import JsonOption, ModelOption
+from mmattn.cli.options import CompileOption, JsonOption, ModelOption
 from mmattn.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def generate(
     batch_size: BatchOption = None,
     lora: LoraOption = None,
     kv: KVOption = None,
+    compile: CompileOption = False,
     grid: GridOption = None,
     force: ForceOption = False,
     json_lines: JsonOption = False,
@@ -71,7 +72,7 @@ def generate(
     from mmattn.cli.models import open_text_to_image
     from mmattn.inference.diffusion.picture_files import save_picture
 
-    t2i = open_text_to_image(model, scheduler)
+    t2i = open_text_to_image(model, scheduler, compile=compile)
     for name, scale in loras:
         t2i.load_lora(name, scale)
     if kv is not None:

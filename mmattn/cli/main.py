@@ -26,6 +26,7 @@ from mmattn.cli import (
     swap,
     train,
     translate,
+    ui,
 )
 from mmattn.cli.guard import run_guarded, split_debug
 from mmattn.cli.options import OVERRIDES_CONTEXT
@@ -50,6 +51,7 @@ app.command("ask")(ask.ask)
 app.command("generate")(generate.generate)
 app.command("swap")(swap.swap)
 app.command("maps")(maps.maps)
+app.command("ui")(ui.ui)
 app.command("plot")(plot.plot)
 app.command("export", context_settings=OVERRIDES_CONTEXT)(export.export)
 app.command("doctor")(doctor.doctor)

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmattn.cli.kinds import Kind, kind_of_model
 from mmattn.cli.options import JsonOption, ModelOption
 from mmattn.errors import UsageError
 
 if TYPE_CHECKING:
     from mmattn.maps.record import AttentionMaps
 
-Kind = Literal["translator", "vlm", "diffusion"]
+_OUTPUT, _STEPS = "maps.png", 25
 TextArgument = Annotated[str | None, typer.Argument(metavar="TEXT", help="Prompt, source text, or question.")]
 ImageOption = Annotated[Path | None, typer.Option("--image", metavar="FILE", help="Picture to look at.")]
 WordOption = Annotated[list[str] | None, typer.Option("--word", "-w", help="Draw only this word; repeatable.")]
-OutputOption = Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="Where to.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="PNG", help=f"Where to.  [default: {_OUTPUT}]")
+]
 SaveOption = Annotated[Path | None, typer.Option("--save", metavar="NPZ", help="Write the weights too.")]
 LayerOption = Annotated[list[str] | None, typer.Option("--layer", help="Number or part of a name; repeatable.")]
 HeadOption = Annotated[list[int] | None, typer.Option("--head", help="Only this head; repeatable.")]
-StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Steps of denoising.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the picture that is drawn.")]
+StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help=f"Steps of denoising.  [default: {_STEPS}]")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Of the picture that is drawn.  [default: 0]")]
 ScoreOption = Annotated[int | None, typer.Option("--score", min=2, metavar="N", help="Score maps on so many scenes.")]
 
 
@@ -32,32 +35,40 @@ def maps(
     text: TextArgument = None,
     image: ImageOption = None,
     word: WordOption = None,
-    output: OutputOption = Path("maps.png"),
+    output: OutputOption = None,
     save: SaveOption = None,
     layer: LayerOption = None,
     head: HeadOption = None,
-    steps: StepsOption = 25,
-    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    seed: SeedOption = None,
     score: ScoreOption = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
     json_lines: JsonOption = False,
 ) -> None:
     """Show which words look where: in a picture, or in a source text."""
+    flags = {"TEXT": text, "--image": image, "--word": word, "--layer": layer, "--head": head, "--steps": steps}
+    flags |= {"--seed": seed, "--output": output, "--save": save, "--force": force or None}
+    given = {name: value for name, value in flags.items() if value is not None}
     if score is not None:
-        drawing = {"TEXT": text, "--image": image, "--word": word, "--save": save, "--layer": layer, "--head": head}
-        given = [name for name, value in drawing.items() if value]
         if given:
             raise UsageError(f"--score {score}: scores scenes and draws nothing; leave out {', '.join(given)}")
         _print_scores(_scores(model, score), json_lines)
         return
+    output = output or Path(_OUTPUT)
     _check_files(output, save, force)
-    kind = _kind(model)
-    _check_input(kind, text, image, word)
+    kind = kind_of_model(model)
+    _check_input(kind, given)
     chosen: dict[str, Any] = {"layers": [int(one) if one.isdigit() else one for one in layer] if layer else None}
     chosen |= {"heads": head or None}
-    recorded, said = _record(kind, model, text, image, chosen, steps, seed)
-    picture = recorded.alignment() if kind == "translator" else recorded.grid(word)
-    picture.save(output)
+    drawing = {"num_inference_steps": steps or _STEPS, "seed": seed or 0}
+    recorded, said = _record(kind, model, text, image, chosen, drawing)
+    if kind == "translator":
+        from mmattn.maps.draw import stacked
+
+        # A translation has a part for each line, and for each piece of a line that is too long.
+        stacked([recorded.alignment(number).draw() for number in range(max(1, len(recorded)))]).save(output)
+    else:
+        recorded.grid(word).save(output)
     if save is not None:
         recorded.save(save)
     if json_lines:
@@ -82,32 +93,29 @@ def _check_files(output: Path, save: Path | None, force: bool) -> None:
             check_new_file(path)
 
 
-def _kind(model: str) -> Kind:
-    """What a folder holds; a hub id's files are asked for."""
-    from mmattn.cli.stock_models import PIPELINE, model_facts
-    from mmattn.inference.trained import model_source
-
-    facts, file = model_facts(str(model_source(model)))
-    if file == PIPELINE:
-        return "diffusion"
-    is_vlm = "vision_config" in facts or "image" in facts
-    return "vlm" if is_vlm else "translator"
+# What an option is for, by the kinds of model that it means something for.
+_FOR = {
+    "--image": (("vlm",), "looks at no pictures"),
+    "--word": (("vlm", "diffusion"), "has the alignment of all words drawn"),
+    "--steps": (("diffusion",), "draws no pictures"),
+    "--seed": (("diffusion",), "draws no pictures"),
+}
 
 
-def _check_input(kind: Kind, text: str | None, image: Path | None, word: list[str] | None) -> None:
-    if kind == "vlm":
-        if image is None:
-            raise UsageError("this model looks at pictures: give one with --image")
-    elif image is not None:
-        raise UsageError(f"--image {image}: this model ({kind}) looks at no pictures; leave it out")
-    elif text is None:
+def _check_input(kind: Kind, given: dict[str, Any]) -> None:
+    for name, (kinds, reason) in _FOR.items():
+        if name in given and kind not in kinds:
+            value = given[name]
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise UsageError(f"{name} {shown}: this model ({kind}) {reason}; leave it out")
+    if kind == "vlm" and "--image" not in given:
+        raise UsageError("this model looks at pictures: give one with --image")
+    if kind != "vlm" and "TEXT" not in given:
         raise UsageError(f"no text: give {'a prompt' if kind == 'diffusion' else 'a text to translate'}")
-    if kind == "translator" and word:
-        raise UsageError("--word is for pictures; of a translation the alignment of all words is drawn")
 
 
 def _record(
-    kind: Kind, model: str, text: str | None, image: Path | None, chosen: dict[str, Any], steps: int, seed: int
+    kind: Kind, model: str, text: str | None, image: Path | None, chosen: dict[str, Any], drawing: dict[str, Any]
 ) -> tuple[AttentionMaps, str]:
     """Run the model once: what was recorded, and what it said."""
     from mmattn.cli.models import open_text_to_image, open_translator, open_vlm
@@ -127,14 +135,14 @@ def _record(
         return recorded, said
     t2i = open_text_to_image(model)
     with record_attention(t2i, **chosen) as recorded:
-        t2i.generate(text, num_inference_steps=steps, seed=seed)
+        t2i.generate(text, **drawing)
     return recorded, text
 
 
 def _scores(model: str, count: int) -> dict[str, Any]:
     from mmattn.cli.models import open_text_to_image, open_translator, open_vlm
 
-    kind = _kind(model)
+    kind = kind_of_model(model)
     if kind == "translator":
         from mmattn.inference.map_scores import translation_scores
 

@@ -14,6 +14,7 @@ OverridesArgument = Annotated[
 ]
 ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="FOLDER", help="A trained folder, or a hub id.")]
 BeamsOption = Annotated[int | None, typer.Option("--num-beams", min=1, help="Beams to search with; 1 is greedy.")]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the step: pays for many results.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
 ImagesArgument = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from mmattn.cli.options import BeamsOption, JsonOption
+from mmattn.cli.options import BeamsOption, CompileOption, JsonOption
 from mmattn.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ TokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, hel
 AlignmentOption = Annotated[bool, typer.Option("--alignment", help="Add word alignments, as 0-0 1-2.")]
 ScoresOption = Annotated[bool, typer.Option("--scores", help="Add log-probabilities.")]
 QuantizeOption = Annotated[Literal["int8"] | None, typer.Option("--quantize", help="Faster on a CPU, not exact.")]
-CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the step: pays for many texts.")]
 BadOption = Annotated[Literal["skip", "stop"], typer.Option("--on-bad", help="Leave bad lines empty, or stop.")]
 
 

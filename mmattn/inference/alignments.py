@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmattn.maps.alignment import Alignment
+from mmattn.maps.alignment import Alignment, Word, alignment_of
 
 __all__ = ["Alignment", "align_words", "join_alignments"]
 
@@ -31,18 +31,9 @@ def align_words(
         unknown: what stands for a word that the vocabulary lacks. The source has that word; a translation's text leaves
             it out.
     """
-    source, source_of = _words(source_pieces, special - {unknown})
-    target, target_of = _words(target_pieces, special if unknown is None else special | {unknown})
-    to_source = np.zeros((len(source_pieces), len(source)), dtype=np.float32)
-    for token, word in enumerate(source_of):
-        if word is not None:
-            to_source[token, word] = 1.0
-    to_target = np.zeros((len(target), len(target_pieces)), dtype=np.float32)
-    for token, word in enumerate(target_of):
-        if word is not None:
-            to_target[word, token] = 1.0
-    counts = np.maximum(to_target.sum(axis=1, keepdims=True), 1.0)
-    return Alignment(source, target, (to_target / counts) @ weights.astype(np.float32) @ to_source)
+    source = _words(source_pieces, special - {unknown})
+    target = _words(target_pieces, special if unknown is None else special | {unknown})
+    return alignment_of(target, source, weights)
 
 
 def join_alignments(parts: Sequence[Alignment]) -> Alignment:
@@ -58,21 +49,16 @@ def join_alignments(parts: Sequence[Alignment]) -> Alignment:
     return Alignment(source, target, weights)
 
 
-def _words(pieces: Sequence[str], special: frozenset[str]) -> tuple[list[str], list[int | None]]:
-    """The words that pieces spell, and the word of each piece."""
-    words: list[str] = []
-    of_piece: list[int | None] = []
+def _words(pieces: Sequence[str], special: frozenset[str]) -> list[Word]:
+    """The words that pieces spell, with the numbers of their pieces."""
+    words: list[Word] = []
     is_open = False
-    for piece in pieces:
+    for number, piece in enumerate(pieces):
         if piece in special or not piece:
-            of_piece.append(None)
             continue
         if piece.startswith(_SPACE) or not is_open:
-            words.append("")
+            words.append(("", []))
             is_open = True
-        words[-1] += piece.removeprefix(_SPACE)
-        of_piece.append(len(words) - 1)
+        words[-1] = (words[-1][0] + piece.removeprefix(_SPACE), [*words[-1][1], number])
     # A lone space piece starts a word whose letters follow; one that stays empty is no word.
-    keep = [number for number, word in enumerate(words) if word]
-    renumbered = {number: place for place, number in enumerate(keep)}
-    return [words[number] for number in keep], [None if of is None else renumbered.get(of) for of in of_piece]
+    return [word for word in words if word[0]]

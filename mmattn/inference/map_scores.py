@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from mmattn.data.scenes import SceneDataset
+from mmattn.data.scenes.dataset import ObjectRegion
 from mmattn.data.scenes.translation import SceneTranslations
 from mmattn.data.translation_tokens import PairTokenizer
 from mmattn.errors import UsageError
@@ -23,14 +24,17 @@ from mmattn.inference.vlm import VisionLanguageModel
 from mmattn.maps.record import AttentionMaps, record_attention
 
 THRESHOLD = 0.5  # of a map's strongest place; above it is its strong part
+_SHARES = (0.1, 0.2, 0.3, THRESHOLD, 0.7)  # that are tried
 
 Spot = tuple[int, int]
 """Layer and head."""
 
 
 class ScoredMap(NamedTuple):
-    """What is known of one object: its pixels, bool `[H, W]`, and maps of its word, `[rows, columns]`, by spot."""
+    """What is known of one object: its picture's number, its pixels, bool `[H, W]`, and maps of its word, `[rows,
+    columns]`, by spot."""
 
+    picture: int
     mask: np.ndarray
     maps: dict[Spot, np.ndarray]
 
@@ -49,8 +53,15 @@ def points_at(values: np.ndarray, mask: np.ndarray) -> bool:
 def overlap(values: np.ndarray, mask: np.ndarray, threshold: float = THRESHOLD) -> float:
     """Intersection over union of an object's pixels, bool `[H, W]`, with the part of a map, interpolated to them, that
     is above a share of the way from its least to its most."""
+    return _overlap(_resized(values, mask.shape), mask, threshold)
+
+
+def _resized(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     grid = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))[None, None]
-    full = F.interpolate(grid, size=mask.shape, mode="bilinear", align_corners=False)[0, 0].numpy()
+    return F.interpolate(grid, size=shape, mode="bilinear", align_corners=False)[0, 0].numpy()
+
+
+def _overlap(full: np.ndarray, mask: np.ndarray, threshold: float) -> float:
     low, high = float(full.min()), float(full.max())
     strong = full > low + threshold * (high - low) if high > low else np.zeros_like(mask)
     union = int((strong | mask).sum())
@@ -66,20 +77,31 @@ def map_scores(objects: Sequence[ScoredMap], spots: Sequence[Spot], threshold: f
         threshold: see `overlap`.
 
     Raises:
-        UsageError: there are no objects.
+        UsageError: there are no objects, or those of one picture only, which have nothing to be compared with.
     """
     if not objects:
         raise UsageError("no map to score: the model named no object right")
+    if len({scored.picture for scored in objects}) < 2:
+        raise UsageError("no chance level: the model named objects of one picture only; score more scenes")
     means = [_mean(scored, spots) for scored in objects]
     masks = [scored.mask for scored in objects]
-    # Half-way round, so that it is another picture's.
-    others = masks[len(masks) // 2 :] + masks[: len(masks) // 2]
+    others = _masks_of_others(objects)
     scores = {}
     for name, against in (("", masks), ("/chance", others)):
         pairs = list(zip(means, against, strict=True))
         scores[f"maps/pointing{name}"] = float(np.mean([points_at(*pair) for pair in pairs]))
         scores[f"maps/iou{name}"] = float(np.mean([overlap(*pair, threshold) for pair in pairs]))
     return scores
+
+
+def _masks_of_others(objects: Sequence[ScoredMap]) -> list[np.ndarray]:
+    """For each object one of another picture: the first from half-way round on."""
+    count = len(objects)
+    found = []
+    for number, scored in enumerate(objects):
+        places = ((number + count // 2 + step) % count for step in range(count))
+        found.append(next(objects[place].mask for place in places if objects[place].picture != scored.picture))
+    return found
 
 
 def best_spots(objects: Sequence[ScoredMap], most: int = 6) -> tuple[list[Spot], float]:
@@ -94,10 +116,10 @@ def best_spots(objects: Sequence[ScoredMap], most: int = 6) -> tuple[list[Spot],
     candidates = sorted(objects[0].maps) if objects else []
     while len(found) < min(most, len(candidates)):
         trials = [
-            (_mean_overlap(objects, [*found, spot], share), spot, share)
+            (score, spot, share)
             for spot in candidates
             if spot not in found
-            for share in (0.3, 0.5, 0.7)
+            for share, score in zip(_SHARES, _mean_overlaps(objects, [*found, spot]), strict=True)
         ]
         score, spot, share = max(trials)
         if score <= best:
@@ -107,8 +129,13 @@ def best_spots(objects: Sequence[ScoredMap], most: int = 6) -> tuple[list[Spot],
     return found, threshold
 
 
-def _mean_overlap(objects: Sequence[ScoredMap], spots: Sequence[Spot], threshold: float) -> float:
-    return float(np.mean([overlap(_mean(scored, spots), scored.mask, threshold) for scored in objects]))
+def _mean_overlaps(objects: Sequence[ScoredMap], spots: Sequence[Spot]) -> list[float]:
+    """Of the spots' mean maps, for each of the thresholds."""
+    overlaps = []
+    for scored in objects:
+        full = _resized(_mean(scored, spots), scored.mask.shape)
+        overlaps.append([_overlap(full, scored.mask, share) for share in _SHARES])
+    return [float(each) for each in np.mean(overlaps, axis=0)]
 
 
 def _mean(scored: ScoredMap, spots: Sequence[Spot]) -> np.ndarray:
@@ -116,8 +143,7 @@ def _mean(scored: ScoredMap, spots: Sequence[Spot]) -> np.ndarray:
     shape = max((scored.maps[spot].shape for spot in spots), key=lambda sizes: sizes[0] * sizes[1])
     parts = []
     for spot in spots:
-        grid = torch.from_numpy(np.ascontiguousarray(scored.maps[spot], dtype=np.float64))[None, None]
-        full = F.interpolate(grid, size=shape, mode="bilinear", align_corners=False)[0, 0].numpy()
+        full = _resized(scored.maps[spot], shape)
         parts.append(full / max(float(full.sum()), 1e-12))
     return np.mean(parts, axis=0)
 
@@ -131,11 +157,29 @@ def caption_maps(vlm: VisionLanguageModel, source: SceneDataset, numbers: Sequen
             caption = vlm.caption(record.image)
         if caption != record.texts[0].text:
             continue
-        words = caption.split()
-        for region in source.regions(number):
-            noun = region.words[2]
-            occurrence = words[: region.start + 2].count(noun)
-            found.append(ScoredMap(region.mask, maps_by_spot(maps, 0, noun, occurrence)))
+        found += object_maps(maps, 0, caption, source.regions(number), number)
+    return found
+
+
+def object_maps(
+    maps: AttentionMaps, text: int, caption: str, regions: Sequence[ObjectRegion], picture: int
+) -> list[ScoredMap]:
+    """Maps of the objects that a caption names, each by its colour and shape: a model that says "red circle" looks at
+    the object for both words, and at other parts of it.
+
+    Args:
+        maps: what was recorded.
+        text: number of the caption in `maps.texts`.
+        caption: what was said, a space between words.
+        regions: the objects.
+        picture: their picture's number.
+    """
+    words, found = caption.split(), []
+    for region in regions:
+        phrase, start = list(region.words[1:]), region.start + 1
+        occurrence = sum(words[place : place + len(phrase)] == phrase for place in range(start))
+        spots = maps_by_spot(maps, text, " ".join(phrase), occurrence)
+        found.append(ScoredMap(picture, region.mask, spots))
     return found
 
 

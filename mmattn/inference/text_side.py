@@ -17,8 +17,11 @@ from mmattn.inference.decode import DecodeSettings, Generated, decode
 from mmattn.inference.pictures import Pictures
 from mmattn.inference.texts import MatchResult, Scored, groups_of_equal_count
 from mmattn.maps.record import TextToRecord, recorders_of
+from mmattn.models.decoding import DecoderState, LayerContexts
+from mmattn.models.static_decoding import StaticState, bucket
 from mmattn.models.vlm import (
     CaptioningNetwork,
+    CompiledDecoder,
     MatchingNetwork,
     QuestionAnsweringNetwork,
     VisionLanguageNetwork,
@@ -77,6 +80,7 @@ class TextSide:
         prompts: list[list[list[int]]],
         settings: DecodeSettings,
         generator: torch.Generator | None,
+        compiled: CompiledDecoder | None = None,
     ) -> list[list[list[Generated]]]:
         """Continue prompts `[P][Q]` (token lists); results `[P][Q][num_return_sequences]`."""
         network = self.network
@@ -90,8 +94,11 @@ class TextSide:
                 prompt = self._tensor([prompts[p][q] for p, q in spots])
                 contexts = pictures.select(chosen).contexts
                 total = settings.total_length(length)
-                state = network.start(contexts, rows_per_context=count, max_length=total)
-                generated = decode(state, prompt, settings, texts_per_context=count, generator=generator)
+                if compiled is None:
+                    state = network.start(contexts, rows_per_context=count, max_length=total)
+                else:
+                    state = _compiled_state(compiled, contexts, count, total, settings)
+                generated = _decoded(state, prompt, settings, count, generator)
                 for (p, q), texts in zip(spots, generated, strict=True):
                     results[p][q] = texts
         return results
@@ -102,6 +109,7 @@ class TextSide:
         questions: list[list[str]],
         settings: DecodeSettings,
         generator: torch.Generator | None,
+        compiled: CompiledDecoder | None = None,
     ) -> list[list[list[Generated]]]:
         """Answers of a question-answering network to questions `[P][Q]`."""
         network = self.network
@@ -110,8 +118,13 @@ class TextSide:
         def run(some: Pictures, flat: list[str]) -> list[list[Generated]]:
             states = network.encode_questions(some.contexts, *self._padded(flat))
             prompt = self._tensor([[network.config.bos_token_id]] * len(flat))
-            state = network.start(states, max_length=settings.total_length(1))
-            return decode(state, prompt, settings, generator=generator)
+            total = settings.total_length(1)
+            if compiled is None:
+                state = network.start(states, max_length=total)
+            else:
+                contexts = network.decoder.project_context(states.hidden, states.key_mask)
+                state = _compiled_state(compiled, contexts, 1, total, settings)
+            return _decoded(state, prompt, settings, 1, generator)
 
         return _by_count(pictures, questions, run)
 
@@ -205,6 +218,21 @@ class TextSide:
             self.network.encode_questions(picture.contexts, rows)
         elif isinstance(self.network, MatchingNetwork):
             self.network.match_logits(picture.contexts, rows)
+
+
+def _compiled_state(
+    compiled: CompiledDecoder, contexts: LayerContexts, count: int, total: int, settings: DecodeSettings
+) -> StaticState:
+    # Numbers of texts are rounded up: each number of rows is a compilation.
+    most = bucket(count) * max(settings.num_beams, settings.num_return_sequences)
+    return compiled.start(contexts, rows_per_context=count, most_rows=most, max_length=total)
+
+
+def _decoded(
+    state: DecoderState, prompt: torch.Tensor, settings: DecodeSettings, count: int, generator: torch.Generator | None
+) -> list[list[Generated]]:
+    stop_every = 1 if settings.do_sample else state.stop_every
+    return decode(state, prompt, settings, texts_per_context=count, generator=generator, stop_every=stop_every)
 
 
 def _by_count(

@@ -31,6 +31,7 @@ from mmattn.inference.diffusion.schedulers import check_seeded, make_scheduler
 from mmattn.inference.diffusion.seeds import make_generators, noise_sources
 from mmattn.inference.hub import evaluating, push_folder
 from mmattn.maps.record import recorders_of
+from mmattn.models.unet import CompiledUNet
 
 Prompts = str | Sequence[str]
 
@@ -50,6 +51,9 @@ class TextToImage:
         pipeline: a `StableDiffusionPipeline`, `StableDiffusionXLPipeline` or `PixelPipeline`. Its models are put into
             evaluation mode during a call, and back after it.
 
+    Attributes:
+        compiled: takes the U-Net's steps where they are compiled; None: they are not.
+
     Raises:
         CheckpointError: a text encoder that does not fit the U-Net.
         UsageError: a pipeline of another kind.
@@ -64,6 +68,7 @@ class TextToImage:
         check_text_width(pipeline.unet, encoders)
         self._pipeline = pipeline
         self._adapters = Adapters(pipeline)
+        self.compiled: CompiledUNet | None = None
 
     @classmethod
     def from_pretrained(
@@ -77,6 +82,7 @@ class TextToImage:
         device: torch.device | str | None = None,
         local_files_only: bool = False,
         scheduler: str | SchedulerMixin | None = None,
+        compile: bool = False,
     ) -> TextToImage:
         """Open a Stable Diffusion folder, or what `mmattn train diffusion/...` made.
 
@@ -90,6 +96,7 @@ class TextToImage:
             local_files_only: never go to the network.
             scheduler: a name of `mmattn.inference.diffusion.schedulers.SCHEDULERS`, of a class of diffusers, or a
                 scheduler; None: the folder's own.
+            compile: draw in compiled steps, see `compile()`.
 
         Raises:
             CheckpointError: nothing there, a model of another family, or files that do not fit together.
@@ -106,7 +113,26 @@ class TextToImage:
         )
         if scheduler is not None:
             pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
-        return cls(pipeline)
+        t2i = cls(pipeline)
+        if compile:
+            t2i.compile()
+        return t2i
+
+    def compile(self, *, backend: str = "inductor") -> None:
+        """Run the U-Net from now on in compiled steps: its transformer blocks are compiled once for each width, at
+        first use, and on a CUDA device the whole step is replayed as a CUDA graph, one for each number and size of
+        pictures. The scheduler, guidance and the decoder stay outside; pictures stay the same up to rounding.
+
+        Weights, LoRA files and their scales may change afterwards: what changes is seen, and compiled anew where it
+        must be. Offloading, hooks and recorded or steered attention are refused; `t2i.compiled = None` goes back.
+
+        Args:
+            backend: of torch.compile.
+
+        Raises:
+            UsageError: a U-Net of another class than `mmattn.UNet`, or a device other than a CPU or a CUDA device.
+        """
+        self.compiled = CompiledUNet(self._pipeline.unet, backend=backend)
 
     @property
     def pipeline(self) -> Any:
@@ -245,6 +271,7 @@ class TextToImage:
             UsageError: an argument that cannot be used or would be ignored; known before the first step.
         """
         pipeline = self._pipeline
+        self._check_compiled()
         check_seeded(pipeline.scheduler)
         encoded = prompts if isinstance(prompts, EncodedPrompts) else None
         if encoded is not None and negative_prompts is not None:
@@ -291,8 +318,19 @@ class TextToImage:
     def _draw(
         self, tensors: dict[str, Tensor], generators: list[torch.Generator], settings: dict[str, Any]
     ) -> list[Image.Image]:
-        with context_projected_once(self._pipeline.unet):
+        steps = self.compiled
+        with context_projected_once(self._pipeline.unet) if steps is None else steps.installed():
             return self._pipeline(**tensors, generator=generators, output_type="pil", **settings).images
+
+    def _check_compiled(self) -> None:
+        if self.compiled is None:
+            return
+        if self.compiled.unet is not self._pipeline.unet:
+            raise UsageError("the pipeline has another U-Net than the one that was compiled: call compile() again")
+        if recorders_of(self):
+            raise UsageError(
+                "attention cannot be recorded or steered in compiled steps: open the model without compile for that"
+            )
 
     @property
     def _may_guide(self) -> bool:

@@ -143,8 +143,25 @@ class Translator:
         else:
             fuse(self.network)
         if compile:
-            trace_products(self.network)
-            self.compiled = CompiledDecoder(self.network)
+            self.compile()
+
+    def compile(self, *, backend: str = "inductor") -> None:
+        """Decode from now on in steps of static shape, as `from_pretrained(..., compile=True)` does.
+
+        Results stay the same. What cannot be done in them is refused: `quantize`, autocast, hooks on attention.
+        Weights that change in place are seen; after weights, dtype or device are replaced the step is compiled anew.
+        `translator.compiled = None` goes back.
+
+        Args:
+            backend: of torch.compile.
+
+        Raises:
+            UsageError: a quantised network, or a device other than a CPU or a CUDA device.
+        """
+        if self.quantization is not None:
+            raise UsageError(f"compile() does not go with quantize={self.quantization!r}: open the translator without")
+        trace_products(self.network)
+        self.compiled = CompiledDecoder(self.network, backend=backend)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, tokenizer and generation settings; stock classes open a Marian or M2M100 folder.

@@ -20,9 +20,11 @@ from mmattn.inference.linear import use_fast_products
 from mmattn.inference.pictures import ImageInput, Pictures, join, open_images
 from mmattn.inference.text_side import TextSide
 from mmattn.inference.texts import Pairing, pair_texts
+from mmattn.inference.traced_products import trace_products
 from mmattn.models.sources import find_folder
 from mmattn.models.vlm import (
     CaptioningNetwork,
+    CompiledDecoder,
     MatchingNetwork,
     QuestionAnsweringNetwork,
     VisionLanguageNetwork,
@@ -54,6 +56,7 @@ class VisionLanguageModel:
 
     Attributes:
         settings: defaults of the generation arguments.
+        compiled: takes the steps of decoding where they are compiled; None: they are not.
     """
 
     records_attention = True
@@ -75,6 +78,7 @@ class VisionLanguageModel:
         self._transform = PixelTransform.from_processor(processor)
         self._is_stock = is_blip(network.config)
         self._texts = TextSide(network, tokenizer, is_stock=self._is_stock)
+        self.compiled: CompiledDecoder | None = None
 
     @classmethod
     def from_pretrained(
@@ -87,6 +91,7 @@ class VisionLanguageModel:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         local_files_only: bool = False,
+        compile: bool = False,
     ) -> VisionLanguageModel:
         """Open a BLIP checkpoint, or one of ours, for inference.
 
@@ -98,9 +103,11 @@ class VisionLanguageModel:
             dtype: of the weights; None: bfloat16 (or float16) on a CUDA device, else float32.
             device: None: the first accelerator, else the CPU.
             local_files_only: never go to the network.
+            compile: decode in compiled steps, see `compile()`.
 
         Raises:
             CheckpointError: nothing there, a model of another kind, or files that do not fit together.
+            UsageError: `compile` with a checkpoint that decodes nothing.
         """
         folder = find_folder(
             id_or_folder, revision=revision, token=token, variant=variant, local_files_only=local_files_only
@@ -114,7 +121,28 @@ class VisionLanguageModel:
             use_fast_products(network)  # packed projections gain nothing here
         else:
             fuse(network)
-        return cls(network, tokenizer, processor, folders.read_generation_config(folder))
+        model = cls(network, tokenizer, processor, folders.read_generation_config(folder))
+        if compile:
+            model.compile()
+        return model
+
+    def compile(self, *, backend: str = "inductor") -> None:
+        """Decode from now on in steps of static shape, compiled at first use and replayed as CUDA graphs on a CUDA
+        device: once for each number of beams (times the questions on a picture, rounded up to a power of two), and
+        again for single pictures. Images and questions are encoded as before, and results stay the same.
+
+        What cannot be done in them is refused: autocast, hooks on attention. Weights that change in place are seen;
+        after weights, dtype or device are replaced the step is compiled anew. `model.compiled = None` goes back.
+
+        Args:
+            backend: of torch.compile.
+
+        Raises:
+            UsageError: a network that decodes nothing (matching), or a device other than a CPU or a CUDA device.
+        """
+        compiled = CompiledDecoder(self.network, backend=backend)
+        trace_products(self.network)
+        self.compiled = compiled
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights, tokenizer, image processor and generation settings; stock classes open a BLIP folder.
@@ -198,7 +226,7 @@ class VisionLanguageModel:
 
         def run(pictures: Pictures, prompts: list[list[str]]) -> list[list[Any]]:
             ids = [[self._texts.caption_prompt(prompt) for prompt in of_picture] for of_picture in prompts]
-            generated = self._texts.continue_prompts(pictures, ids, settings, generator)
+            generated = self._texts.continue_prompts(pictures, ids, settings, generator, self.compiled)
             self._texts.record(self, pictures, self._texts.joined(ids, generated))
             return self._texts.to_texts(generated, ids, with_scores=return_scores)
 
@@ -240,11 +268,11 @@ class VisionLanguageModel:
 
         def run(pictures: Pictures, texts: list[list[str]]) -> list[list[Any]]:
             if isinstance(self.network, QuestionAnsweringNetwork):
-                generated = self._texts.answer(pictures, texts, settings, generator)
+                generated = self._texts.answer(pictures, texts, settings, generator, self.compiled)
                 self._texts.record(self, pictures, self._texts.ids_of(texts))
             else:
                 ids = [[self._texts.question_prompt(question) for question in of_picture] for of_picture in texts]
-                generated = self._texts.continue_prompts(pictures, ids, settings, generator)
+                generated = self._texts.continue_prompts(pictures, ids, settings, generator, self.compiled)
                 self._texts.record(self, pictures, self._texts.joined(ids, generated))
             return self._texts.to_texts(generated, None, with_scores=return_scores)
 

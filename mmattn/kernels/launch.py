@@ -50,6 +50,15 @@ def card_of(device: torch.device) -> Card:
     return _card(device) if device.type == "cuda" else STAND_IN.get()
 
 
+_NOTHING = contextlib.nullcontext()
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Within the block `device` is the current one: Triton launches on that, whatever the tensors' device is."""
+    is_other = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if is_other else _NOTHING
+
+
 @functools.cache
 def _card(device: torch.device) -> Card:
     return Card(
@@ -75,14 +84,13 @@ class Launch:
     num_warps: int
     num_stages: int
 
-    def run(self, device: torch.device) -> None:
-        """Launch on `device`; nothing to do without programs."""
+    def run(self, device: torch.device) -> Any:
+        """Launch on `device`; nothing to do without programs. Returns the compiled kernel, None if there is none."""
         if not self.programs:
-            return
-        # Triton launches on the current device, whatever the tensors' device is.
-        is_other = device.type == "cuda" and device.index != torch.cuda.current_device()
-        with torch.cuda.device(device) if is_other else contextlib.nullcontext():
-            self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+            return None
+        with on_device(device):
+            run = self.kernel[(self.programs,)]
+            return run(**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
     def compile(self) -> Any:
         """Compile for the active driver's target without running; the compiled kernel holds its cubin."""

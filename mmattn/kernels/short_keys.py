@@ -5,16 +5,36 @@ Shapes: B batch, H query heads, G key/value heads, Lq / Lk lengths, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmattn.kernels.plain import is_plain_call
+from mmattn.kernels.plans import Plans, alignment
 from mmattn.kernels.short_keys_backward import backward_launches
 from mmattn.kernels.short_keys_forward import forward_launch
 
 MAX_KEYS = 512
 MAX_HEAD_DIM = 160
+_FORWARD = Plans()
+_BACKWARD = Plans()
+# Tensors of a call in their order, as the kernels name them.
+_FORWARD_NAMES: tuple[str, ...] = ("query", "key", "value", "output", "lse", "key_mask", "attn_mask")
+_BACKWARD_NAMES: tuple[str, ...] = ("grad_output", *_FORWARD_NAMES, "grad_query", "grad_key", "grad_value")
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None, scale: float
+) -> Tensor:
+    """The output of `short_key_attention`, at the least cost to the processor: ordinary eager calls go round the
+    dispatcher, which takes longer than the launch. The kernels, and so all bits, are the same."""
+    if not is_plain_call(query, key, value):
+        return short_key_attention(query, key, value, key_mask, attn_mask, scale)[0]
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return _apply(query, key, value, key_mask, attn_mask, scale)
+    return _forward(query, key, value, key_mask, attn_mask, scale)[0]
 
 
 @torch.library.custom_op("mmattn::short_key_attention", mutates_args=())
@@ -38,11 +58,7 @@ def short_key_attention(
         (output [B, H, Lq, D] in the order of axes that query has in memory, lse float32 [B, H, Lq]). Gradients flow
         through the output only.
     """
-    output, lse = _outputs(query)
-    if query.numel() == 0 or key.numel() == 0:
-        return output.zero_(), lse.fill_(float("-inf"))
-    forward_launch(query, key, value, key_mask, attn_mask, scale, output, lse).run(query.device)
-    return output, lse
+    return _forward(query, key, value, key_mask, attn_mask, scale)
 
 
 @torch.library.custom_op("mmattn::short_key_attention_backward", mutates_args=())
@@ -70,13 +86,72 @@ def short_key_attention_backward(
         attn_mask: the forward's.
         scale: the forward's.
     """
+    return _backward_of(grad_output, query, key, value, output, lse, key_mask, attn_mask, scale)
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    output, lse = _outputs(query)
     if query.numel() == 0 or key.numel() == 0:
-        gradients = _gradients(query, key, value)
+        return output.zero_(), lse.fill_(float("-inf"))
+    tensors = (query, key, value, output, lse, key_mask, attn_mask)
+    addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+    signature = _signature(query, key, value, key_mask, attn_mask, scale, alignment(addresses))
+    plan = _FORWARD.find(signature)
+    if plan is not None:
+        plan.run(query.device, addresses)
+    else:
+        launch = forward_launch(query, key, value, key_mask, attn_mask, scale, output, lse)
+        _FORWARD.make(signature, query.device, dict(zip(_FORWARD_NAMES, tensors, strict=True)), (launch,))
+    return output, lse
+
+
+def _backward_of(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    key_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _gradients(query, key, value)
+    if query.numel() == 0 or key.numel() == 0:
         return gradients[0].zero_(), gradients[1].zero_(), gradients[2].zero_()
-    backward = backward_launches(grad_output, query, key, value, output, lse, key_mask, attn_mask, scale)
-    for launch in backward.launches:
-        launch.run(query.device)
-    return backward.grad_query, backward.grad_key, backward.grad_value
+    tensors = (grad_output, query, key, value, output, lse, key_mask, attn_mask, *gradients)
+    addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+    own = (grad_output.stride(), output.stride(), alignment(addresses))
+    signature = _signature(query, key, value, key_mask, attn_mask, scale, own)
+    plan = _BACKWARD.find(signature)
+    if plan is not None:
+        plan.run(query.device, addresses)
+    else:
+        backward = backward_launches(
+            grad_output, query, key, value, output, lse, key_mask, attn_mask, scale, gradients=gradients
+        )
+        named = dict(zip(_BACKWARD_NAMES, tensors, strict=True))
+        _BACKWARD.make(signature, query.device, named, backward.launches)
+    return gradients
+
+
+def _signature(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    scale: float,
+    own: Hashable,
+) -> Hashable:
+    """All that launches depend on. (Strides of what is allocated like query follow from query's.)"""
+    masks = None
+    if key_mask is not None or attn_mask is not None:
+        masks = tuple([None if mask is None else (mask.shape, mask.stride()) for mask in (key_mask, attn_mask)])
+    sizes = (query.shape, query.stride(), key.shape, key.stride(), value.stride())
+    return query.device, query.dtype, sizes, masks, scale, own
 
 
 def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,12 +176,37 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     query, key, value, key_mask, attn_mask, scale = inputs
     ctx.save_for_backward(query, key, value, *output, key_mask, attn_mask)
     ctx.scale = scale
+
+
+def _save_operation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _save(ctx, inputs, output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad_output: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = short_key_attention_backward(grad_output, *ctx.saved_tensors, ctx.scale)
-    return (*gradients, None, None, None)
+def _backward(ctx: Any, grad_output: Tensor, _grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    # With gradients of gradients wanted, the operation says that there are none.
+    is_plain = not torch.is_grad_enabled() and is_plain_call(grad_output, *saved[:5])
+    run: Any = _backward_of if is_plain else short_key_attention_backward
+    return (*run(grad_output, *saved, ctx.scale), None, None, None)
 
 
-short_key_attention.register_autograd(_backward, setup_context=_save)
+short_key_attention.register_autograd(_backward, setup_context=_save_operation)
+
+
+class _Attend(torch.autograd.Function):
+    """Autograd's rule for calls that go round the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        output, lse = _forward(*inputs)
+        _save(ctx, inputs, (output, lse))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _backward(ctx, grad_output)
+
+
+# `_Attend.apply` without its questions about torch.func, which `is_plain_call` has answered: half of what it costs.
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, _Attend).apply  # pyright: ignore[reportAttributeAccessIssue]

@@ -219,6 +219,7 @@ def backward_launches(
     attn_mask: Tensor | None,
     scale: float,
     config: BackwardConfig | None = None,
+    gradients: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Backward:
     """The launches that compute what `short_key_attention_backward` returns, of the same arguments; nothing is empty.
 
@@ -226,11 +227,12 @@ def backward_launches(
         grad_output: [B, H, Lq, D], any strides.
         query, key, value, output, lse, key_mask, attn_mask, scale: the forward's.
         config: block sizes; the table's by default.
+        gradients: of query, key and value, to be written; made by default.
     """
     batch, heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]
     config = config or backward_config(card_of(query.device), query.dtype, head_dim, num_keys, num_queries)
-    grad_query, grad_key, grad_value = (torch.empty_like(tensor) for tensor in (query, key, value))
+    grad_query, grad_key, grad_value = gradients or [torch.empty_like(tensor) for tensor in (query, key, value)]
     is_fused = config.is_fused
     key_blocks = 1 if is_fused else ceil_div(num_keys, config.block_n)
     row_blocks_each, num_splits = _splits(query, key_blocks, config)

@@ -79,6 +79,31 @@ def _attend_all(
     return output, total, row_max
 
 
+@triton.jit
+def attend_resident(
+    query_ptr, output_ptr, lse_ptr, attn_mask_ptr, query_strides, output_strides, attn_mask_strides,
+    key, value, is_key, scale, num_heads, num_queries, batch, head, start,
+    HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, KEY_TILES: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+):  # fmt: skip
+    """Attend with BLOCK_M queries from `start` to all keys and write what comes of it: (query, largest score, sum of
+    weights) of each row."""
+    start = start.to(tl.int64)
+    rows = tl.arange(0, BLOCK_M)
+    is_row = rows < num_queries - start
+    query_rows = rows_of(query_ptr, query_strides, batch, head, start, UNIT)
+    query = load_rows(query_rows, rows, is_row, query_strides, HEAD_DIM, DIM_TILES, UNIT)
+    attn_mask_rows = rows_of(attn_mask_ptr, attn_mask_strides, batch, head, start, 1)
+    output, total, row_max = _attend_all(
+        query, key, value, is_key, rows, is_row, attn_mask_rows, attn_mask_strides, scale,
+        BLOCK_M, DIM_TILES, KEY_TILES, HAS_ATTN_MASK,
+    )  # fmt: skip
+    output_rows = rows_of(output_ptr, output_strides, batch, head, start, UNIT)
+    lse_rows = lse_ptr + (batch * num_heads + head) * num_queries + start
+    _finish_rows(output, total, row_max, output_rows, lse_rows, rows, is_row, output_strides, HEAD_DIM, DIM_TILES, UNIT)
+    return query, row_max, total
+
+
 @triton.jit(do_not_specialize=SIZES)
 def resident_fwd_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, key_mask_ptr, attn_mask_ptr,
@@ -98,22 +123,12 @@ def resident_fwd_kernel(
         head_of(key_mask_ptr, key_mask_strides, batch, kv_head, 1),
         key_strides, value_strides, key_mask_strides, 0, num_keys, KEY_TILES, HEAD_DIM, DIM_TILES, UNIT, HAS_KEY_MASK,
     )  # fmt: skip
-    rows = tl.arange(0, BLOCK_M)
     for block in tl.range(ROW_BLOCKS):
-        start = ((chunk * ROW_BLOCKS + block) * BLOCK_M).to(tl.int64)
-        is_row = rows < num_queries - start
-        query_rows = rows_of(query_ptr, query_strides, batch, head, start, UNIT)
-        query = load_rows(query_rows, rows, is_row, query_strides, HEAD_DIM, DIM_TILES, UNIT)
-        attn_mask_rows = rows_of(attn_mask_ptr, attn_mask_strides, batch, head, start, 1)
-        output, total, row_max = _attend_all(
-            query, key, value, is_key, rows, is_row, attn_mask_rows, attn_mask_strides, scale,
-            BLOCK_M, DIM_TILES, KEY_TILES, HAS_ATTN_MASK,
+        attend_resident(
+            query_ptr, output_ptr, lse_ptr, attn_mask_ptr, query_strides, output_strides, attn_mask_strides,
+            key, value, is_key, scale, num_heads, num_queries, batch, head, (chunk * ROW_BLOCKS + block) * BLOCK_M,
+            HEAD_DIM, DIM_TILES, KEY_TILES, UNIT, BLOCK_M, HAS_ATTN_MASK,
         )  # fmt: skip
-        output_rows = rows_of(output_ptr, output_strides, batch, head, start, UNIT)
-        lse_rows = lse_ptr + (batch * num_heads + head) * num_queries + start
-        _finish_rows(
-            output, total, row_max, output_rows, lse_rows, rows, is_row, output_strides, HEAD_DIM, DIM_TILES, UNIT
-        )
 
 
 @triton.jit
@@ -141,19 +156,17 @@ def _attend_block(
     return output, total, new_max
 
 
-@triton.jit(do_not_specialize=SIZES)
-def streamed_fwd_kernel(
+@triton.jit
+def attend_streamed(
     query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, key_mask_ptr, attn_mask_ptr,
     query_strides, key_strides, value_strides, output_strides, key_mask_strides, attn_mask_strides,
-    scale, num_heads, group, num_queries, num_keys, num_chunks,
+    scale, num_heads, group, num_queries, num_keys, batch, head, start,
     HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, LAST_TILES: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, NUM_STAGES: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
 ):  # fmt: skip
-    """A program has one head of one batch row and BLOCK_M queries, and walks over the keys."""
-    head, chunk, batch = place(num_heads, num_chunks)
-    start = (chunk * BLOCK_M).to(tl.int64)
-    batch = batch.to(tl.int64)
+    """As `attend_resident`, walking over the keys."""
+    start = start.to(tl.int64)
     kv_head = head // group
     key_base = head_of(key_ptr, key_strides, batch, kv_head, UNIT)
     value_base = head_of(value_ptr, value_strides, batch, kv_head, UNIT)
@@ -184,6 +197,26 @@ def streamed_fwd_kernel(
     lse_rows = lse_ptr + (batch * num_heads + head) * num_queries + start
     row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
     _finish_rows(output, total, row_max, output_rows, lse_rows, rows, is_row, output_strides, HEAD_DIM, DIM_TILES, UNIT)
+    return query, row_max, total
+
+
+@triton.jit(do_not_specialize=SIZES)
+def streamed_fwd_kernel(
+    query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, key_mask_ptr, attn_mask_ptr,
+    query_strides, key_strides, value_strides, output_strides, key_mask_strides, attn_mask_strides,
+    scale, num_heads, group, num_queries, num_keys, num_chunks,
+    HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, LAST_TILES: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, NUM_STAGES: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+):  # fmt: skip
+    """A program has one head of one batch row and BLOCK_M queries, and walks over the keys."""
+    head, chunk, batch = place(num_heads, num_chunks)
+    attend_streamed(
+        query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, key_mask_ptr, attn_mask_ptr,
+        query_strides, key_strides, value_strides, output_strides, key_mask_strides, attn_mask_strides,
+        scale, num_heads, group, num_queries, num_keys, batch.to(tl.int64), head, chunk * BLOCK_M,
+        HEAD_DIM, DIM_TILES, LAST_TILES, UNIT, BLOCK_M, BLOCK_N, WHOLE_BLOCKS, NUM_STAGES, HAS_KEY_MASK, HAS_ATTN_MASK,
+    )  # fmt: skip
 
 
 def forward_launch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from PIL import Image, ImageDraw
 
 from mmattn.maps.draw import FONT_SIZE, MARGIN, draw_legend, load_font, viridis
 from mmattn.maps.tokens import TextTokens
+
+Word = tuple[str, list[int]]
+"""A word and its tokens."""
 
 _CELL = 28
 _LEAST_CELL, _MOST_PIXELS = 3, 1600
@@ -86,18 +90,30 @@ def word_alignment(
         weights: rows sum to 1.
         is_shifted: the query of a token chose the one after it, so that a word is spoken for by the queries before.
     """
-    rows = []
     words = []
     for word, places in target.words():
         queries = [place - 1 for place in places] if is_shifted else places
         queries = [place for place in queries if 0 <= place < len(weights)]
         if queries:
-            words.append(word)
-            rows.append(weights[queries].mean(axis=0))
-    table = np.array(rows, dtype=np.float32).reshape(len(words), weights.shape[1])
+            words.append((word, queries))
     if source is None:
-        return Alignment([str(number) for number in range(weights.shape[1])], words, table)
-    sources = source.words()
-    columns = [table[:, places].sum(axis=1) for _, places in sources]
-    summed = np.stack(columns, axis=1) if columns else table[:, :0]
-    return Alignment([word for word, _ in sources], words, summed)
+        numbered = [(str(number), [number]) for number in range(weights.shape[1])]
+        return alignment_of(words, numbered, weights)
+    return alignment_of(words, source.words(), weights)
+
+
+def alignment_of(target: Sequence[Word], source: Sequence[Word], weights: np.ndarray) -> Alignment:
+    """Token weights as words: queries of a target word averaged, tokens of a source word added up.
+
+    Args:
+        target: words and their rows in the weights.
+        source: words and their columns.
+        weights: `[queries, tokens]`.
+    """
+    table = np.zeros((len(target), weights.shape[1]), dtype=np.float32)
+    for number, (_, rows) in enumerate(target):
+        table[number] = weights[rows].mean(axis=0)
+    summed = np.zeros((len(target), len(source)), dtype=np.float32)
+    for number, (_, columns) in enumerate(source):
+        summed[:, number] = table[:, columns].sum(axis=1)
+    return Alignment([word for word, _ in source], [word for word, _ in target], summed)

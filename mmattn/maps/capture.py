@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmattn.errors import UsageError
+from mmattn.maps.layers import check_not_compiling
 from mmattn.maps.weights import RowCall, kept_weights
 from mmattn.ops.masks import as_four_dim, causal_mask
 from mmattn.ops.observe import AttentionCall, observing
+from mmattn.ops.request import Request
+from mmattn.ops.same_pass import MapsAsked, SamePassMaps
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
@@ -41,6 +44,7 @@ class SeenAttention:
         mask: broadcastable to [B, H, n * Lq, Lk].
         log_sum_exp: [B, H, n * Lq].
         weights: [R, H, Lq, Lk].
+        maps: weights that were asked for and that the call's own pass has given.
     """
 
     rows: int
@@ -50,6 +54,7 @@ class SeenAttention:
     mask: Tensor | None = None
     log_sum_exp: Tensor | None = None
     weights: Tensor | None = None
+    maps: SamePassMaps | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -68,6 +73,16 @@ class SeenAttention:
             return (weights.float().mean(dim=0, keepdim=True) if average else weights.float()).clone()
         return kept_weights(self._row(row), keys=keys, heads=heads, average=average)
 
+    def asked_for(self, row: int) -> Tensor | None:
+        """A row's weights of the keys and heads that were asked for before the call, float32 [H' or 1, Lq, T]; None
+        where its pass has not given them."""
+        if self.maps is None:
+            return None
+        number, part = self._place(row)
+        # Not in inference mode: what is kept is added to later, outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            return self.maps.of_row(number)[:, part].clone()
+
     @property
     def _operands(self) -> tuple[Tensor, Tensor]:
         assert self.query is not None
@@ -75,9 +90,8 @@ class SeenAttention:
         return self.query, self.key
 
     def _row(self, row: int) -> RowCall:
-        (query, key), length = self._operands, self.sizes[1]
-        number, place = divmod(row, self.rows // query.shape[0])
-        part = slice(place * length, (place + 1) * length)
+        query, key = self._operands
+        number, part = self._place(row)
         mask, lse = self.mask, self.log_sum_exp
         if mask is not None:
             mask = mask[number if mask.shape[0] > 1 else 0]
@@ -90,12 +104,19 @@ class SeenAttention:
             None if lse is None else lse[number, :, part],
         )
 
+    def _place(self, row: int) -> tuple[int, slice]:
+        """The row of the keys that a row of the module's input attends to, and where its queries stand."""
+        length = self.sizes[1]
+        number, place = divmod(row, self.rows // self._operands[0].shape[0])
+        return number, slice(place * length, (place + 1) * length)
+
 
 @contextlib.contextmanager
 def watching(
     modules: Sequence[nn.Module],
     wants: Callable[[], bool],
     see: Callable[[nn.Module, SeenAttention | None], None],
+    ask: Callable[[nn.Module], MapsAsked | None] = lambda module: None,
 ) -> Iterator[None]:
     """Within the block `see` is told of every finished forward of these modules, with None where nothing was seen.
 
@@ -105,27 +126,23 @@ def watching(
         modules: attention modules.
         wants: whether a forward that is about to begin is of interest.
         see: called after a module's forward.
+        ask: which weights `see` is going to read of a module's forward that has begun, rows being those of its input: a
+            backend that can give them from the same pass does (`SeenAttention.asked_for`).
     """
-    open_frames: dict[int, list[_Frame]] = {}
+    frames = _OpenFrames()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            raise UsageError(
-                "record_attention: the model runs inside torch.compile, where nothing can be seen: run it uncompiled"
-            )
+        check_not_compiling()
         if is_recomputing() or not wants():
             return
         states = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
-        frame = _Frame(module, states.shape[0] if isinstance(states, Tensor) else 0)
-        frame.enter()
-        open_frames.setdefault(id(module), []).append(frame)
+        frames.enter(_Frame(module, states.shape[0] if isinstance(states, Tensor) else 0, ask))
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if is_recomputing() or not wants() or not open_frames.get(id(module)):
+        if is_recomputing():
             return
-        frame = open_frames[id(module)].pop()
-        frame.leave()
-        if output is not None:  # None: the forward has failed
+        frame = frames.leave(module)
+        if frame is not None and output is not None:  # None: the forward has failed
             see(module, frame.seen())
 
     with contextlib.ExitStack() as stack:
@@ -134,7 +151,39 @@ def watching(
             # Of several watchers the last to come in is the first to go.
             hook = module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=True)
             stack.callback(hook.remove)
+        # Hooks are not called where a forward ends with an interrupt.
+        stack.callback(frames.leave_all)
         yield
+
+
+class _OpenFrames:
+    """The forwards that are under way, by thread, outermost first."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, list[_Frame]] = {}
+
+    def enter(self, frame: _Frame) -> None:
+        """A forward begins; one of the same module that is open was interrupted."""
+        self.leave(frame.module)
+        frame.enter()
+        self._open.setdefault(threading.get_ident(), []).append(frame)
+
+    def leave(self, module: nn.Module) -> _Frame | None:
+        """A module's forward has ended, with all that began within it; None: none was open here."""
+        mine = self._open.get(threading.get_ident(), [])
+        first = next((number for number, frame in enumerate(mine) if frame.module is module), None)
+        if first is None:
+            return None
+        found = mine[first]
+        while len(mine) > first:
+            mine.pop().leave()
+        return found
+
+    def leave_all(self) -> None:
+        """Nothing runs any more in this thread."""
+        mine = self._open.pop(threading.get_ident(), [])
+        while mine:
+            mine.pop().leave()
 
 
 def is_recomputing() -> bool:
@@ -145,17 +194,18 @@ def is_recomputing() -> bool:
 class _Frame(TorchFunctionMode):
     """Looks at one forward of one module."""
 
-    def __init__(self, module: nn.Module, rows: int) -> None:
+    def __init__(self, module: nn.Module, rows: int, ask: Callable[[nn.Module], MapsAsked | None]) -> None:
         super().__init__()
-        self._module, self._rows = module, rows
+        self.module, self._rows, self._wanted = module, rows, ask
         self._stack = contextlib.ExitStack()
+        self._asked: MapsAsked | None = None
         self._told: AttentionCall | None = None
         self._fused: dict[str, Any] | None = None
         self._num_fused = 0
         self._weights: list[Tensor] = []
 
     def enter(self) -> None:
-        self._stack.enter_context(observing(self._tell))
+        self._stack.enter_context(observing(self._tell, self._ask))
         self._stack.enter_context(self)
 
     def leave(self) -> None:
@@ -168,9 +218,18 @@ class _Frame(TorchFunctionMode):
             return self._of_fused(**self._fused)
         return self._of_weights()
 
+    def _ask(self, request: Request, caller: Any) -> MapsAsked | None:
+        """What is wanted of a call that is the first of this module, with rows of the call's batch."""
+        batch = request.query.shape[0]
+        if self._told is not None or caller is not self.module or batch == 0 or self._rows % batch:
+            return None
+        asked = self._wanted(self.module)
+        self._asked = None if asked is None else asked.for_shared_keys(max(1, self._rows // batch))
+        return self._asked
+
     def _tell(self, call: AttentionCall) -> None:
         # An IP-Adapter's attention to its picture comes after the text's.
-        if self._told is None and call.caller is self._module:
+        if self._told is None and call.caller is self.module:
             self._told = call
             if self._num_fused != 1:  # rows of different lengths one after the other
                 self._fused = None
@@ -192,7 +251,8 @@ class _Frame(TorchFunctionMode):
         return output
 
     def _of_ours(self, call: AttentionCall) -> SeenAttention:
-        return seen_call(call, self._rows, None if self._fused is None else self._fused["log_sum_exp"])
+        lse = None if self._fused is None else self._fused["log_sum_exp"]
+        return seen_call(call, self._rows, lse, self._asked)
 
     def _of_fused(
         self,
@@ -222,7 +282,7 @@ class _Frame(TorchFunctionMode):
             return None
         if self._weights[0].dim() == 4:
             return SeenAttention(self._weights[0].shape[0], weights=self._weights[0])
-        heads, parts, total = getattr(self._module, "heads", 0), [], 0
+        heads, parts, total = getattr(self.module, "heads", 0), [], 0
         for part in self._weights:
             parts.append(part)
             total += part.shape[0]
@@ -234,22 +294,29 @@ class _Frame(TorchFunctionMode):
         return SeenAttention(self._rows, weights=joined.unflatten(0, (self._rows, heads)))
 
 
-def seen_call(call: AttentionCall, rows: int = 0, log_sum_exp: Tensor | None = None) -> SeenAttention:
+def seen_call(
+    call: AttentionCall, rows: int = 0, log_sum_exp: Tensor | None = None, asked: MapsAsked | None = None
+) -> SeenAttention:
     """A call of mmattn's own attention, with its masks as one.
 
     Args:
         call: what an observer was told.
         rows: R of the module's input, of which several may share keys; 0: each has its own.
         log_sum_exp: what the fused kernel said, with any split of the heads.
+        asked: what was asked for before the call.
     """
-    query, key, lse = call.query, call.key, log_sum_exp
+    query, key, maps, lse = call.query, call.key, call.maps, log_sum_exp
+    if lse is None and maps is not None:  # whoever asked
+        lse = maps.log_sum_exp
     if lse is not None:  # grouped heads may be folded into the queries
         lse = lse.reshape(query.shape[:3]) if lse.numel() == math.prod(query.shape[:3]) else None
     mask = None if call.key_mask is None else call.key_mask[:, None, None, :]
     if call.is_causal:
         causal = causal_mask(query.shape[2], key.shape[2], device=query.device)[None, None]
         mask = causal if mask is None else mask & causal
-    return SeenAttention(rows or query.shape[0], query, key, call.scale, _both(call.attn_mask, mask), lse)
+    mask = _both(call.attn_mask, mask)
+    own = maps if maps is not None and maps.asked is asked else None
+    return SeenAttention(rows or query.shape[0], query, key, call.scale, mask, lse, maps=own)
 
 
 class _LogSumExp(TorchDispatchMode):

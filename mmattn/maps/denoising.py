@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,29 +18,26 @@ from torch import Tensor, nn
 
 from mmattn.errors import UsageError
 from mmattn.maps.capture import SeenAttention, is_recomputing, watching
-from mmattn.maps.layers import attending_layers, check_heads, check_not_compiled, chosen_layers
+from mmattn.maps.drawn_texts import DrawnTexts, Texts
+from mmattn.maps.joint import check_joint, picture_part
+from mmattn.maps.layers import (
+    attending_layers,
+    check_heads,
+    check_not_compiled,
+    check_not_compiling,
+    chosen_layers,
+    grid_of,
+)
+from mmattn.maps.prompt_memory import noting_prompts
 from mmattn.maps.record import AttentionMaps, is_recording
 from mmattn.maps.recordings import RecordedPicture
-from mmattn.maps.tokens import TextTokens, text_tokens
-from mmattn.swap.layers import SetAttribute
+from mmattn.ops.same_pass import MapsAsked
 
+_log = logging.getLogger(__name__)
 _MODELS = ("unet", "transformer")
 _ALL_STEPS = -1
 _OTHER_ORDERS = ("Pix2Pix", "LEdits", "PAG")  # of the rows in the batch than negative, positive
-
-
-class Texts(NamedTuple):
-    """The prompts of one generation.
-
-    Attributes:
-        prompts: None where only embeddings are known.
-        second: SDXL's `prompt_2`, where it is given.
-        negatives: of guidance's other half; None: the empty text.
-    """
-
-    prompts: list[str] | None = None
-    second: list[str] | None = None
-    negatives: list[str] | None = None
+_ONE_HALF = ("Flux",)  # transformers that get prompts and negative prompts in calls of their own, if at all
 
 
 @contextlib.contextmanager
@@ -58,14 +56,13 @@ def watching_pipeline(pipeline: Any, maps: AttentionMaps) -> Iterator[None]:
             f"record_attention: which rows of {type(pipeline).__name__} follow the prompt is not known: guidance='both'"
             " records them all"
         )
+    if maps.wanted.guidance != "conditional" and type(model).__name__.startswith(_ONE_HALF):
+        raise UsageError(
+            f"record_attention: guidance={maps.wanted.guidance!r} is for pipelines whose batch has two halves, not for "
+            f"a {type(pipeline).__name__}; leave it out"
+        )
     drawing = Drawing(model, maps, pipeline)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(drawing.watched())
-        encode = getattr(pipeline, "encode_prompt", None)
-        if encode is not None:
-            step = SetAttribute(pipeline, "encode_prompt", _noting(encode, drawing))
-            step.do()
-            stack.callback(step.undo)
+    with drawing.watched(), noting_prompts(pipeline, drawing.note):
         yield
 
 
@@ -86,17 +83,6 @@ def watching_model(model: nn.Module, maps: AttentionMaps) -> Iterator[None]:
         yield
 
 
-def _noting(encode: Callable[..., Any], drawing: Drawing) -> Callable[..., Any]:
-    signature = inspect.signature(encode)
-
-    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-        if is_recording(drawing.maps):
-            drawing.note(signature.bind_partial(*args, **kwargs).arguments)
-        return encode(*args, **kwargs)
-
-    return encode_prompt
-
-
 @dataclass(eq=False)
 class Drawing:
     """One recorder's view of a model that draws.
@@ -112,7 +98,6 @@ class Drawing:
     maps: AttentionMaps
     pipeline: Any = None
     pictures: list[RecordedPicture] = field(default_factory=list)
-    _texts: Texts = field(default_factory=Texts)
     _is_fresh: bool = True  # the next forward begins a generation
     _is_guided: bool | None = None
     _step: int = 0
@@ -120,8 +105,18 @@ class Drawing:
     _last_time: float = float("inf")
     _rows: range = range(0)
     _size: tuple[int, int] = (0, 0)
+    _text: Tensor | None = None  # of the forward that is under way
+    _first_text: Tensor | None = None  # of the generation's first forward
+    _count: int = 0  # of its rows
+    _is_aside: bool = False  # the forward that is under way is none of the generation's own
     _unseen: dict[str, str] = field(default_factory=dict)
     _numbers: dict[int, int] = field(default_factory=dict)
+    _joint: set[int] = field(default_factory=set)  # ids of layers of joint attention
+    _asked: MapsAsked | None = None  # for the pictures that are being drawn
+
+    def __post_init__(self) -> None:
+        self._texts = DrawnTexts(self.model, self.maps.wanted, self.pipeline)
+        self._signature = inspect.signature(self.model.forward)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -130,40 +125,44 @@ class Drawing:
         check_not_compiled(name, self.model)
         layers = chosen_layers(attending_layers(self.model, self.maps.role), self.maps.wanted.layers)
         for layer in layers:
+            if layer.is_joint:
+                check_joint(layer.name, layer.module)
             count = getattr(layer.module, "heads", getattr(layer.module, "num_heads", None))
             if isinstance(count, int):
                 check_heads(self.maps.wanted.heads, count, layer.name)
         self._numbers = {id(layer.module): layer.number for layer in layers}
+        self._joint = {id(layer.module) for layer in layers if layer.is_joint}
         self.maps.layer_names = {layer.number: layer.name for layer in layers}
         self.maps.why_empty = self._why_empty
         self.maps.drawing = self
         hook = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
         try:
-            with watching([layer.module for layer in layers], lambda: is_recording(self.maps), self._see):
+            with watching([layer.module for layer in layers], lambda: is_recording(self.maps), self._see, self._ask):
                 yield
         finally:
             hook.remove()
+        steps = self.maps.wanted.steps
+        if steps is not None and self.maps.texts and max(steps) >= self._most_steps:
+            _log.warning(
+                "record_attention: steps=%s, but there were %d steps, 0 to %d",
+                steps,
+                self._most_steps,
+                self._most_steps - 1,
+            )
 
     # What is known of the texts.
 
-    def note(self, given: dict[str, Any]) -> None:
-        """Prompts as a pipeline gives them to its own `encode_prompt`."""
-        prompt = _listed(given.get("prompt"))
-        if "do_classifier_free_guidance" in given:
-            self._is_guided = bool(given["do_classifier_free_guidance"])
-        if prompt is None:  # embeddings, of texts that a façade may have told
-            self._is_fresh = True
-            return
-        if self._is_fresh and self._texts.prompts is not None and "device" not in given:
-            self._texts = self._texts._replace(negatives=prompt)  # a pixel pipeline encodes them one after the other
-            return
-        second, negatives = _listed(given.get("prompt_2")), _listed(given.get("negative_prompt"))
-        self.expect(Texts(prompt, second, negatives))
+    def note(self, arguments: dict[str, Any], result: Any) -> None:
+        """A pipeline has encoded prompts."""
+        if "do_classifier_free_guidance" in arguments:
+            self._is_guided = bool(arguments["do_classifier_free_guidance"])
+        self._is_fresh = True
+        self._texts.note(arguments, result)
 
-    def expect(self, texts: Texts, *, is_guided: bool | None = None) -> None:
-        """The next forward begins to draw these."""
-        self._texts, self._is_fresh = texts, True
-        self._is_guided = is_guided if is_guided is not None else self._is_guided
+    def expect(self, texts: Texts, *, is_guided: bool) -> None:
+        """The next forward begins to draw these, says a façade."""
+        self._is_fresh, self._is_guided = True, is_guided
+        self._texts.expect(texts)
 
     def take_images(self, images: Sequence[Image.Image]) -> None:
         """The pictures that came of what was recorded last."""
@@ -173,36 +172,48 @@ class Drawing:
     # While the model runs.
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            raise UsageError(
-                "record_attention: the model runs inside torch.compile, where nothing can be seen: run it uncompiled"
-            )
+        check_not_compiling()
         if is_recomputing() or not is_recording(self.maps):
             return
-        sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        if not isinstance(sample, Tensor) or sample.dim() != 4:
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        sample = given.get("sample", given.get("hidden_states"))
+        size = _size_of(sample, given)
+        if sample is None or size is None:
             raise UsageError(
                 f"record_attention: {type(model).__name__} draws no pictures [batch, channels, rows, columns]"
             )
-        time = args[1] if len(args) > 1 else kwargs.get("timestep")
-        now, is_training = _number(time)
+        text = given.get("encoder_hidden_states")
+        self._text = text if isinstance(text, Tensor | None) else getattr(text, "text", None)  # a UNetContext
+        now, is_training = _number(given.get("timestep"))
         # Times fall within a generation. A pipeline says when one begins, unless it is given embeddings.
         is_new = self._is_fresh or now > self._last_time
         is_new = is_new or (self.pipeline is None and (now == self._last_time or is_training))
+        self._is_aside = not is_new and now == self._last_time and self._is_guidance(sample.shape[0])
+        if self._is_aside:
+            return
         self._rows = self._kept_rows(sample.shape[0])
-        self._size = sample.shape[2], sample.shape[3]
+        self._size = size
         if is_new or len(self._rows) != len(self.pictures):
-            self._begin()
+            self._begin(sample.shape[0])
         else:
             self._step += 1
         self._most_steps = max(self._most_steps, self._step + 1)
         self._last_time, self._is_fresh = now, False
 
+    def _is_guidance(self, count: int) -> bool:
+        """Whether a further forward at one time is some guidance's: it has other rows, or another text."""
+        first, text = self._first_text, self._text
+        if count != self._count:
+            return True
+        if first is None or text is None or first is text:
+            return False
+        return first.shape != text.shape or not torch.equal(first, text)
+
     def _kept_rows(self, rows: int) -> range:
         wanted = self.maps.wanted.guidance
         if self.pipeline is None or wanted == "both":
             return range(rows)
-        guided = getattr(self.pipeline, "do_classifier_free_guidance", self._is_guided)
+        guided = self._halves
         if guided is None:
             raise UsageError(
                 f"record_attention: whether {type(self.pipeline).__name__} is guided is not known: guidance='both'"
@@ -214,69 +225,45 @@ class Drawing:
             return range(rows)
         return range(rows // 2, rows) if wanted == "conditional" else range(rows // 2)
 
-    def _begin(self) -> None:
-        prompts, seconds = self._prompts(len(self._rows))
-        kept = self._kept_tokens(prompts)
-        self.pictures = [RecordedPicture(*each) for each in zip(prompts, seconds, kept, strict=True)]
-        self._step = 0
-        self._texts = Texts() if self.pipeline is not None else self._texts
-
-    def _prompts(self, count: int) -> tuple[list[TextTokens | None], list[TextTokens | None]]:
-        """The text of every row that is kept, and SDXL's second one."""
-        wanted, texts = self.maps.wanted, self._texts
-        prompts = wanted.prompts if wanted.prompts is not None else texts.prompts
-        if prompts is None:
-            return [None] * count, [None] * count
-        negatives = texts.negatives or [""]
-        if wanted.guidance == "unconditional":
-            prompts = negatives * (len(prompts) // len(negatives))
-        elif (
-            wanted.guidance == "both" and self.pipeline is not None and count % (2 * len(prompts)) == 0 and self._halves
-        ):
-            prompts = negatives * (len(prompts) // len(negatives)) + prompts
-        if count % len(prompts):
-            raise UsageError(f"record_attention: {len(prompts)} prompts for {count} pictures: give one for each")
-        each = count // len(prompts)
-        tokenizers = [getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
-        first = wanted.tokenizer or tokenizers[0] or tokenizers[1]
-        if first is None:
-            return [None] * count, [None] * count
-        tokens = [self._cut(first, prompt) for prompt in prompts for _ in range(each)]
-        seconds: list[TextTokens | None] = [None] * count
-        if texts.second is not None and texts.second != texts.prompts and len(texts.second) == len(prompts):
-            seconds = [self._cut(tokenizers[1], prompt) for prompt in texts.second for _ in range(each)]
-        return list(tokens), seconds
+    def _begin(self, count: int) -> None:
+        steps, wanted = self._num_steps, self.maps.wanted.steps
+        if steps is not None and wanted is not None and max(wanted) >= steps:
+            raise UsageError(
+                f"record_attention: steps={wanted}, but this generation has {steps} steps, 0 to {steps - 1}"
+            )
+        texts = self._texts.of_rows(self._text, self._rows, count, is_guided=bool(self._halves))
+        kept = self._texts.kept(texts, None if self._text is None else self._text.shape[1])
+        self.pictures = [RecordedPicture(*text, places) for text, places in zip(texts, kept, strict=True)]
+        self._step, self._count, self._first_text, self._asked = 0, count, self._text, None
 
     @property
-    def _halves(self) -> bool:
-        return bool(getattr(self.pipeline, "do_classifier_free_guidance", self._is_guided))
+    def _num_steps(self) -> int | None:
+        """Forwards of a generation at most, where the pipeline's scheduler says it."""
+        timesteps = getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
+        return None if timesteps is None else len(timesteps)
 
-    def _cut(self, tokenizer: Any, prompt: str) -> TextTokens:
-        # Textual inversion writes a word of several vectors as several words.
-        convert = getattr(self.pipeline, "maybe_convert_prompt", None)
-        converted = prompt if convert is None else convert(prompt, tokenizer)
-        return text_tokens(tokenizer, converted)
+    @property
+    def _halves(self) -> bool | None:
+        """Whether the batch has two halves; None: not known."""
+        if type(self.model).__name__.startswith(_ONE_HALF):
+            return False
+        return getattr(self.pipeline, "do_classifier_free_guidance", self._is_guided)
 
-    def _kept_tokens(self, prompts: Sequence[TextTokens | None]) -> list[list[int] | None]:
-        """Positions to keep of each prompt; None: all. A word need not be in every prompt, but in one."""
-        tokens = self.maps.wanted.tokens
-        if tokens is None:
-            return [None] * len(prompts)
-        known = [prompt for prompt in prompts if prompt is not None]
-        words = [token for token in tokens if isinstance(token, str)]
-        if words and len(known) < len(prompts):
-            raise UsageError(
-                f"record_attention: tokens={tokens} are words, but the prompt's words are not known, only its "
-                "embeddings: name them with prompts=[...], or give positions"
-            )
-        for word in words:
-            if not any(prompt.find(word) for prompt in known):
-                known[0].positions(word)  # raises, and says which words are there
-        numbers = {token for token in tokens if isinstance(token, int)}
-        return [sorted(numbers.union(*(_positions(prompt, word) for word in words))) for prompt in prompts]
+    def _ask(self, module: nn.Module) -> MapsAsked | None:
+        """The weights that `_see` is going to take of a layer's forward."""
+        wanted = self.maps.wanted
+        is_passed_over = wanted.steps is not None and self._step not in wanted.steps
+        if not self.pictures or self._is_aside or is_passed_over or id(module) in self._joint:
+            return None
+        if self._asked is None or self._asked.rows != self._rows:
+            kept = [picture.kept for picture in self.pictures]
+            keys = None if None in kept else tuple(tuple(places or ()) for places in kept)
+            heads = None if wanted.heads is None else tuple(wanted.heads)
+            self._asked = MapsAsked(self._rows, keys, heads, average="head" not in wanted.views)
+        return self._asked
 
     def _see(self, module: nn.Module, seen: SeenAttention | None) -> None:
-        if not self.pictures:  # the layer was called by itself
+        if not self.pictures or self._is_aside:  # without pictures, the layer was called by itself
             return
         wanted, number = self.maps.wanted, self._numbers[id(module)]
         if seen is None:
@@ -285,14 +272,22 @@ class Drawing:
             return
         if wanted.steps is not None and self._step not in wanted.steps:
             return
-        heads, length, num_keys = seen.sizes
+        where = f"record_attention: {self.maps.layer_names[number]}"
+        keys = range(seen.sizes[2])
+        if id(module) in self._joint:
+            length = 0 if self._text is None else self._text.shape[1]
+            seen, first = picture_part(module, seen, length)
+            keys = range(first, first + length)
+        heads, length, _ = seen.sizes
         check_heads(wanted.heads, heads, self.maps.layer_names[number])
         step = self._step if "step" in wanted.views else _ALL_STEPS
-        grid = _grid(length, self._size, self.maps.layer_names[number])
+        grid = grid_of(self._size, length, where=where)
         if not self.pictures[0].sums:
             self.maps.texts += self.pictures
         for row, picture in zip(self._rows, self.pictures, strict=True):
-            weights = _columns(seen, row, picture.kept, num_keys, wanted.heads, average="head" not in wanted.views)
+            weights = seen.asked_for(row)
+            if weights is None:
+                weights = _columns(seen, row, picture.kept, keys, wanted.heads, average="head" not in wanted.views)
             picture.add(number, step, grid, weights)
 
     def _why_empty(self) -> str:
@@ -310,33 +305,30 @@ class Drawing:
 
 
 def _columns(
-    seen: SeenAttention, row: int, kept: list[int] | None, num_keys: int, heads: list[int] | None, *, average: bool
+    seen: SeenAttention, row: int, kept: list[int] | None, keys: range, heads: list[int] | None, *, average: bool
 ) -> Tensor:
-    """Weights [H', C, T] of a row; tokens that a swapped layer leaves out as padding have none."""
-    if kept is None:
+    """Weights [H', C, T] of a row, whose text has these keys; tokens that a swapped layer leaves out as padding have
+    none."""
+    if kept is None and len(keys) == seen.sizes[2]:
         return seen.kept(row, None, heads, average=average)
-    inside = [place for place in kept if place < num_keys]
+    wanted = range(len(keys)) if kept is None else kept
+    inside = [keys[place] for place in wanted if place < len(keys)]
     device = (seen.query if seen.query is not None else seen.weights).device  # pyright: ignore
     weights = seen.kept(row, torch.tensor(inside, dtype=torch.long, device=device), heads, average=average)
-    return torch.nn.functional.pad(weights, (0, len(kept) - len(inside))) if len(inside) < len(kept) else weights
+    return torch.nn.functional.pad(weights, (0, len(wanted) - len(inside))) if len(inside) < len(wanted) else weights
 
 
-def _grid(length: int, size: tuple[int, int], where: str) -> tuple[int, int]:
-    """Rows and columns of a layer's places: the sample's, halved until they are so many."""
-    rows, columns = size
-    while rows * columns > length:
-        rows, columns = (rows + 1) // 2, (columns + 1) // 2
-    if rows * columns != length:
-        raise UsageError(f"record_attention: {where} has {length} places, which are no grid of a sample of {size}")
+def _size_of(sample: Any, given: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of what is drawn; None where it is no picture."""
+    if not isinstance(sample, Tensor):
+        return None
+    if sample.dim() == 4:
+        return sample.shape[2], sample.shape[3]
+    places = given.get("img_ids")  # of packed places, [L, 3]: each with its row and column
+    if sample.dim() != 3 or not isinstance(places, Tensor) or places.shape[-1] != 3:
+        return None
+    rows, columns = (int(each) + 1 for each in places.reshape(-1, 3).amax(0)[1:])
     return rows, columns
-
-
-def _positions(prompt: TextTokens | None, word: str) -> list[int]:
-    return [] if prompt is None else [place for run in prompt.find(word) for place in run]
-
-
-def _listed(text: Any) -> list[str] | None:
-    return None if text is None else [text] if isinstance(text, str) else list(text)
 
 
 def _number(time: Any) -> tuple[float, bool]:

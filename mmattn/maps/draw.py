@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,15 +54,20 @@ class Heatmap:
         rows, columns = self.values.shape
         return (float(column) + 0.5) * self.image.width / columns, (float(row) + 0.5) * self.image.height / rows
 
-    def draw(self) -> Image.Image:
-        """The picture, and beside it the picture under the map's colours; with word, sentence and legend; RGB."""
+    def draw(self, *, beside: bool = True) -> Image.Image:
+        """The picture, and beside it the picture under the map's colours; with word, sentence and legend; RGB.
+
+        Args:
+            beside: False: the second one alone, where the picture itself is shown already.
+        """
         longer = max(self.image.size)
         scale = min(max(longer, _SIDES[0]), _SIDES[1]) / longer
         size = (max(1, round(self.image.width * scale)), max(1, round(self.image.height * scale)))
         overlay = _overlay(self.image, self.values, size)
         self._mark_peak(overlay, scale)
         title, subtitle = load_font(FONT_SIZE + 4), load_font(FONT_SIZE)
-        width = max(2 * size[0] + MARGIN, _BAR_WIDTH + 180) + 2 * MARGIN
+        pictures = 2 * size[0] + MARGIN if beside else size[0]
+        width = max(pictures, _BAR_WIDTH + 180) + 2 * MARGIN
         lines = wrap_text(self.sentence, subtitle, width - 2 * MARGIN) if self.sentence != self.word else []
         heading = wrap_text(self.word, title, width - 2 * MARGIN)
         line_height, title_height = FONT_SIZE + 6, FONT_SIZE + 12
@@ -71,8 +79,9 @@ class Heatmap:
         for number, line in enumerate(lines):
             place = (MARGIN, MARGIN + title_height * len(heading) + number * line_height)
             pen.text(place, line, fill="#555555", font=subtitle)
-        canvas.paste(self.image.resize(size, Image.Resampling.BICUBIC), (MARGIN, top))
-        canvas.paste(overlay, (width - MARGIN - size[0], top))
+        if beside:
+            canvas.paste(self.image.resize(size, Image.Resampling.BICUBIC), (MARGIN, top))
+        canvas.paste(overlay, (width - MARGIN - size[0] if beside else MARGIN, top))
         draw_legend(canvas, top + size[1] + MARGIN)
         return canvas
 
@@ -110,9 +119,30 @@ def draw_legend(canvas: Image.Image, top: int) -> None:
     pen.text((left + _BAR_WIDTH + 8, top - 2), "more attention", fill="black", font=font)
 
 
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures one under another, at the left, on white."""
+    canvas = Image.new("RGB", (max(one.width for one in pictures), sum(one.height for one in pictures)), "white")
+    top = 0
+    for one in pictures:
+        canvas.paste(one, (0, top))
+        top += one.height
+    return canvas
+
+
 def load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font of every picture here; Pillow brings it."""
-    return ImageFont.load_default(size)
+    """The font of every picture here: matplotlib's DejaVu Sans, which has the letters of most languages. Where
+    matplotlib is not installed Pillow's own, which has those of English and little more."""
+    file = _font_file()
+    return ImageFont.load_default(size) if file is None else ImageFont.truetype(file, size)
+
+
+@functools.cache
+def _font_file() -> Path | None:
+    found = importlib.util.find_spec("matplotlib")
+    if found is None or found.origin is None:
+        return None
+    file = Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return file if file.is_file() else None
 
 
 def wrap_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

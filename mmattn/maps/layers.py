@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import nn
 
-from mmattn.errors import UsageError
+from mmattn.errors import RunError, UsageError
 from mmattn.nn.projected_attention import ProjectedAttention
+from mmattn.swap.layers import JOINT
 from mmattn.swap.parts import is_diffusers, is_transformers, uncompiled
 
 Role = Literal["self", "cross"]
@@ -24,25 +26,32 @@ class AttendingLayer(NamedTuple):
         number: counted from 0 in the order in which the layers run.
         name: its path in the model.
         module: the module.
+        is_joint: text and picture share its softmax.
     """
 
     number: int
     name: str
     module: nn.Module
+    is_joint: bool = False
 
 
 def attending_layers(model: nn.Module, role: Role) -> list[AttendingLayer]:
-    """The attention modules of a role, numbered in the order in which they run.
+    """The attention modules of a role, numbered in the order in which they run. Joint attention of a text and a picture
+    counts as cross-attention.
 
     Raises:
         UsageError: there are none.
     """
-    found = [(name, module) for name, module in model.named_modules() if _role(module, name, model) == role]
+    roles = ("cross", JOINT) if role == "cross" and is_diffusers(model) else (role,)
+    found = [(name, module) for name, module in model.named_modules() if _role(module, name, model) in roles]
     if not found:
         raise UsageError(f"record_attention: {type(model).__name__} has no {role}-attention that can be read")
     # A U-Net's middle is made last and runs between the two halves.
     found.sort(key=lambda pair: _stage(pair[0]))
-    return [AttendingLayer(number, name, module) for number, (name, module) in enumerate(found)]
+    return [
+        AttendingLayer(number, name, module, _role(module, name, model) == JOINT)
+        for number, (name, module) in enumerate(found)
+    ]
 
 
 def _stage(name: str) -> int:
@@ -73,7 +82,7 @@ def chosen_layers(layers: Sequence[AttendingLayer], chosen: Layers) -> list[Atte
     """
     if chosen is None:
         return list(layers)
-    wanted = [chosen] if isinstance(chosen, int | str) else list(chosen)
+    wanted = as_layers(chosen)
     for each in wanted:
         if not any(_is_meant(layer, each) for layer in layers):
             shown = ", ".join(f"{layer.number} ({layer.name})" for layer in layers[:_SHOWN])
@@ -86,11 +95,35 @@ def _is_meant(layer: AttendingLayer, wanted: int | str) -> bool:
     return layer.number == wanted if isinstance(wanted, int) else wanted in layer.name
 
 
+def as_layers(chosen: int | str | Sequence[int | str]) -> list[int | str]:
+    """One layer or several as a list."""
+    return [chosen] if isinstance(chosen, int | str) else list(chosen)
+
+
 def as_numbers(chosen: Numbers) -> list[int] | None:
     """One number or several as a list; None stays None."""
     if chosen is None:
         return None
     return [chosen] if isinstance(chosen, int) else list(chosen)
+
+
+def grid_of(size: tuple[int, int], num_places: int, *, where: str) -> tuple[int, int]:
+    """Rows and columns of a layer's places, for latents of a size; levels of a model halve it, rounding up.
+
+    Args:
+        size: rows and columns of the latents.
+        num_places: of the layer.
+        where: the layer, as a message begins.
+
+    Raises:
+        RunError: no level has so many places.
+    """
+    rows, columns = size
+    while rows * columns > num_places:
+        rows, columns = -(-rows // 2), -(-columns // 2)
+    if rows * columns != num_places:
+        raise RunError(f"{where} has {num_places} places, which is no level of {size[0]} x {size[1]}")
+    return rows, columns
 
 
 def check_heads(heads: Sequence[int] | None, count: int, where: str) -> None:
@@ -113,4 +146,12 @@ def check_not_compiled(name: str, model: Any) -> None:
         raise UsageError(
             f"record_attention: {name} is compiled, and inside torch.compile nothing can be seen: record with the model"
             " that was not compiled (of torch.compile(model), that is model._orig_mod)"
+        )
+
+
+def check_not_compiling() -> None:
+    """Raise `UsageError` where torch.compile traces what is to be seen."""
+    if torch.compiler.is_compiling():
+        raise UsageError(
+            "record_attention: the model runs inside torch.compile, where nothing can be seen: run it uncompiled"
         )

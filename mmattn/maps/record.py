@@ -35,6 +35,8 @@ from mmattn.maps.recordings import (
 from mmattn.maps.tokens import TextTokens
 from mmattn.maps.wanted import Guidance, Prompts, Tokens, View, Wanted
 from mmattn.ops.observe import AttentionCall, observing
+from mmattn.ops.request import Request
+from mmattn.ops.same_pass import MapsAsked
 
 __all__ = ["AttentionMaps", "RecordedText", "TextToRecord", "record_attention", "recorders_of"]
 
@@ -99,16 +101,24 @@ class AttentionMaps:
     def weights_of(self, read: Callable[[], object]) -> tuple[dict[int, torch.Tensor], list[Any]]:
         """Float32 `[H, L, Lk]` by layer of what `read` does with one row, and the module of every layer."""
         calls: list[AttentionCall] = []
-        with observing(calls.append):
+        asked = MapsAsked(heads=None if self.wanted.heads is None else tuple(self.wanted.heads))
+
+        def ask(_: Request, caller: Any) -> MapsAsked | None:
+            return asked if getattr(caller, "role", self.role) == self.role else None
+
+        with observing(calls.append, ask):
             read()
         calls = [call for call in calls if call.role == self.role]
         chosen = self.wanted.numbered_layers(len(calls))
-        weights = {number: self._weights(calls[number]) for number in chosen}
+        weights = {number: self._weights(calls[number], asked) for number in chosen}
         return weights, [call.caller for call in calls]
 
-    def _weights(self, call: AttentionCall) -> torch.Tensor:
+    def _weights(self, call: AttentionCall, asked: MapsAsked) -> torch.Tensor:
         check_heads(self.wanted.heads, call.query.shape[1], f"in {self.role}-attention")
-        return seen_call(call).kept(0, None, self.wanted.heads, average=False).cpu()
+        seen = seen_call(call, asked=asked)
+        weights = seen.asked_for(0)
+        weights = seen.kept(0, None, self.wanted.heads, average=False) if weights is None else weights
+        return weights.cpu()
 
     def expect_prompts(self, prompts: Sequence[str], negatives: Sequence[str] | None, *, is_guided: bool) -> None:
         """Say what is drawn next, of which the pipeline is given embeddings."""
@@ -227,6 +237,9 @@ class AttentionMaps:
 
     def _averaged(self, recorded: Recorded, layer: Numbers, head: Numbers, step: Numbers) -> dict[int, np.ndarray]:
         weights = recorded.weights
+        for name, numbers in (("layer", layer), ("head", head), ("step", step)):
+            if numbers is not None and not as_numbers(numbers):
+                raise UsageError(f"{name}=[]: give one or more numbers, or leave it out")
         chosen = list(weights) if layer is None else as_numbers(layer) or []
         unknown = [number for number in chosen if number not in weights]
         if unknown:

@@ -114,6 +114,7 @@ class RecordedPicture:
     Attributes:
         prompt: its tokens; None where only embeddings are known.
         second: those of a second prompt beside it (SDXL's `prompt_2`), where it is another one.
+        also: of the same text by a further encoder (SD 3's T5), at later positions.
         kept: positions of the tokens that were kept, None: of all, padding included.
         grids: layer to rows and columns of its places.
         image: the picture, once it is known.
@@ -123,6 +124,7 @@ class RecordedPicture:
 
     prompt: TextTokens | None
     second: TextTokens | None = None
+    also: TextTokens | None = None
     kept: list[int] | None = None
     grids: dict[int, tuple[int, int]] = field(default_factory=dict)
     image: Image.Image | None = None
@@ -201,7 +203,10 @@ class RecordedPicture:
         text = self.prompt
         if self.second is not None and not text.find(word) and self.second.find(word):
             text = self.second
-        columns = self._columns(text.positions(word, occurrence))
+        places = text.positions(word, occurrence)
+        if self.also is not None and len(self.also.find(word)) > occurrence:
+            places = [*places, *self.also.positions(word, occurrence)]
+        columns = self._columns(places)
         if columns is None:
             raise UsageError(f"{word!r} was not recorded: tokens={self.words} were")
         return columns

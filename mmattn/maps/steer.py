@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from mmattn.errors import RunError, UsageError
 from mmattn.maps.edits import PromptEdit, check_share, check_weights
 from mmattn.maps.layers import is_compiled
+from mmattn.maps.prompt_memory import noting_prompts
 from mmattn.maps.steer_changes import MapExchange, ScoreBias, map_exchange, score_bias
 from mmattn.maps.steer_install import STEERERS, SteeredLayer, standing_in, steered_layers
-from mmattn.maps.steer_prompts import PromptMemory
+from mmattn.maps.steer_prompts import SteeredPrompts
 from mmattn.maps.steer_regions import Region, read_regions
 from mmattn.ops.observe import Steer
 
@@ -55,8 +56,9 @@ def steer_attention(
             noise, and the edited picture takes the attention maps of the source. A `PromptEdit`, or its kind.
         end_weight: weight of the token that ends the text and of padding while a region limits a phrase; None: 0. Text
             encoders put the whole prompt into them, so that with more weight objects appear outside their regions.
-        steps: share of the steps, from the first on, in which weights and regions count. Layout is settled in the first
-            ones; afterwards the whole prompt may work on details.
+        steps: share of a generation's steps, from its first on, in which weights and regions count. Layout is settled
+            in the first ones; afterwards the whole prompt may work on details. Image to image begins later in the
+            schedule: its share is of the steps that are left.
 
     Raises:
         UsageError: arguments that cannot be, a pipeline or layers that cannot be steered, a compiled U-Net; while
@@ -86,7 +88,7 @@ def steer_attention(
     )
     if any(isinstance(other, _Steering) and other.unet is unet for other in STEERERS.get()):
         raise UsageError("steer_attention: this U-Net is being steered already; give everything to one block")
-    with standing_in(pipeline, unet, steerer.layers):
+    with standing_in(unet, steerer.layers), noting_prompts(pipeline, steerer.note):
         token = STEERERS.set((*STEERERS.get(), steerer))
         try:
             yield
@@ -94,6 +96,11 @@ def steer_attention(
             STEERERS.reset(token)
     if not steerer.passes:
         _log.warning("steer_attention: the U-Net did not run within the block, in this thread")
+    elif steerer.is_in_vain:
+        _log.warning(
+            "steer_attention: nothing was changed: the shares of the steps leave no step, or no layer is small enough "
+            "for max_self_tokens"
+        )
 
 
 def _read_edit(edit: Any) -> PromptEdit:
@@ -125,13 +132,39 @@ def _opened(pipe: Any) -> tuple[Any, nn.Module]:
 
 @dataclass(frozen=True, eq=False)
 class _TextPlan:
-    """What to do for one text tensor, which is held so that its identity stays its own."""
+    """What to do for one text tensor, which is held so that its identity stays its own. Tensors of inference mode have
+    no version, so that their contents are held too."""
 
     text: Tensor
     version: int
+    contents: Tensor | None
     is_guided: bool
     bias: ScoreBias | None
     exchange: MapExchange | None
+
+    def is_for(self, text: Tensor, is_guided: bool) -> bool:
+        """Whether it was made for this tensor as it is now."""
+        if text is not self.text or is_guided != self.is_guided:
+            return False
+        return text._version == self.version if self.contents is None else torch.equal(text, self.contents)
+
+
+@dataclass(eq=False)
+class _Generation:
+    """The steps of one generation: `timesteps` is the scheduler's, which sets new ones for each; `first` and `latest`
+    are numbers of steps in it."""
+
+    timesteps: Tensor
+    first: int
+    latest: int
+
+    def goes_on(self, timesteps: Tensor, number: int) -> bool:
+        """Whether a step belongs to it."""
+        return timesteps is self.timesteps and number >= self.latest
+
+    def share(self, number: int) -> float:
+        """The share of its steps that is done before this one."""
+        return (number - self.first) / (len(self.timesteps) - self.first)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,21 +196,24 @@ class _Steering:
         self.unet = unet
         self.layers = layers
         self.passes = 0
+        self.is_in_vain = False
+        self._has_changed = False
         self._pipeline = pipeline
         self._weights, self._regions, self._end_weight, self._edit = weights, regions, end_weight, edit
         self._steps = steps
-        self._memory = PromptMemory(pipeline)
+        self._prompts = SteeredPrompts(pipeline)
         self._plans: list[_TextPlan] = []
+        self._generation: _Generation | None = None
         self._now: _Pass | None = None
 
     def layer(self, module: nn.Module) -> SteeredLayer:
         """The layer that a module is."""
         return self.layers[module]
 
-    def note(self, pipeline: Any, arguments: dict[str, Any], result: Any) -> None:
+    def note(self, arguments: dict[str, Any], result: Any) -> None:
         """Remember prompts."""
-        if pipeline is self._pipeline:
-            self._memory.note(arguments, result)
+        self._generation = None
+        self._prompts.note(arguments, result)
 
     def begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at what the U-Net is given, and decide what this run is to be."""
@@ -193,15 +229,16 @@ class _Steering:
         given = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
         sample, text = given["sample"], given["encoder_hidden_states"]
         text = text if isinstance(text, Tensor) else text.text  # a UNetContext
-        known = tuple(self._plans)
         plan = self._plan_of(text)
         share = 0.0
         if plan.exchange is not None or self._steps < 1:
-            number, total = self._step(given["timestep"])
-            share = number / total
-            is_first = number == 0 or plan not in known  # image to image begins later
-            if is_first and plan.exchange is not None:
-                plan.exchange.check_noise(sample)
+            timesteps, number = self._step(given["timestep"])
+            if self._generation is None or not self._generation.goes_on(timesteps, number):
+                self._generation = _Generation(timesteps, number, number)
+                if plan.exchange is not None:
+                    plan.exchange.check_noise(sample)
+            self._generation.latest = number
+            share = self._generation.share(number)
         self._now = _Pass(plan, sample.shape[0] // text.shape[0], (sample.shape[-2], sample.shape[-1]), share)
 
     def change(self, module: nn.Module, num_queries: int) -> Steer | None:
@@ -212,6 +249,7 @@ class _Steering:
         change = self._cross(layer, now) if layer.role == "cross" else self._self(now, num_queries)
         if change is not None:
             now.changed.add(layer.name)
+            self._has_changed = True
         return change
 
     def end(self, unet: nn.Module) -> None:
@@ -220,6 +258,7 @@ class _Steering:
         if unet is not self.unet or now is None:
             return
         self._now = None
+        self.is_in_vain = not self._has_changed and any(plan.bias or plan.exchange for plan in self._plans)
         cross = next((layer for layer in self.layers.values() if layer.role == "cross"), None)
         if cross is not None and not now.changed and self._cross(cross, now) is not None:
             raise RunError(
@@ -243,23 +282,23 @@ class _Steering:
 
     def _plan_of(self, text: Tensor) -> _TextPlan:
         is_guided = bool(getattr(self._pipeline, "do_classifier_free_guidance", False))
-        version = -1 if text.is_inference() else text._version
-        for plan in self._plans:
-            if plan.text is text and plan.version == version >= 0 and plan.is_guided == is_guided:
-                return plan
-        prompts = self._memory.prompts_of(text, is_guided=is_guided)
+        plan = next((plan for plan in self._plans if plan.is_for(text, is_guided)), None)
+        if plan is not None:
+            return plan
+        prompts = self._prompts.prompts_of(text, is_guided=is_guided)
         length, device = text.shape[1], text.device
         bias = exchange = None
         if self._edit is not None:
             exchange = map_exchange(prompts, length, self._edit, device)
         else:
             bias = score_bias(prompts, length, self._weights, self._regions, self._end_weight, text)
-        plan = _TextPlan(text, version, is_guided, bias, exchange)
+        version, contents = (-1, text.clone()) if text.is_inference() else (text._version, None)
+        plan = _TextPlan(text, version, contents, is_guided, bias, exchange)
         self._plans = [plan, *self._plans[: _KEPT - 1]]
         return plan
 
-    def _step(self, timestep: Any) -> tuple[int, int]:
-        """The number of the step, counted from 0, and how many there are."""
+    def _step(self, timestep: Any) -> tuple[Tensor, int]:
+        """The scheduler's steps, and the number of this one."""
         timesteps = self._pipeline.scheduler.timesteps
         time = timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep
         found = (timesteps == torch.as_tensor(time, device=timesteps.device)).nonzero()
@@ -268,4 +307,4 @@ class _Steering:
                 f"steer_attention: the U-Net is given time {float(time):g}, which is no step of the pipeline's "
                 f"{type(self._pipeline.scheduler).__name__}, so that it is not known how much is done"
             )
-        return int(found[0]), len(timesteps)
+        return timesteps, int(found[0])

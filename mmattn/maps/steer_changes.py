@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mmattn.errors import UsageError
 from mmattn.maps.edits import Columns, PromptEdit, edit_columns, inside, phrase_positions
-from mmattn.maps.steer_regions import Region, grid_of
+from mmattn.maps.layers import grid_of
+from mmattn.maps.steer_regions import Region
 from mmattn.maps.tokens import TextTokens
 from mmattn.ops.observe import unobserved
 from mmattn.ops.request import Request
@@ -57,7 +58,7 @@ class ScoreBias:
         bias = self.words[:, None, None, :num_keys]
         if not self.regions:
             return bias
-        grid = grid_of(size, num_queries, where=where)
+        grid = grid_of(size, num_queries, where=f"steer_attention: {where}")
         for region, tokens in self.regions:
             share = region.coverage(*grid).flatten().log().to(bias)[:, None]
             bias = bias + torch.where(tokens[:, None, None, :num_keys], share, 0.0)

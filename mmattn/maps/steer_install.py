@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,15 +18,14 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from mmattn.errors import RunError, UsageError
+from mmattn.maps.in_place import in_place
 from mmattn.nn.projected_attention import ProjectedAttention
 from mmattn.ops.observe import Steer, steering
 from mmattn.ops.request import Request
 from mmattn.swap.diffusers.context_path import StandIn
 from mmattn.swap.diffusers.install import plan_model
 from mmattn.swap.diffusers.layer import Swapped
-from mmattn.swap.layers import Options, SetAttribute, Step, take
-
-_log = logging.getLogger(__name__)
+from mmattn.swap.layers import Options, SetAttribute
 
 
 class Steerer(Protocol):
@@ -48,10 +45,6 @@ class Steerer(Protocol):
 
     def layer(self, module: nn.Module) -> SteeredLayer:
         """The layer that a module is."""
-        ...
-
-    def note(self, pipeline: Any, arguments: dict[str, Any], result: Any) -> None:
-        """A pipeline has encoded prompts."""
         ...
 
 
@@ -192,22 +185,6 @@ class SteeredForward(StandIn):
         return original(*args, **kwargs)
 
 
-class _EncodePrompt:
-    """Stands in for a pipeline's `encode_prompt`."""
-
-    def __init__(self, pipeline: Any) -> None:
-        self._pipeline = pipeline
-        self._original = pipeline.encode_prompt
-        # Asked for by others who look at the arguments.
-        self.__signature__ = inspect.signature(type(pipeline).encode_prompt.__get__(pipeline))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = self._original(*args, **kwargs)
-        for steerer in STEERERS.get():
-            steerer.note(self._pipeline, self.__signature__.bind(*args, **kwargs).arguments, result)
-        return result
-
-
 @dataclass(eq=False)
 class _AroundForward:
     """Tells the steerers when a U-Net begins to run and when it has run."""
@@ -242,52 +219,10 @@ class _AroundForward:
         return None
 
 
-@dataclass(eq=False)
-class _Installed:
-    target: Any
-    steps: list[Step]
-    users: int = 0
-
-
-_LOCK = threading.RLock()
-_INSTALLED: dict[int, _Installed] = {}  # by identity of the target, which is held
-
-
-@contextlib.contextmanager
-def standing_in(pipeline: Any, unet: nn.Module, layers: dict[nn.Module, SteeredLayer]) -> Iterator[None]:
-    """Stand-ins in place within the block; of several blocks at a time the last to end takes them away."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(
-            _shared(pipeline, lambda: [SetAttribute(pipeline, "encode_prompt", _EncodePrompt(pipeline))])
-        )
-        stack.enter_context(
-            _shared(
-                unet,
-                lambda: [
-                    _AroundForward(unet),
-                    *(SetAttribute(module, "forward", SteeredForward(module)) for module in layers),
-                ],
-            )
-        )
-        yield
-
-
-@contextlib.contextmanager
-def _shared(target: Any, make: Callable[[], list[Step]]) -> Iterator[None]:
-    with _LOCK:
-        installed = _INSTALLED.get(id(target))
-        if installed is None:
-            installed = _Installed(target, make())
-            take(installed.steps)
-            _INSTALLED[id(target)] = installed
-        installed.users += 1
-    try:
-        yield
-    finally:
-        with _LOCK:
-            installed.users -= 1
-            if not installed.users:
-                del _INSTALLED[id(target)]
-                problems = [step.undo() for step in reversed(installed.steps)]
-                for problem in filter(None, problems):
-                    _log.warning("steer_attention: not restored: %s", problem)
+def standing_in(unet: nn.Module, layers: dict[nn.Module, SteeredLayer]) -> contextlib.AbstractContextManager[None]:
+    """Stand-ins in place within the block."""
+    return in_place(
+        unet,
+        "steer_attention",
+        lambda: [_AroundForward(unet), *(SetAttribute(module, "forward", SteeredForward(module)) for module in layers)],
+    )

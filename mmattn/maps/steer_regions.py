@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mmattn.errors import RunError, UsageError
+from mmattn.errors import UsageError
 
 _SIDES = "(left, top, right, bottom) in fractions of the picture, from 0 to 1"
 
@@ -114,17 +114,3 @@ def _read_mask(what: str, given: Any) -> Tensor:
     if not bool(given.any()):
         raise UsageError(f"{what} is empty: its mask is 0 everywhere")
     return given.detach().to("cpu", torch.float32)[None, None]
-
-
-def grid_of(size: tuple[int, int], num_queries: int, *, where: str) -> tuple[int, int]:
-    """Rows and columns of a layer's queries, for latents of a size; U-Nets halve it level by level, rounding up.
-
-    Raises:
-        RunError: no level has so many places.
-    """
-    height, width = size
-    while height * width > num_queries:
-        height, width = -(-height // 2), -(-width // 2)
-    if height * width != num_queries:
-        raise RunError(f"steer_attention: {where} has {num_queries} places, which is no level of {size[0]} x {size[1]}")
-    return height, width

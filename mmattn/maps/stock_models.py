@@ -9,8 +9,10 @@ B rows, L tokens of a text, Lk of what it attends to.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +21,17 @@ from torch import Tensor, nn
 
 from mmattn.errors import UsageError
 from mmattn.maps.capture import SeenAttention, watching
+from mmattn.maps.generated import TARGETS, Call, check_call, rereading
+from mmattn.maps.in_place import in_place
 from mmattn.maps.layers import attending_layers, check_heads, check_not_compiled, chosen_layers
 from mmattn.maps.record import AttentionMaps, is_recording
 from mmattn.maps.recordings import Recorded, RecordedPair, RecordedText, TextToRecord
 from mmattn.maps.tokens import TextTokens, numbered_tokens, tokens_of_ids
+from mmattn.ops.same_pass import MapsAsked
 from mmattn.swap.layers import SetAttribute
 from mmattn.swap.parts import uncompiled
 
-_TARGETS = ("decoder_input_ids", "input_ids")
-_GROWING = ("attention_mask", "cross_attention_mask")  # that have a place for each token of a text
+_READINGS: ContextVar[tuple[Reading, ...]] = ContextVar("mmattn_readings", default=())
 
 
 @contextlib.contextmanager
@@ -49,11 +53,43 @@ def watching_stock(target: nn.Module, maps: AttentionMaps) -> Iterator[None]:
         hook = model.register_forward_hook(reading.end, with_kwargs=True, always_call=True)
         stack.callback(hook.remove)
         if hasattr(model, "generate"):
-            step = SetAttribute(model, "generate", reading.generating(model.generate))
-            step.do()
-            stack.callback(step.undo)
-        stack.enter_context(watching([layer.module for layer in layers], reading.wants, reading.see))
+            stack.enter_context(
+                in_place(model, "record_attention", lambda: [SetAttribute(model, "generate", _generating(model))])
+            )
+        stack.enter_context(watching([layer.module for layer in layers], reading.wants, reading.see, reading.ask))
+        stack.callback(_READINGS.reset, _READINGS.set((*_READINGS.get(), reading)))
+        stack.callback(reading.forget)
         yield
+
+
+def _generating(model: Any) -> Callable[..., Any]:
+    """The model's `generate`, and one forward over its texts after it for the recorders that are open."""
+    generate = model.generate
+
+    @functools.wraps(generate)
+    def generate_and_read(*args: Any, **kwargs: Any) -> Any:
+        readings = [reading for reading in _READINGS.get() if reading.model is model]
+        if not readings or any(reading.is_generating for reading in readings):
+            return generate(*args, **kwargs)
+        call = Call.of(args, kwargs)
+        check_call(model, call)
+        with contextlib.ExitStack() as stack:
+            for reading in readings:
+                stack.enter_context(reading.generating())
+            output = generate(*args, **kwargs)
+        given, num_given = rereading(model, call, output, readings[0].first)
+        was_training = model.training
+        with contextlib.ExitStack() as stack:
+            for reading in readings:
+                stack.enter_context(reading.reading(num_given))
+            # Dropout would draw, and what is drawn later would be something else.
+            stack.callback(model.train, was_training)
+            model.eval()
+            with torch.no_grad():
+                model(**given)
+        return output
+
+    return generate_and_read
 
 
 @dataclass(eq=False)
@@ -64,22 +100,24 @@ class Reading:
         model: the model.
         maps: gets a recording for every row of a forward.
         numbers: id of an attention module to the layer's number.
+        is_generating: `generate` is under way.
+        first: arguments of the first forward of the generation, where the model's own was called.
     """
 
     model: Any
     maps: AttentionMaps
     numbers: dict[int, int]
+    is_generating: bool = False
+    first: dict[str, Any] | None = None
     _given: dict[str, Any] | None = None  # the arguments of the forward that is under way
     _layers: dict[int, list[Tensor]] = field(default_factory=dict)
-    _is_generating: bool = False
-    _prefix: Tensor | None = None  # what the first step of a generation was given
     _num_given: int | None = None
     _unseen: dict[str, str] = field(default_factory=dict)
     _was_called: bool = False
 
     def wants(self) -> bool:
         """Whether attention that runs now belongs to a forward that is recorded."""
-        return self._given is not None and not self._is_generating and is_recording(self.maps)
+        return self._given is not None and not self.is_generating and is_recording(self.maps)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward begins."""
@@ -87,16 +125,16 @@ class Reading:
             return
         given = dict(inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
-        if self._is_generating:
-            if self._prefix is None:
-                self._prefix = _first(given, _TARGETS)
+        if self.is_generating:
+            if self.first is None:
+                self.first = given
             return
         self._was_called = True
         self._given, self._layers = given, {}
 
     def end(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A forward has ended, well if it has an output."""
-        if self._is_generating or self._given is None or not is_recording(self.maps):
+        if self.is_generating or self._given is None or not is_recording(self.maps):
             return
         given, self._given = self._given, None
         if output is not None and self._layers:
@@ -110,25 +148,39 @@ class Reading:
             return
         heads = self.maps.wanted.heads
         check_heads(heads, seen.sizes[0], self.maps.layer_names[number])
-        self._layers[number] = [seen.kept(row, None, heads, average=False).cpu() for row in range(seen.rows)]
+        self._layers[number] = [self._weights(seen, row) for row in range(seen.rows)]
 
-    def generating(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        """The model's `generate`, and what reads its texts after it."""
+    def ask(self, module: nn.Module) -> MapsAsked:
+        """The weights that `see` is going to read of a layer."""
+        heads = self.maps.wanted.heads
+        return MapsAsked(heads=None if heads is None else tuple(heads))
 
-        def generate_and_read(*args: Any, **kwargs: Any) -> Any:
-            if not is_recording(self.maps) or self._is_generating:
-                return generate(*args, **kwargs)
-            self._check(args, kwargs)
-            self._is_generating, self._prefix = True, None
-            try:
-                output = generate(*args, **kwargs)
-            finally:
-                self._is_generating = False
-            self._was_called = True
-            self._read(args, kwargs, output if isinstance(output, Tensor) else output.sequences)
-            return output
+    def _weights(self, seen: SeenAttention, row: int) -> Tensor:
+        weights = seen.asked_for(row)
+        weights = seen.kept(row, None, self.maps.wanted.heads, average=False) if weights is None else weights
+        return weights.cpu()
 
-        return generate_and_read
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[None]:
+        """Within the block `generate` is under way."""
+        self.is_generating, self.first, self._was_called = True, None, True
+        try:
+            yield
+        finally:
+            self.is_generating = False
+
+    @contextlib.contextmanager
+    def reading(self, num_given: int) -> Iterator[None]:
+        """Within the block finished texts are read, of which so many tokens were given."""
+        self._num_given, self.first = num_given, None
+        try:
+            yield
+        finally:
+            self._num_given = None
+
+    def forget(self) -> None:
+        """Drop what belongs to a forward that was interrupted."""
+        self._given, self._layers = None, {}
 
     def why_empty(self) -> str:
         """Why nothing was recorded."""
@@ -141,59 +193,6 @@ class Reading:
         if self._was_called:
             return f"the model ran, but its {self.maps.role}-attention did not: it got nothing to attend to"
         return "the model's forward or generate() did not run within record_attention() (in this thread)"
-
-    # Texts that were generated.
-
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise for a generation that cannot be read again, before it is run."""
-        sound = kwargs.get("input_features", args[0] if args else None)
-        places = getattr(self.model.config, "max_source_positions", None)
-        if self.model.main_input_name != "input_features" or not isinstance(places, int):
-            return
-        if isinstance(sound, Tensor) and sound.shape[-1] > 2 * places:
-            raise UsageError(
-                f"record_attention: {sound.shape[-1]} frames are generated from window by window: record windows of"
-                f" {2 * places} frames, one call each"
-            )
-
-    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], sequences: Tensor) -> None:
-        """One forward over finished texts [B', L]."""
-        given = dict(kwargs)
-        if args:
-            given[self.model.main_input_name] = args[0]
-        given |= {self.model.main_input_name: given.pop("inputs")} if given.get("inputs") is not None else {}
-        known = inspect.signature(self.model.forward).parameters
-        given = {name: value for name, value in given.items() if name in known and isinstance(value, Tensor)}
-        sequences, self._num_given = self._with_prefix(sequences)
-        is_pair = "decoder_input_ids" in known and self.model.config.is_encoder_decoder
-        name = "decoder_input_ids" if is_pair else "input_ids"
-        given.pop("decoder_input_ids", None)
-        batch = next((len(value) for key, value in given.items() if key != name), len(sequences))
-        repeats = max(1, len(sequences) // max(1, batch))
-        given = {key: value.repeat_interleave(repeats, dim=0) for key, value in given.items()}
-        if name == "input_ids":
-            given |= {key: _grown(given[key], sequences.shape[1]) for key in _GROWING if key in given}
-        given[name] = sequences
-        was_training = self.model.training
-        try:
-            # Dropout would draw, and what is drawn later would be something else.
-            self.model.eval()
-            with torch.no_grad():
-                self.model(**given)
-        finally:
-            self.model.train(was_training)
-            self._num_given = None
-
-    def _with_prefix(self, sequences: Tensor) -> tuple[Tensor, int]:
-        """Texts with what their generation began with, which some models leave out, and its length."""
-        prefix = self._prefix
-        if prefix is None:
-            return sequences, 1
-        length = prefix.shape[1]
-        if sequences.shape[1] >= length and torch.equal(sequences[:1, :length], prefix[:1]):
-            return sequences, length
-        each = prefix.repeat_interleave(max(1, len(sequences) // len(prefix)), dim=0)[: len(sequences)]
-        return torch.cat([each, sequences], dim=1), length
 
     # What is kept.
 
@@ -250,7 +249,7 @@ class Reading:
         labels, shift = given.get("labels"), getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
         if given.get("decoder_input_ids") is None and isinstance(labels, Tensor) and shift is not None:
             given = given | {"decoder_input_ids": shift(labels=labels)}
-        for name in _TARGETS:
+        for name in TARGETS:
             ids = given.get(name)
             if isinstance(ids, Tensor) and ids.shape[1] == length:
                 return ids
@@ -264,18 +263,6 @@ class Reading:
             return None, 0
         side = size // patch
         return ((side, side), num_keys - side * side) if side * side <= num_keys else (None, 0)
-
-
-def _first(given: dict[str, Any], names: tuple[str, ...]) -> Tensor | None:
-    return next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
-
-
-def _grown(mask: Tensor, length: int) -> Tensor:
-    """A mask [B, L', ...] with its last place repeated for tokens that came after it."""
-    missing = length - mask.shape[1]
-    if missing <= 0:
-        return mask[:, :length]
-    return torch.cat([mask, mask[:, -1:].expand(-1, missing, *mask.shape[2:])], dim=1)
 
 
 def _used(ids: list[int], pad: int | None) -> int:

@@ -112,6 +112,12 @@ def marked_tokens(marked: Sequence[str], special: Collection[str]) -> TextTokens
     return TextTokens(" ".join(word for word, _ in made.words()), made.ids, made.pieces, made.starts)
 
 
+def shifted_tokens(text: TextTokens, count: int) -> TextTokens:
+    """The same text behind so many other tokens, which stand for nothing."""
+    none = (0,) * count
+    return TextTokens(text.text, none + text.ids, ("",) * count + text.pieces, (True,) * count + text.starts)
+
+
 def numbered_tokens(ids: Sequence[int]) -> TextTokens:
     """Tokens of a model whose tokenizer is not known: each is a word that is called by its number."""
     pieces = tuple(str(number) for number in ids)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from mmattn.errors import UsageError
-from mmattn.maps.layers import Layers, Numbers, Role, as_numbers
+from mmattn.maps.layers import Layers, Numbers, Role, as_layers, as_numbers
 
 View = Literal["head", "step"]
 Guidance = Literal["conditional", "unconditional", "both"]
@@ -57,12 +57,11 @@ class Wanted:
             raise UsageError(f"record_attention: views has {sorted(unknown)[0]!r}; there are 'head' and 'step'")
         numbers = {"heads": as_numbers(heads), "steps": as_numbers(steps)}
         for name, chosen in numbers.items():
-            if chosen is not None and (not chosen or not all(isinstance(one, int) and one >= 0 for one in chosen)):
+            if chosen is not None and (not chosen or not all(map(_is_number, chosen))):
                 raise UsageError(f"record_attention: {name} is {chosen}; give numbers of 0 or more")
+        _check_layers(layers)
         listed = [tokens] if isinstance(tokens, str | int) else None if tokens is None else list(tokens)
-        if listed is not None and (not listed or role == "self"):
-            why = "is empty" if not listed else "is about cross-attention, and role is 'self'"
-            raise UsageError(f"record_attention: tokens {why}")
+        _check_tokens(listed, role)
         texts = [prompts] if isinstance(prompts, str) else None if prompts is None else list(prompts)
         return cls(
             role, layers, numbers["heads"], numbers["steps"], listed, frozenset(views), guidance, texts, tokenizer
@@ -87,11 +86,36 @@ class Wanted:
             )
         if self.layers is None:
             return list(range(count))
-        wanted = [self.layers] if isinstance(self.layers, int | str) else list(self.layers or ())
+        wanted = as_layers(self.layers)
         for layer in wanted:
             if not isinstance(layer, int):
                 raise UsageError(f"record_attention: layers has {layer!r}; these layers go by number, 0 to {count - 1}")
-        found = [number for number in range(count) if number in wanted]
-        if not found:
-            raise UsageError(f"record_attention: none of layers={wanted} made a {self.role}-attention call")
-        return found
+            if layer >= count:
+                raise UsageError(
+                    f"record_attention: layers has {layer}, and there are {count} with {self.role}-attention, 0 to "
+                    f"{count - 1}"
+                )
+        return [number for number in range(count) if number in wanted]
+
+
+def _is_number(one: object) -> bool:
+    return isinstance(one, int) and not isinstance(one, bool) and one >= 0
+
+
+def _check_layers(layers: Layers) -> None:
+    for layer in [] if layers is None else as_layers(layers) or [""]:
+        if not _is_number(layer) and not (isinstance(layer, str) and layer.strip()):
+            raise UsageError(
+                f"record_attention: layers is {layers!r}; give numbers of 0 or more, or parts of the layers' names"
+            )
+
+
+def _check_tokens(tokens: list[str | int] | None, role: Role) -> None:
+    if tokens is None:
+        return
+    if not tokens or role == "self":
+        why = "is empty" if not tokens else "is about cross-attention, and role is 'self'"
+        raise UsageError(f"record_attention: tokens {why}")
+    for token in tokens:
+        if not _is_number(token) and not (isinstance(token, str) and token.strip()):
+            raise UsageError(f"record_attention: tokens has {token!r}; give words, or positions of 0 or more")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mmattn.errors import UsageError
-from mmattn.nn import SelfAttention, TransformerLayer
+from mmattn.nn import CrossAttention, SelfAttention, TransformerLayer
 from mmattn.ops.cache import ContextKV, KVCache
+from mmattn.ops.static_cache import StaticKVCache
 
 LayerContexts = tuple[ContextKV | None, ...]
 """Projected keys and values of a context, an entry per layer; None for a layer that doesn't attend to it."""
@@ -30,14 +31,25 @@ class StepDecoder(Protocol):
         ...
 
     @property
+    def context_attentions(self) -> Sequence[CrossAttention | None]:
+        """For each layer the attention that reads the context; None: it reads none."""
+        ...
+
+    @property
     def max_positions(self) -> int:
         """Most tokens of a text."""
         ...
 
     def __call__(
-        self, input_ids: Tensor, contexts: LayerContexts | None = None, *, caches: Sequence[KVCache] | None = None
+        self,
+        input_ids: Tensor,
+        contexts: LayerContexts | None = None,
+        *,
+        caches: Sequence[KVCache] | Sequence[StaticKVCache] | None = None,
+        attn_mask: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states `[R, L, C]` of tokens that continue what is cached."""
+        """Hidden states `[R, L, C]` of tokens that continue what is cached; `attn_mask` is the self-attention's, bool
+        `[L, Lk]`, besides what causality says."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

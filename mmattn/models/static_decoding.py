@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from mmattn.errors import UsageError
+from mmattn.models.compiled_steps import check_unwatched
 from mmattn.models.decoding import DecoderState, LayerContexts, StepDecoder, weight_of
-from mmattn.nn import CrossAttention, SelfAttention, TransformerLayer
+from mmattn.nn import SelfAttention, TransformerLayer
 from mmattn.ops.cache import KVCache
-from mmattn.ops.observe import OBSERVERS
 
 SHORTEST_SOURCE = 16
 SMALLEST_CAPACITY = 64
@@ -37,6 +37,7 @@ class StepShape:
         source: Ls.
         capacity: T.
         reads_alignment: whether the step also gives the weights of an attention to the context.
+        is_masked: whether contexts may be shorter than Ls.
     """
 
     batch: int
@@ -44,6 +45,7 @@ class StepShape:
     source: int
     capacity: int
     reads_alignment: bool = False
+    is_masked: bool = True
 
 
 def bucket(size: int, smallest: int = 1) -> int:
@@ -65,8 +67,8 @@ class StepBuffers:
         position: int64 `[1]`, their position.
         window: int64 `[1]`, how many last positions are seen.
         caches: for each layer `[B, n, 2 * G, T, D]`, see `StaticKVCache`.
-        contexts: for each layer `[B, 2 * G, Ls, D]`, keys and then values.
-        key_mask: bool `[B, Ls]`.
+        contexts: for each layer `[B, 2 * G, Ls, D]`, keys and then values; None where it does not attend to any.
+        key_mask: bool `[B, Ls]`; None where no context is shorter than Ls.
         run: takes the step; returns logits `[B * n, V]`, and weights `[B * n, Ls]` where the shape asks for them, both
             good until the next call.
         made_for: the lender's note on what they may be lent again for.
@@ -83,13 +85,19 @@ class StepBuffers:
             self.ids = torch.zeros(shape.batch, shape.rows, dtype=torch.int64, device=weight.device)
             self.position = torch.zeros(1, dtype=torch.int64, device=weight.device)
             self.window = torch.full_like(self.position, shape.capacity)
-            self.key_mask = torch.zeros(shape.batch, shape.source, dtype=torch.bool, device=weight.device)
+            self.key_mask: Tensor | None = None
+            if shape.is_masked:
+                self.key_mask = torch.zeros(shape.batch, shape.source, dtype=torch.bool, device=weight.device)
             self.caches: list[Tensor] = []
-            self.contexts: list[Tensor] = []
+            self.contexts: list[Tensor | None] = []
             for layer in cast("Sequence[TransformerLayer]", decoder.layers):
-                own, cross = cast(SelfAttention, layer.self_attn), cast(CrossAttention, layer.cross_attn)
+                own = cast(SelfAttention, layer.self_attn)
                 sizes = (shape.batch, shape.rows, 2 * own.num_kv_heads, shape.capacity, own.head_dim)
                 self.caches.append(weight.new_zeros(sizes))
+            for cross in decoder.context_attentions:
+                if cross is None:
+                    self.contexts.append(None)
+                    continue
                 sizes = (shape.batch, 2 * cross.num_kv_heads, shape.source, cross.head_dim)
                 self.contexts.append(weight.new_zeros(sizes))
 
@@ -101,7 +109,16 @@ class StepBuffers:
     @property
     def context_bytes(self) -> int:
         """Bytes of the contexts' keys, values and mask."""
-        return sum(context.nbytes for context in self.contexts) + self.key_mask.nbytes
+        return sum(held.nbytes for held in self._held)
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """What the step takes."""
+        return self.ids, self.position, self.window, self.caches, self.contexts, self.key_mask
+
+    @property
+    def _held(self) -> list[Tensor]:
+        return [held for held in (*self.contexts, self.key_mask) if held is not None]
 
     @property
     def nbytes(self) -> int:
@@ -110,20 +127,25 @@ class StepBuffers:
 
     def load(self, contexts: LayerContexts) -> None:
         """Copy in the contexts of up to B texts, each of up to Ls tokens."""
-        self.key_mask.zero_()
+        if self.key_mask is not None:
+            self.key_mask.zero_()
         for held, context in zip(self.contexts, contexts, strict=True):
+            if held is None and context is None:
+                continue
+            if held is None:
+                raise UsageError("a layer that attends to no context got one: these contexts are another network's")
             if context is None or context.key.dtype != held.dtype:
                 found = "no context" if context is None else f"a context of {context.key.dtype}"
                 raise UsageError(f"a layer got {found}, its weights are {held.dtype}: encode the texts again")
             batch, heads, length, _ = context.key.shape
             held[:batch, :heads, :length] = context.key
             held[:batch, heads:, :length] = context.value
-            # Every layer attends to the same tokens.
-            self.key_mask[:batch, :length] = True if context.key_mask is None else context.key_mask
+            if self.key_mask is not None:  # every layer attends to the same tokens
+                self.key_mask[:batch, :length] = True if context.key_mask is None else context.key_mask
 
     def take_over(self, other: StepBuffers, length: int) -> None:
         """Continue what smaller buffers hold of `length` positions."""
-        for mine, theirs in zip((self.key_mask, *self.contexts), (other.key_mask, *other.contexts), strict=True):
+        for mine, theirs in zip(self._held, other._held, strict=True):
             mine.copy_(theirs)
         for mine, theirs in zip(self.caches, other.caches, strict=True):
             mine[:, :, :, :length] = theirs[:, :, :, :length]
@@ -136,7 +158,7 @@ class StepBuffers:
 
     def take_contexts(self, contexts: Tensor) -> None:
         """Context i becomes what context `contexts[i]` was."""
-        for held in (*self.contexts, self.key_mask):
+        for held in self._held:
             held[: contexts.shape[0]] = held.index_select(0, contexts)
 
 
@@ -146,6 +168,11 @@ class StepSource(Protocol):
     @property
     def decoder(self) -> StepDecoder:
         """The decoder."""
+        ...
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of every context, none of which is padding; None: that varies."""
         ...
 
     def lend(self, shape: StepShape) -> StepBuffers:
@@ -197,12 +224,15 @@ class StaticState(DecoderState):
         self._most_places = max_length if window is None else min(window, max_length)
         self._length = 0
         longest = max(context.length for context in contexts if context is not None)
+        is_padded = any(context is not None and context.key_mask is not None for context in contexts)
+        is_masked = is_padded or longest != source.context_length
         shape = StepShape(
             bucket(self.batch_size),
             max(rows_per_context, most_rows),
-            bucket(longest, SHORTEST_SOURCE),
+            bucket(longest, SHORTEST_SOURCE) if is_masked else longest,
             SMALLEST_CAPACITY,
             reads_alignment,
+            is_masked,
         )
         buffers = self._take(shape)
         buffers.load(contexts)
@@ -241,10 +271,7 @@ class StaticState(DecoderState):
     def logits(self, input_ids: Tensor) -> Tensor:
         """As `DecoderState.logits`; the result is good until the next call."""
         self._check_rows(input_ids)
-        if OBSERVERS.get():
-            raise UsageError(
-                "attention cannot be recorded in compiled steps: open the translator without compile for that"
-            )
+        check_unwatched()
         if self._length + input_ids.shape[1] > self._max_length:
             raise UsageError(
                 f"{self._length} tokens are read and {input_ids.shape[1]} more asked for, max_length is"

@@ -164,7 +164,7 @@ class CrossAttention(ProjectedAttention):
         key, value = (linear(context).unflatten(1, (self.num_kv_heads, -1)) for linear in (self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        queries = segments.merged(len(context_segments.lengths))
+        queries = segments.merged(len(context_segments))
         return self.out_proj(self._attend_packed(query, key, value, queries, context_segments, is_causal=False))
 
     def _project(self, context: Tensor, key_mask: Tensor | None) -> ContextKV:

@@ -10,9 +10,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from mmattn.ops.observe import OBSERVERS, STEER, AttentionCall
+from mmattn.ops.limits import Backend
+from mmattn.ops.observe import OBSERVERS, STEER, AttentionCall, Observer
 from mmattn.ops.registry import check_role, choose, selected
 from mmattn.ops.request import Request, prepare, traits_of
+from mmattn.ops.same_pass import MapsAsked
 
 
 @overload
@@ -114,22 +116,44 @@ def attention(
 def _serve(request: Request, backend: str, role: str | None, caller: Any) -> tuple[Tensor, Tensor | None]:
     """Choose a backend, run it and tell the observers."""
     chosen = choose(backend, traits_of(request), request)
-    output, weights = chosen.run(request)
     observers = () if torch.compiler.is_compiling() else OBSERVERS.get()
-    if observers:
-        call = AttentionCall(
-            query=request.query,
-            key=request.key,
-            value=request.value,
-            attn_mask=request.attn_mask,
-            key_mask=request.key_mask,
-            is_causal=request.is_causal,
-            scale=request.scale,
-            role=role,
-            backend=chosen.name,
-            caller=caller,
-            output=output,
-        )
-        for observer in observers:
-            observer(call)
+    if not observers:
+        return chosen.run(request)
+    return _serve_observed(request, chosen, observers, role, caller)
+
+
+def _serve_observed(
+    request: Request, chosen: Backend, observers: tuple[Observer, ...], role: str | None, caller: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Run a backend, with the weights that an observer asks for where it gives them, and tell the observers."""
+    asked = _asked(request, chosen, observers, caller)
+    if asked is not None and chosen.run_with_maps is not None:
+        output, maps = chosen.run_with_maps(request, asked)
+        weights = None
+    else:
+        (output, weights), maps = chosen.run(request), None
+    call = AttentionCall(
+        query=request.query,
+        key=request.key,
+        value=request.value,
+        attn_mask=request.attn_mask,
+        key_mask=request.key_mask,
+        is_causal=request.is_causal,
+        scale=request.scale,
+        role=role,
+        backend=chosen.name,
+        caller=caller,
+        output=output,
+        maps=maps,
+    )
+    for observer in observers:
+        observer.tell(call)
     return output, weights
+
+
+def _asked(request: Request, chosen: Backend, observers: tuple[Observer, ...], caller: Any) -> MapsAsked | None:
+    """The weights that the first of the observers to ask wants of a call."""
+    if chosen.run_with_maps is None or request.return_weights:
+        return None
+    asked = (observer.ask(request, caller) for observer in observers if observer.ask is not None)
+    return next((each for each in asked if each is not None and each.fits(request)), None)

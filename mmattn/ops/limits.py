@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from mmattn.ops.request import Request, Traits
+from mmattn.ops.same_pass import MapsAsked, SamePassMaps
+from mmattn.ops.segments import PackedRequest
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MASKS = ("causal", "key", "boolean", "float")
@@ -22,6 +24,7 @@ class Limits:
         dtypes: device type to the dtypes served there; a device that is absent is not served.
         grad_devices: device types with a backward pass.
         masks: device type to the kinds of mask served there, of `MASKS`; all of them where a device is absent.
+        has_causal_key_mask: a call may have a causal and a key mask.
         has_mask_grad: a float bias may need gradients.
         has_groups: fewer key/value heads than query heads.
         has_dropout: attention dropout.
@@ -30,11 +33,13 @@ class Limits:
         max_head_dim: largest head_dim; None without a bound.
         head_dim_step: head_dim must be a multiple of it.
         max_keys: most keys; None without a bound.
+        max_queries: most queries; None without a bound.
     """
 
     dtypes: Mapping[str, tuple[torch.dtype, ...]]
     grad_devices: tuple[str, ...]
     masks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    has_causal_key_mask: bool = True
     has_mask_grad: bool = True
     has_groups: bool = True
     has_dropout: bool = True
@@ -43,6 +48,7 @@ class Limits:
     max_head_dim: int | None = None
     head_dim_step: int = 1
     max_keys: int | None = None
+    max_queries: int | None = None
 
     def refusals(self, traits: Traits) -> list[str]:
         """Every reason for which a call with these features cannot be served; empty when it can."""
@@ -63,6 +69,8 @@ class Limits:
         for kind, is_wanted in wanted.items():
             if is_wanted and kind not in masks:
                 reasons.append(f"{kind} mask on {traits.device} (serves {', '.join(masks) or 'no mask'})")
+        if traits.is_causal and traits.has_key_mask and not self.has_causal_key_mask:
+            reasons.append("a causal and a key mask in one call")
         if traits.has_grad and traits.device not in self.grad_devices:
             reasons.append(f"gradients on {traits.device} (has a backward on {', '.join(self.grad_devices) or 'none'})")
         if traits.has_mask_grad and not self.has_mask_grad:
@@ -77,10 +85,13 @@ class Limits:
 
     def size_refusals(self, request: Request) -> list[str]:
         """Reasons that lie in sizes which `Traits` leaves out, because they change from call to call."""
-        num_keys = request.key.shape[2]
+        reasons = []
+        num_queries, num_keys = request.query.shape[2], request.key.shape[2]
         if self.max_keys is not None and num_keys > self.max_keys:
-            return [f"{num_keys} keys (serves at most {self.max_keys})"]
-        return []
+            reasons.append(f"{num_keys} keys (serves at most {self.max_keys})")
+        if self.max_queries is not None and num_queries > self.max_queries:
+            reasons.append(f"{num_queries} queries (serves at most {self.max_queries})")
+        return reasons
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,7 @@ class AutoShape:
         queries: range of Lq.
         heads: range of B * H, all heads of the batch.
         with_grad: calls that need gradients; None with and without.
+        with_key_mask: calls with a key mask; None with and without. (Calls with `attn_mask` are never these.)
     """
 
     capabilities: tuple[tuple[int, int], ...]
@@ -104,16 +116,18 @@ class AutoShape:
     queries: tuple[int, int]
     heads: tuple[int, int]
     with_grad: bool | None = None
+    with_key_mask: bool | None = False
 
     def covers(self, request: Request, traits: Traits) -> bool:
-        """Is this one of those calls? (Calls with masks are not.)"""
-        batch, heads, num_queries, head_dim = request.query.shape
+        """Is this one of those calls?"""
+        # Most calls that are not end here, at little cost: every call of "auto" is asked.
+        if traits.head_dim not in self.head_dims or traits.mask != "none":
+            return False
+        batch, heads, num_queries, _ = request.query.shape
         return (
-            traits.mask == "none"
-            and not traits.has_key_mask
+            self.with_key_mask in (None, traits.has_key_mask)
             and traits.dtype in self.dtypes
             and self.with_grad in (None, traits.has_grad)
-            and head_dim in self.head_dims
             and self.keys[0] <= request.key.shape[2] <= self.keys[1]
             and self.queries[0] <= num_queries <= self.queries[1]
             and self.heads[0] <= batch * heads <= self.heads[1]
@@ -152,6 +166,10 @@ class Backend:
         run: serves a request; returns (output [B, H, Lq, D], weights [B, H, Lq, Lk] or None).
         limits: what it can do.
         unusable: why it cannot be used on this machine, per device type of `limits`; None when it can.
+        run_packed: serves packed sequences, as `run` does padded ones; returns output [N, H, D]. None where it knows
+            none: `packed_attention` pads for it. "auto" takes the first row that has one and can serve.
+        run_with_maps: as `run`, with the same output bit for bit, and the weights that an observer asks for from the
+            same pass. None where it has none.
         auto_devices: device types where "auto" may choose it.
         auto_note: why "auto" never chooses it elsewhere.
         auto_shapes: calls for which "auto" may choose it there; all when None.
@@ -166,6 +184,8 @@ class Backend:
     auto_devices: tuple[str, ...]
     auto_note: str = ""
     auto_shapes: tuple[AutoShape, ...] | None = None
+    run_packed: Callable[[PackedRequest], Tensor] | None = None
+    run_with_maps: Callable[[Request, MapsAsked], tuple[Tensor, SamePassMaps]] | None = None
     known_bad: tuple[KnownBad, ...] = ()
     packages: tuple[str, ...] = field(default=("torch",))
 
@@ -181,7 +201,8 @@ class Backend:
     @property
     def has_size_limits(self) -> bool:
         """Do sizes of a call decide too, besides its features?"""
-        return self.limits.max_keys is not None or self.auto_shapes is not None
+        limits = self.limits
+        return not (limits.max_keys is None and limits.max_queries is None and self.auto_shapes is None)
 
     def auto_refusals(self, traits: Traits) -> list[str]:
         """Why "auto" does not choose it for calls with these features."""

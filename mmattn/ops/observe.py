@@ -7,11 +7,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from mmattn.ops.request import Request
+from mmattn.ops.same_pass import MapsAsked, SamePassMaps
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -30,6 +31,7 @@ class AttentionCall:
         backend: name of the backend that served the call.
         caller: what the caller passed as `caller`, usually the calling module.
         output: [B, H, Lq, D].
+        maps: weights that one of the observers asked for, where the backend gives them; None otherwise.
     """
 
     query: Tensor
@@ -43,22 +45,37 @@ class AttentionCall:
     backend: str
     caller: Any
     output: Tensor
+    maps: SamePassMaps | None = None
 
 
-Observer = Callable[[AttentionCall], None]
+class Observer(NamedTuple):
+    """Attributes: what is told of every call, and what says which weights are wanted of a call that is about to run (a
+    request and its caller), if any."""
+
+    tell: Callable[[AttentionCall], None]
+    ask: Callable[[Request, Any], MapsAsked | None] | None = None
+
 
 # Read by `attention` in every call: with nobody looking, that is all an observer costs.
 OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("mmattn_attention_observers", default=())
 
 
 @contextlib.contextmanager
-def observing(callback: Observer) -> Iterator[None]:
+def observing(
+    callback: Callable[[AttentionCall], None], ask: Callable[[Request, Any], MapsAsked | None] | None = None
+) -> Iterator[None]:
     """Within the block (and this thread or task only), `callback` is told of every attention call after it is done.
 
     The output stays bit for bit what it is without an observer. Blocks nest: every callback is told, outermost first.
     What `callback` raises, the caller of `attention` sees. Calls inside a graph of torch.compile are not observed.
+
+    Args:
+        callback: told of finished calls.
+        ask: given the request and the caller of a call before it runs, says which weights are wanted of it. A backend
+            that computes them in the same pass gives them with the call, `AttentionCall.maps`, to the outermost that
+            asks; who asked knows them by `maps.asked`. Elsewhere there are none.
     """
-    token = OBSERVERS.set((*OBSERVERS.get(), callback))
+    token = OBSERVERS.set((*OBSERVERS.get(), Observer(callback, ask)))
     try:
         yield
     finally:

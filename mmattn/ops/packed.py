@@ -14,8 +14,7 @@ from torch import Tensor
 from mmattn.errors import UsageError
 from mmattn.ops.observe import OBSERVERS
 from mmattn.ops.packed_groups import attend_groups
-from mmattn.ops.packed_table import packed_backend
-from mmattn.ops.registry import check_role, selected
+from mmattn.ops.registry import check_role, choose_packed, selected
 from mmattn.ops.request import Traits, cast_to_autocast
 from mmattn.ops.segments import PackedRequest, Segments
 
@@ -48,7 +47,7 @@ def packed_attention(
         is_causal: query i of a sequence may attend to its keys j <= i + Lk - Lq.
         scale: factor of the scores; 1 / sqrt(D) by default.
         dropout_p: probability of dropping a weight, applied whenever it is not 0.
-        backend: as in `mmattn.attention`; "varlen" and "flash" are those for packed sequences.
+        backend: as in `mmattn.attention`; "varlen" and "flash" know packed sequences.
         role: "self" or "cross", for `use_backend(..., role=...)`.
         caller: the calling module, named where the call is refused.
 
@@ -74,8 +73,16 @@ def packed_attention(
     backend = selected(role) if backend == "auto" else backend
     scale = 1.0 / math.sqrt(query.shape[2]) if scale is None else scale
     request = PackedRequest(query, key, value, query_segments, key_segments, is_causal, scale, dropout_p)
-    kernel = packed_backend(backend, _traits(request))
-    return attend_groups(request, backend, role, caller) if kernel is None else kernel.run(request)
+    row = choose_packed(backend, _traits(request))
+    if row is None or row.run_packed is None:
+        return attend_groups(request, backend, role, caller)  # pyright: ignore[reportCallIssue]
+    for name, segments in (("query", query_segments), ("key", key_segments)):
+        if segments.cu_seqlens.device != query.device:
+            raise UsageError(
+                f"packed_attention: the {name} segments are on {segments.cu_seqlens.device}, query on {query.device}: "
+                f"attention backend {row.name!r} reads them there, move them with segments.to(query.device)"
+            )
+    return row.run_packed(request)
 
 
 def _traits(request: PackedRequest) -> Traits:
@@ -104,14 +111,16 @@ def _check(
         raise UsageError(f"packed_attention: {shapes}; query must be [N, H, D], key and value both [M, G, D]")
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise UsageError(f"packed_attention: {shapes}; the query heads must be a multiple of the key/value heads")
+    # torch.compile would make a code for each total.
+    is_compiling = torch.compiler.is_compiling()
     for name, tensor, segments in (("query", query, query_segments), ("key", key, key_segments)):
-        if segments.total != tensor.shape[0]:
+        if not is_compiling and segments.total != tensor.shape[0]:
             raise UsageError(
                 f"packed_attention: {name} has {tensor.shape[0]} rows, its segments {segments.total}: they must agree"
             )
-    if len(query_segments.lengths) != len(key_segments.lengths):
+    if len(query_segments) != len(key_segments):
         raise UsageError(
-            f"packed_attention: {len(query_segments.lengths)} sequences of queries and {len(key_segments.lengths)} of "
+            f"packed_attention: {len(query_segments)} sequences of queries and {len(key_segments)} of "
             "keys: each sequence of queries needs one of keys"
         )
     if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:

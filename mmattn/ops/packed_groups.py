@@ -47,6 +47,8 @@ class _Group:
     key_mask: Tensor | None
 
 
+# Works by the lengths of each batch: a compiled one would hardly serve another.
+@torch.compiler.disable
 def attend_groups(request: PackedRequest, backend: str, role: str | None, caller: Any) -> Tensor:
     """Compute output [N, H, D] by calls of `mmattn.attention` on `backend`."""
     groups = _groups(

@@ -15,13 +15,21 @@ import torch
 from torch import Tensor
 
 from mmattn.errors import BackendError, UsageError
-from mmattn.ops.backends import eager, flex, sdpa, triton
+from mmattn.ops.backends import eager, flash, flex, sdpa, triton, triton_decode, varlen
 from mmattn.ops.limits import Backend
 from mmattn.ops.request import Request, Traits, prepare, traits_of
 from mmattn.ops.table import BackendTable, Explanation, describe
 
 # Adding a backend is one file in `backends/` and one row here. "auto" takes the first row that can serve.
-TABLE: tuple[Backend, ...] = (triton.BACKEND, sdpa.BACKEND, flex.BACKEND, eager.BACKEND)
+TABLE: tuple[Backend, ...] = (
+    triton.BACKEND,
+    triton_decode.BACKEND,
+    varlen.BACKEND,
+    flash.BACKEND,
+    sdpa.BACKEND,
+    flex.BACKEND,
+    eager.BACKEND,
+)
 _BY_NAME = {backend.name: backend for backend in TABLE}
 ROLES = ("self", "cross")
 
@@ -107,6 +115,26 @@ def choose(name: str, traits: Traits, request: Request) -> Backend:
         if not backend.has_size_limits or not _size_refusals(backend, traits, request, name):
             return backend
     raise _refusal(name, traits, request)
+
+
+def choose_packed(name: str, traits: Traits) -> Backend | None:
+    """The row that serves a call of packed sequences with these features as they are; None where one that knows only
+    padded calls has to, group by group.
+
+    Raises:
+        UsageError: for an unknown name.
+        BackendError: naming every reason, when a named backend for packed sequences must refuse.
+    """
+    if name == "auto":
+        return next((row for row in TABLE if row.run_packed is not None and not row.refusals(traits)), None)
+    check_name(name)
+    row = _BY_NAME[name]
+    if row.run_packed is None:
+        return None
+    reasons = row.refusals(traits)
+    if reasons:
+        raise BackendError(f"attention backend {name!r} cannot serve this call: {'; '.join(reasons)}")
+    return row
 
 
 def backends() -> BackendTable:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from mmattn.errors import UsageError
+
+_BLOCK = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,10 +21,29 @@ class Segments:
     Attributes:
         lengths: rows of each sequence, at least 1; numbers, so that nobody has to ask the device for them.
         cu_seqlens: int32 `[num_sequences + 1]`, where each begins, and N: as variable-length kernels take it.
+        total: N, the rows of all sequences.
+        longest: rows of the longest sequence.
+        longest_block: that, up to the next multiple of 128, which is as good to variable-length kernels: they work in
+            blocks, and torch.compile makes one code for all lengths of a block.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
+    # Not asked of `lengths` in every layer, which may be thousands, and which torch.compile would look at one by one.
+    total: int = field(init=False)
+    longest: int = field(init=False)
+    longest_block: int = field(init=False)
+    _merged: list[Segments] = field(init=False, repr=False)  # what was last asked for
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total", sum(self.lengths))
+        object.__setattr__(self, "longest", max(self.lengths, default=0))
+        object.__setattr__(self, "longest_block", -(-self.longest // _BLOCK) * _BLOCK)
+        object.__setattr__(self, "_merged", [])
+
+    def __len__(self) -> int:
+        """How many sequences."""
+        return self.cu_seqlens.shape[0] - 1
 
     @classmethod
     def of(cls, lengths: Iterable[int], device: torch.device | str = "cpu") -> Segments:
@@ -48,16 +69,6 @@ class Segments:
         ends = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=device)
         return cls((length,) * count, ends)
 
-    @property
-    def total(self) -> int:
-        """N, the rows of all sequences."""
-        return sum(self.lengths)
-
-    @property
-    def longest(self) -> int:
-        """Rows of the longest sequence."""
-        return max(self.lengths)
-
     def positions(self) -> Tensor:
         """int64 `[N]`: the place of each row in its sequence, from 0."""
         starts = self.cu_seqlens[:-1].long()
@@ -72,14 +83,19 @@ class Segments:
         Raises:
             UsageError: the sequences cannot be shared out equally.
         """
+        if count == len(self):
+            return self
+        if not self._merged or len(self._merged[0]) != count:
+            self._merged[:] = [self._joined(count)]
+        return self._merged[0]
+
+    def _joined(self, count: int) -> Segments:
         joined, rest = divmod(len(self.lengths), count)
         if rest or not joined:
             raise UsageError(
                 f"packed sequences: {len(self.lengths)} cannot be shared out equally among {count} contexts: there have"
                 " to be as many for each"
             )
-        if joined == 1:
-            return self
         lengths = tuple(sum(self.lengths[start : start + joined]) for start in range(0, len(self.lengths), joined))
         return Segments(lengths, self.cu_seqlens[::joined].contiguous())
 

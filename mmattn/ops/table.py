@@ -116,16 +116,23 @@ def _supports(backend: Backend) -> str:
         "grouped heads": limits.has_groups,
         "dropout": limits.has_dropout,
         "weights": limits.has_weights,
+        "packed sequences": backend.run_packed is not None,
         "gradient of a float mask": limits.has_mask_grad,
     }
     can = [name for name, is_there in features.items() if is_there]
     cannot = [f"no {name}" for name, is_there in features.items() if not is_there]
     head_dim = f"head_dim {limits.min_head_dim} to {limits.max_head_dim or 'any'}"
+    if limits.head_dim_step > 1:
+        head_dim += f" in steps of {limits.head_dim_step}"
     if limits.max_keys is not None:
         head_dim += f", at most {limits.max_keys} keys"
-    backward = f"backward on {', '.join(limits.grad_devices)}"
+    if limits.max_queries is not None:
+        head_dim += f", at most {limits.max_queries} queries"
+    backward = f"backward on {', '.join(limits.grad_devices)}" if limits.grad_devices else "no backward"
     if limits.masks:
         masks = "; ".join(f"{device} {', '.join(limits.masks.get(device, MASKS))}" for device in limits.dtypes)
     else:
         masks = ", ".join(MASKS)
+    if not limits.has_causal_key_mask:
+        masks += " (not causal and key in one)"
     return "; ".join((dtypes, head_dim, f"masks: {masks}", backward, ", ".join(can + cannot)))

@@ -62,8 +62,8 @@ def launching() -> None:
 def card() -> None:
     """6: the first part of scripts/gpu_check.sh; without a card only that it runs."""
     has_card = torch.cuda.is_available()
-    rows = RUNS / "gpu-training" / "rows.jsonl"
-    command = ["bash", "scripts/gpu_check.sh", "--part", "training", "--logs", rows.parent, "--seconds", "2700"]
+    rows = RUNS / "gpu-training" / "training.jsonl"
+    command = ["bash", "scripts/gpu_check.sh", "--part", "training", "--keep", rows.parent, "--seconds", "2700"]
     command += ["--output", rows.parent / "page.md", *([] if has_card else ["--device", "cpu", "--tiny"])]
     code, _, _ = run(command, RUNS / "gpu-training.log", MMATTN_PYTHON=str(BIN / "python"))
     where = "on a card" if has_card else "on a CPU, in tiny sizes"

@@ -1,10 +1,13 @@
 """What recording costs beside cross-attention itself: time at Stable Diffusion's shapes and for long keys, and memory.
 
-    python scripts/bench/maps.py [--rounds 7] [--json FILE]
+    python scripts/bench/maps.py [--rounds 7] [--json FILE] [--package FOLDER]
 
-A row's layers run three ways in turn, so that a busy machine slows all alike: as they are (fused), with ten words of
-the prompt recorded, and eagerly with the same words kept. Memory is that of a whole U-Net at 64 x 64 latents: the
-process's peak in a run with recording less that in a run without, each in a process of its own.
+A row's layers run in turn, so that a busy machine slows all alike: as they are (fused), with ten words of the prompt
+recorded, eagerly with the same words kept, and with them captured by the package attention-map-diffusers in its two
+modes, "exact" (maps within the call) and "fast" (queries and keys are kept, and maps computed from them, which counts).
+The package is looked for where Python finds it and in `--package`, a folder that `pip install --target FOLDER --no-deps
+attention-map-diffusers` has filled; a row says why it has no figure of it. Memory is that of a whole U-Net at 64 x 64
+latents: the process's peak in a run with recording less that in a run without, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -73,9 +77,40 @@ class EagerKept:
         return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(weights @ value)))
 
 
+class Package:
+    """What attention-map-diffusers captures of a layer, or why it captures nothing."""
+
+    def __init__(self) -> None:
+        self.problem = ""
+        try:
+            from attention_map_diffusers import AttentionCapture  # pyright: ignore[reportMissingImports]
+        except Exception as error:  # whatever it says in these versions of diffusers and torch
+            self.problem = f"attention-map-diffusers: {type(error).__name__}: {error}"
+            return
+        self._capture = AttentionCapture
+
+    def seconds(self, mode: str, model: nn.Module, sample: Tensor, text: Tensor) -> float | None:
+        """Of one call with its maps, the best of five; None where it fails, with the reason."""
+        settings = {"key_indices": KEPT, "heads": "mean", "timesteps": "all", "mode": mode}
+        best = float("inf")
+        try:
+            for step in range(5):
+                with self._capture(SimpleNamespace(unet=model), **settings) as captured:
+                    begun = time.perf_counter()
+                    model(sample, 1.0 - 0.1 * step, text)
+                    found = captured.compute().records
+                    best = min(best, time.perf_counter() - begun)
+                if sorted(found[0].data.shape)[-1] != sample.shape[2] * sample.shape[3]:
+                    raise ValueError(f"maps of shape {list(found[0].data.shape)}")
+        except Exception as error:
+            self.problem = f"attention-map-diffusers, {mode}: {type(error).__name__}: {error}"
+            return None
+        return best
+
+
 @torch.no_grad()
-def timed_row(name: str, rounds: int) -> dict[str, Any]:
-    """Milliseconds of one layer in the three ways."""
+def timed_row(name: str, rounds: int, package: Package) -> dict[str, Any]:
+    """Milliseconds of one layer in every way."""
     length, channels, heads, num_keys = SHAPES[name]
     model, side = Layers(channels, heads).eval(), int(length**0.5)
     draw = torch.Generator().manual_seed(0)
@@ -87,29 +122,28 @@ def timed_row(name: str, rounds: int) -> dict[str, Any]:
         found = {"fused": seconds(model, sample, text)}
         with record_attention(model, tokens=KEPT):
             model(sample, 1.0, text)
-            found["recorded"] = seconds(model, sample, text, start=1.0)
+            found["recorded"] = seconds(model, sample, text)
         eager: Any = EagerKept()
         model.attn2.set_processor(eager)
         found["eager"] = seconds(model, sample, text)
         model.attn2.set_processor(stock)
+        for mode in () if package.problem else ("exact", "fast"):
+            value = package.seconds(mode, model, sample, text)
+            found |= {} if value is None else {f"package {mode}": value}
         if round_number:
             for way, value in found.items():
-                times[way].append(value)
+                times.setdefault(way, []).append(value)
     row = {way: 1e3 * median(values) for way, values in times.items()}
-    return {
-        "row": name,
-        **row,
-        "recorded/fused": row["recorded"] / row["fused"],
-        "eager/fused": row["eager"] / row["fused"],
-    }
+    ratios = {f"{way}/fused": row[way] / row["fused"] for way in row if way != "fused"}
+    return {"row": name, **row, **ratios} | ({"package": package.problem} if package.problem else {})
 
 
-def seconds(model: nn.Module, sample: Tensor, text: Tensor, start: float = 1.0) -> float:
+def seconds(model: nn.Module, sample: Tensor, text: Tensor) -> float:
     """Of one call, the best of five steps of one generation."""
     best = float("inf")
     for step in range(5):
         begun = time.perf_counter()
-        model(sample, start - 0.1 * (step + 1), text)
+        model(sample, 1.0 - 0.1 * (step + 1), text)
         best = min(best, time.perf_counter() - begun)
     return best
 
@@ -144,15 +178,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--package", type=Path, help="folder that holds attention-map-diffusers")
     parser.add_argument("--rows", nargs="*", default=[*SHAPES, "memory"])
     parser.add_argument("--peak", choices=["fused", "recorded"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.peak:
         print(peak_of(given.peak))
         return
-    rows = []
+    if given.package:
+        sys.path.append(str(given.package))
+    package, rows = Package(), []
     for name in given.rows:
-        row = memory() if name == "memory" else timed_row(name, given.rounds)
+        row = memory() if name == "memory" else timed_row(name, given.rounds, package)
         shown = (f"{key} {value:.2f}" if isinstance(value, float) else f"{value:28}" for key, value in row.items())
         print("  ".join(shown), flush=True)
         rows.append(row)

@@ -10,14 +10,13 @@ import contextlib
 import functools
 import math
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from measure import Ceilings, Options, card_us, measure_ceilings, read_options
+from measure import Ceilings, Options, card_us, host_us, measure_ceilings, read_options
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -224,19 +223,9 @@ def launch_rows(options: Options) -> None:
                 for tensor in inputs.tensors:
                     tensor.requires_grad_(has_gradients)
                 count = 3 if options.tiny else 500
-                best = min(_host_us(attend, inputs, count) for _ in range(3))
-                cells[f"{kind}, {'with' if has_gradients else 'no'} gradients"] = f"{best:.1f}"
+                us = host_us(functools.partial(attend, inputs), count, options.device)
+                cells[f"{kind}, {'with' if has_gradients else 'no'} gradients"] = f"{us:.1f}"
         options.add("Launching one forward call from Python, µs of the processor", call=name, **cells)
-
-
-def _host_us(attend: Attend, inputs: Inputs, count: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(count):
-        attend(inputs)
-    spent = time.perf_counter() - begin
-    if inputs.query.is_cuda:
-        torch.cuda.synchronize()
-    return spent / count * 1e6
 
 
 def cudnn_nan_row(options: Options) -> None:

@@ -1,4 +1,4 @@
-"""What the short-key kernels take of a processor: compiled ahead of time for it, no card needed.
+"""What our kernels take of a processor: compiled ahead of time for it, no card needed.
 
     scripts/gpu/kernel_resources.py [--capability 80 90] [--head-dim 40 64] [--keys 77 257] [--dtype float32]
 
@@ -18,17 +18,22 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from mmattn.kernels.decode import decode_launches  # noqa: E402
 from mmattn.kernels.launch import Launch  # noqa: E402
 from mmattn.kernels.resources import compiling_for, resources_of  # noqa: E402
 from mmattn.kernels.short_keys_backward import backward_launches  # noqa: E402
 from mmattn.kernels.short_keys_forward import forward_launch  # noqa: E402
+from mmattn.kernels.short_keys_maps import maps_launch  # noqa: E402
 
+DECODE_KEYS = 4096
 HEAD_DIMS = (40, 64, 72, 80, 96, 128, 160)
 KEYS = (77, 128, 256, 512)
+KEPT = 10  # words that maps are made of
 
 
 def launches(head_dim: int, num_keys: int, dtype: torch.dtype) -> list[Launch]:
-    """All kernels for a U-Net's layout [B, L, H, D], forward first; within `compiling_for`, for its configurations."""
+    """All kernels for a U-Net's layout [B, L, H, D], the forward alone and with maps first; within `compiling_for`, for
+    its configurations."""
 
     def make(length: int) -> torch.Tensor:
         return torch.empty(2, length, 8, head_dim, dtype=dtype).transpose(1, 2)
@@ -36,8 +41,16 @@ def launches(head_dim: int, num_keys: int, dtype: torch.dtype) -> list[Launch]:
     query, key, value, output = make(4096), make(num_keys), make(num_keys), make(4096)
     lse = torch.empty(2, 8, 4096)
     forward = forward_launch(query, key, value, None, None, 0.3, output, lse)
+    kept = torch.zeros(1, KEPT, dtype=torch.int64)
+    maps = maps_launch(forward, torch.empty(1, 8, KEPT, 4096), kept, 1, None)
     backward = backward_launches(output, query, key, value, output, lse, None, None, 0.3)
-    return [forward, *backward.launches]
+    return [forward, maps, *backward.launches]
+
+
+def decode_launches_of(head_dim: int, num_keys: int, dtype: torch.dtype) -> tuple[Launch, ...]:
+    """Both kernels of a step of decoding for one text, four query heads to each of eight key/value heads."""
+    query, key = (torch.empty(1, heads, length, head_dim, dtype=dtype) for heads, length in ((32, 1), (8, num_keys)))
+    return decode_launches(query, key, key, None, None, False, 0.3, query)
 
 
 def row(capability: int, head_dim: int, num_keys: int, launch: Launch) -> str:
@@ -64,6 +77,9 @@ def main() -> int:
             for head_dim, num_keys in itertools.product(arguments.head_dim, arguments.keys):
                 for launch in launches(head_dim, num_keys, arguments.dtype):
                     print(row(capability, head_dim, num_keys, launch), flush=True)
+            for head_dim in arguments.head_dim:
+                for launch in decode_launches_of(head_dim, DECODE_KEYS, arguments.dtype):
+                    print(row(capability, head_dim, DECODE_KEYS, launch), flush=True)
     return 0
 
 

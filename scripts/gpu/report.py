@@ -1,12 +1,13 @@
-"""One Markdown page from the rows that the parts wrote, the facts of the machine, and what failed."""
+"""One Markdown page from the rows that the parts wrote, the machines that they ran on, and what failed."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import platform
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,28 +19,78 @@ sys.path.insert(0, str(ROOT))
 
 import mmattn  # noqa: E402
 
-PACKAGES = ("torch", "triton", "transformers", "diffusers", "accelerate")
+PACKAGES = ("torch", "triton", "transformers", "diffusers", "accelerate", "flash-attn")
 HOW = """\
 Written by `scripts/gpu_check.sh`. Do not edit: on a machine with a CUDA card run
 
-    scripts/gpu_check.sh                  # training, tests, then every table below: under 10 minutes on an H100 or H200
+    scripts/gpu_check.sh                  # training, tests, then every table below: under 15 minutes on an H100 or H200
     scripts/gpu_check.sh --quick          # the tests only; writes nothing
+    scripts/gpu_check.sh --part training --part tests --keep one    # some parts only, everything kept in a folder
+    scripts/gpu_check.sh --join one --join two                      # this page from kept folders; needs no card
     MMATTN_PYTHON=/path/to/python scripts/gpu_check.sh --output gpu.md    # with what that Python has; installs nothing
 
-Weights are random: sizes are the real ones, words and pictures mean nothing. Times of one table were taken in one
-process, its variants in turn; ± is half the distance from the shortest to the longest. A dash: not measured, because
-that kernel does not serve the call (flash and a mask), or because it would need too much memory.
+`gpu.json` beside this page has the same figures for programs. Weights are random: sizes are the real ones, words and
+pictures mean nothing. Times of one table were taken in one process, its variants in turn; ± is half the distance from
+the shortest to the longest. A dash: not measured, because that kernel does not serve the call (flash and a mask), or
+because it would need too much memory.
 """
+FILE = "run.json"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended: `error` is None when all was well."""
+    """How a part ended: `error` is None when all was well, `failed` names tests."""
 
     part: str
     seconds: float
     error: str | None
     last_line: str
+    failed: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the script on one machine.
+
+    Attributes:
+        begun: date and time, UTC.
+        machine: facts by name: card, driver, versions.
+        outcomes: of its parts, in their order.
+        tables: part to its tables, each a list of rows; filled when it is read.
+    """
+
+    begun: str
+    machine: dict[str, str]
+    outcomes: list[Outcome]
+    tables: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
+
+    @property
+    def date(self) -> str:
+        """Its day."""
+        return self.begun[:10]
+
+    @property
+    def card(self) -> str:
+        """Its name only."""
+        return self.machine["card"].split(",")[0]
+
+    def write(self, folder: Path) -> None:
+        """Keep all but the rows, which the parts keep themselves."""
+        content = {name: value for name, value in asdict(self).items() if name != "tables"}
+        (folder / FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def now() -> str:
+    """Date and time, UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def read_run(folder: Path) -> Run:
+    """A run from its folder, rows and all."""
+    content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    outcomes = [Outcome(**each) for each in content["outcomes"]]
+    tables = {outcome.part: read_rows(folder / f"{outcome.part}.jsonl") for outcome in outcomes}
+    return Run(content["begun"], content["machine"], outcomes, tables)
 
 
 def read_rows(file: Path) -> dict[str, list[dict[str, Any]]]:
@@ -51,27 +102,71 @@ def read_rows(file: Path) -> dict[str, list[dict[str, Any]]]:
     return tables
 
 
-def page(tables: dict[str, list[dict[str, Any]]], outcomes: list[Outcome], date: str, device: str) -> str:
+def chosen(runs: list[Run], parts: list[str]) -> dict[str, tuple[int, Outcome]]:
+    """For each part that was run the number of the run which the page takes it from, from 1: the latest in which all
+    was well, else the latest that has rows, else the latest."""
+    kept: dict[str, tuple[int, Outcome]] = {}
+    for part in parts:
+        found = [
+            ((outcome.error is None, bool(run.tables[part]), run.begun), number, outcome)
+            for number, run in enumerate(runs, start=1)
+            for outcome in run.outcomes
+            if outcome.part == part
+        ]
+        if found:
+            _, number, outcome = max(found, key=lambda each: each[0])
+            kept[part] = (number, outcome)
+    return kept
+
+
+def page(runs: list[Run], kept: dict[str, tuple[int, Outcome]]) -> str:
     """The whole page."""
-    parts = [f"# Measured on a card\n\n{HOW}", table(machine(date, device))]
+    parts = [f"# Measured on a card\n\n{HOW}", table(machines(runs))]
     done = [
         {
             "part": outcome.part,
+            "run": number,
+            "card": runs[number - 1].card,
             "result": "ok" if outcome.error is None else f"**failed: {outcome.error}**",
             "seconds": f"{outcome.seconds:.0f}",
-            "last line": f"`{outcome.last_line}`",
+            "last line": f"`{outcome.last_line}`" if outcome.last_line else "",
         }
-        for outcome in outcomes
+        for number, outcome in kept.values()
     ]
     parts += ["## What was run\n", table(done)]
-    for name, rows in tables.items():
-        parts += [f"## {name}\n", table(rows)]
+    failed = [name for _, outcome in kept.values() for name in outcome.failed]
+    if failed:
+        parts.append("Failed:\n\n" + "".join(f"- `{name}`\n" for name in failed))
+    for part, (number, outcome) in kept.items():
+        run = runs[number - 1]
+        cut = "" if outcome.error is None else f"; **not complete: {outcome.error}**"
+        for name, rows in run.tables[part].items():
+            parts += [f"## {name}\n", f"Part `{part}`, run {number}, {run.card}{cut}.\n", table(rows)]
     return "\n".join(parts)
 
 
-def machine(date: str, device: str) -> list[dict[str, str]]:
-    """Card, driver and versions."""
-    facts = {"date": date, "card": platform.processor() or platform.machine()}
+def table_data(runs: list[Run], kept: dict[str, tuple[int, Outcome]]) -> str:
+    """The page for programs: runs, parts and tables as JSON."""
+    content = {
+        "runs": [{"begun": run.begun, "machine": run.machine} for run in runs],
+        "parts": {part: {"run": number, **asdict(outcome)} for part, (number, outcome) in kept.items()},
+        "tables": {part: runs[number - 1].tables[part] for part, (number, _) in kept.items()},
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def machines(runs: list[Run]) -> list[dict[str, str]]:
+    """A row for each fact, a column for each run."""
+    names = list(dict.fromkeys(name for run in runs for name in run.machine))
+    heads = [f"run {number}" for number in range(1, len(runs) + 1)]
+    rows = [("begun, UTC", [run.begun[:16].replace("T", " ") for run in runs])]
+    rows += [(name, [run.machine.get(name, "-") for run in runs]) for name in names]
+    return [{"": name, **dict(zip(heads, values, strict=True))} for name, values in rows]
+
+
+def machine(device: str) -> dict[str, str]:
+    """Card, driver and versions of this machine."""
+    facts = {"card": platform.processor() or platform.machine()}
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)
         facts["card"] = (
@@ -85,7 +180,7 @@ def machine(date: str, device: str) -> list[dict[str, str]]:
             facts[package] = version(package)
         except PackageNotFoundError:
             facts[package] = "not installed"
-    return [{"": name, "this machine": value} for name, value in facts.items()]
+    return facts
 
 
 def _driver() -> str:

@@ -16,6 +16,7 @@ from mmattn.cli.main import main
 class FakeModel:
     def __init__(self) -> None:
         self.calls: list[tuple] = []
+        self.is_compiled = False
 
     def caption(self, images, prompt=None, **settings):
         self.calls.append((images, prompt, settings))
@@ -30,7 +31,12 @@ class FakeModel:
 def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeModel:
     fake = FakeModel()
     opened = {"folder": fake}
-    monkeypatch.setattr(mmattn.cli.models, "open_vlm", opened.__getitem__)
+
+    def open_vlm(name: str, *, compile: bool) -> FakeModel:
+        opened[name].is_compiled = compile
+        return opened[name]
+
+    monkeypatch.setattr(mmattn.cli.models, "open_vlm", open_vlm)
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -45,6 +51,14 @@ def test_caption_leaves_the_defaults_to_the_checkpoint(model: FakeModel, capsys)
     assert main(["caption", "a.png", "--model", "folder", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"image": "a.png", "caption": "caption of a"}
     assert model.calls == [([Path("a.png")], None, {})]
+
+
+@pytest.mark.parametrize("verb", [["caption", "a.png"], ["ask", "a.png", "is it red?"]], ids=lambda verb: verb[0])
+def test_compiled(model: FakeModel, verb: list[str]):
+    assert main([*verb, "-m", "folder"]) == 0
+    assert not model.is_compiled
+    assert main([*verb, "-m", "folder", "--compile"]) == 0
+    assert model.is_compiled
 
 
 def test_ask(model: FakeModel, capsys):

@@ -52,10 +52,18 @@ def test_a_picture_for_every_kind_of_model(folders, image, tmp_path, capsys):
         ("diffusion", [], "no text: give a prompt"),
         ("vlm", ["what ?"], "give one with --image"),
         ("diffusion", ["a", "--image", "x.png"], r"--image x.png: this model (diffusion) looks at no pictures"),
-        ("translator", ["a", "-w", "a"], "--word is for pictures"),
+        (
+            "translator",
+            ["a", "-w", "a"],
+            "--word a: this model (translator) has the alignment of all words drawn; leave",
+        ),
+        ("translator", ["a", "--steps", "3"], "--steps 3: this model (translator) draws no pictures; leave it out"),
+        ("vlm", ["--image", "x.png", "--seed", "0"], "--seed 0: this model (vlm) draws no pictures; leave it out"),
         ("translator", ["a", "-o", "maps.jpg"], "--output maps.jpg: must end in .png"),
         ("translator", ["a", "--save", "maps.txt"], "--save maps.txt: must end in .npz"),
         ("diffusion", ["a", "--score", "4", "-w", "a"], "leave out TEXT, --word"),
+        ("diffusion", ["--score", "4", "--seed", "0", "--steps", "2"], "leave out --steps, --seed"),
+        ("vlm", ["--score", "4", "-o", "x.png", "--force"], "leave out --output, --force"),
         ("diffusion", ["a red circle", "--steps", "1", "-w", "dog"], "'dog' is not in 'a red circle'; its words are"),
         ("diffusion", ["a", "--steps", "1", "--layer", "nowhere"], "layers has 'nowhere', which is not there"),
     ],
@@ -66,6 +74,16 @@ def test_wrong_usage_is_one_line(folders, kind, arguments, message, tmp_path, ca
     said = capsys.readouterr().err.strip().splitlines()
     assert message in said[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_line_of_a_translation_is_drawn(folders, tmp_path):
+    heights = []
+    for number, text in enumerate([ENGLISH[0], f"{ENGLISH[0]}\n\n{ENGLISH[0]}"]):
+        output = tmp_path / f"{number}.png"
+        assert main(["maps", "-m", str(folders["translator"]), text, "-o", str(output)]) == 0
+        with Image.open(output) as picture:
+            heights.append(picture.height)
+    assert heights[1] == 2 * heights[0]
 
 
 def test_files_are_not_overwritten(folders, tmp_path, capsys):

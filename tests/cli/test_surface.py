@@ -46,6 +46,7 @@ SURFACE = {
         ],
         *["--score", "--force", "--json"],
     ],
+    "ui": ["models", "--host", "--port -p", "--share"],
     "plot": ["runs", "--output -o", "--metric", "--force"],
     "doctor": [],
     "demo": ["--output-dir -o"],
@@ -68,7 +69,7 @@ def test_help_names_every_verb(capsys):
     assert main([]) == 0
     assert capsys.readouterr().out == shown
     assert shown.startswith("Usage: mmattn [OPTIONS] COMMAND [ARGS]...\n\n  Train, score and use models")
-    assert len(shown.splitlines()) < 32
+    assert len(shown.splitlines()) < 33
     assert "..." not in shown.partition("Commands:")[2]  # no description is cut short
     for verb in SURFACE:
         assert f"\n  {verb} " in shown

@@ -48,7 +48,7 @@ def test_texts(marian, expected, capsys):
 def test_compiled(marian, expected, capsys, monkeypatch):
     made = []
 
-    def compiled(network: TranslatorNetwork) -> CompiledDecoder:
+    def compiled(network: TranslatorNetwork, **_: str) -> CompiledDecoder:
         made.append(CompiledDecoder(network, backend="eager"))
         return made[-1]
 

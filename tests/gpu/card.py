@@ -20,8 +20,9 @@ MARKS = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALF_TYPES = DTYPES[1:]
 USABLE = [row.name for row in TABLE if DEVICE in row.limits.dtypes and row.unusable(DEVICE) is None]
-# What compiles for each kind of call has a smaller grid: flex beside the others, triton in tests/kernels.
-BACKENDS = [name for name in USABLE if name not in ("flex", "triton")]
+# Those that serve every call. The others have smaller grids: flex beside them, Triton's in tests/kernels, varlen and
+# flash in tests/gpu/test_varlen.py.
+BACKENDS = [name for name in USABLE if name in ("sdpa", "eager")]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from mmattn.inference.text_to_image import TextToImage
 from mmattn.inference.translator import Translator
 from tests.gpu.card import DEVICE, MARKS
+from tests.inference import test_compiled_pictures as compiled_pictures
+from tests.inference import test_compiled_vlm as compiled_vlm
 from tests.inference.test_compiled import LONG, POSITIONS, Pair
+from tests.inference.tiny_models import pictures, save_stock
+from tests.inference.tiny_pipelines import stable_diffusion
 from tests.inference.tiny_translators import ENGLISH, save_own_translator, save_stock_translator
 
 pytestmark = MARKS
@@ -80,3 +85,50 @@ def test_half_types(folders, dtype):
     found = ours.translate(ENGLISH, num_beams=2, return_scores=True)
     assert all(np.isfinite(each.score) for each in found)
     assert ours.translate(ENGLISH, num_beams=2, return_scores=True) == found
+
+
+@pytest.mark.parametrize("task", ["captioning", "question_answering"])
+def test_captions_and_answers(tmp_path, task):
+    folder = save_stock(tmp_path / task, task)
+    pair = compiled_vlm.Pair(folder, backend="inductor", device=DEVICE, idle_bytes=None)
+    images, questions = pictures(3), compiled_vlm.QUESTIONS
+    for count in (3, 2, 3):
+        asked = {"num_beams": 3, "min_new_tokens": 5}
+        if task == "captioning":
+            pair.check("caption", images[:count], **asked)
+        else:
+            pair.check("ask", images[:count], questions[:count], **asked)
+    assert pair.num_compiled == 1
+    assert pair.ours.compiled.num_lent == 0
+
+
+def test_pictures(tmp_path):
+    """Graphs for two sizes and numbers of pictures, replayed in turn; weights that change in place and adapters."""
+    stable_diffusion().save_pretrained(tmp_path)
+    pair = compiled_pictures.Pair(tmp_path, backend="inductor", device=DEVICE)
+    height, width = (8 * side for side in pair.ours.size)
+    pair.check(height=height, width=width)
+    before = pair.num_compiled
+    for _ in range(2):
+        pair.check(seed=7, height=height, width=width)
+        pair.check(compiled_pictures.PROMPTS[:2], height=2 * height, width=width)
+    assert pair.num_compiled == before
+    assert pair.ours.compiled.num_graphs == 2
+    for model in (pair.eager, pair.ours):
+        with torch.no_grad():
+            for attention in model.pipeline.unet.cross_attentions.values():
+                attention.v_proj.weight.mul_(-3)
+    pair.check(height=height, width=width)
+    assert pair.num_compiled == before
+    for model in (pair.eager, pair.ours):
+        model.pipeline.unet.to(torch.float64).to(torch.float32)
+    pair.check(height=height, width=width)
+
+
+def test_pictures_in_half_types(tmp_path):
+    stable_diffusion().save_pretrained(tmp_path)
+    eager, ours = (TextToImage.from_pretrained(tmp_path, device=DEVICE, dtype=torch.float16) for _ in range(2))
+    ours.compile()
+    asked = {"num_inference_steps": 3, "progress": False}
+    expected, found = (model.generate(compiled_pictures.PROMPTS, **asked) for model in (eager, ours))
+    assert compiled_pictures.difference(expected, found) <= 8

@@ -277,10 +277,10 @@ def test_what_is_refused(folders, pairs):
     with pytest.raises(UsageError, match="compile=True does not go with quantize='int8': leave one of them out"):
         Translator.from_pretrained(folders["marian"], device="cpu", quantize="int8", compile=True)
     ours = pairs["marian"].ours
-    message = "does not go with autocast: open the translator with dtype= instead"
+    message = "does not go with autocast: open the model with dtype= instead"
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(UsageError, match=message):
         ours.translate(ENGLISH)
-    with observing(print), pytest.raises(UsageError, match="recorded in compiled steps: open the trans"):
+    with observing(print), pytest.raises(UsageError, match="recorded or steered in compiled steps: open the model"):
         ours.translate(ENGLISH)
     with pytest.raises(UsageError, match="window is 0, it must be at least 1"):
         ours.translate(ENGLISH, window=0)

@@ -42,8 +42,8 @@ def test_the_best_heads_are_found_and_scored_beside_chance():
     draw = np.random.default_rng(0)
     masks = [square(8 * (number % 3), 8 * (number % 2)) for number in range(11)]
     objects = [
-        ScoredMap(mask, {(0, 0): draw.random((3, 3)), (1, 2): spot_on(mask), (1, 3): draw.random((6, 6))})
-        for mask in masks
+        ScoredMap(number, mask, {(0, 0): draw.random((3, 3)), (1, 2): spot_on(mask), (1, 3): draw.random((6, 6))})
+        for number, mask in enumerate(masks)
     ]
     spots, threshold = best_spots(objects)
     assert spots[0] == (1, 2)
@@ -54,6 +54,19 @@ def test_the_best_heads_are_found_and_scored_beside_chance():
     assert set(scores) == {"maps/pointing", "maps/iou", "maps/pointing/chance", "maps/iou/chance"}
     mixed = map_scores(objects, [(1, 2), (1, 3)])
     assert 0 < mixed["maps/iou"] < 1
+
+
+def test_chance_is_another_pictures_objects():
+    """Also of few pictures with several objects each, and of one object in the middle of a list."""
+    for pictures in ([0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 1, 1, 2]):
+        masks = {0: square(0, 0), 1: square(8, 8), 2: square(16, 16)}
+        objects = [ScoredMap(number, masks[number], {(0, 0): spot_on(masks[number])}) for number in pictures]
+        scores = map_scores(objects, [(0, 0)])
+        assert scores["maps/pointing"] == 1.0
+        assert scores["maps/pointing/chance"] == 0.0
+        assert scores["maps/iou/chance"] == 0.0
+    with pytest.raises(UsageError, match="no chance level: the model named objects of one picture only"):
+        map_scores(objects[:3], [(0, 0)])
 
 
 def test_nothing_to_score():

@@ -91,3 +91,76 @@ def test_replayed_as_a_graph():
     output.fill_(float("nan"))
     graph.replay()
     assert torch.equal(output, expected)
+
+
+def others_of(call, shift):
+    """Tensors of the same sizes and strides, `shift` elements beyond where an allocation begins, with other values."""
+    tensors = []
+    for tensor in (call.query, call.key, call.value):
+        flat = torch.empty(tensor.numel() + shift, dtype=tensor.dtype, device=tensor.device)[shift:]
+        tensors.append(flat.view(tensor.shape).copy_(tensor.roll(1, dims=-1) * 1.25))
+    return tensors
+
+
+@pytest.mark.parametrize("shape", [FEW_KEYS, MANY_KEYS, Shape(2, 4, 4, 257, 77, 64)], ids=str)
+def test_remembered_launches(shape):
+    """The first call of a size is launched by Triton, later ones as remembered: wherever their tensors are."""
+    generator = generator_for(41)
+    call = make_call(shape, torch.bfloat16, "none", "gaps", generator)
+    for _ in range(2):
+        check_attention(triton_attention, call.query, call.key, call.value, key_mask=call.key_mask)
+    for shift in (8, 1, 8, 0, 3):
+        query, key, value = others_of(call, shift)
+        # That works on copies, which begin where allocations do.
+        got = check_attention(triton_attention, query, key, value, key_mask=call.key_mask, what=f"{shift} on")
+        with torch.no_grad():
+            expected = triton_attention(query, key, value, key_mask=call.key_mask)
+        torch.testing.assert_close(expected, got["output"])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.inference_mode():
+        output = triton_attention(query, key, value, key_mask=call.key_mask)
+    torch.cuda.current_stream().wait_stream(side)
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("key_kind", ["none", "gaps"])
+def test_both_roads_give_the_same_bits(key_kind):
+    """Round the dispatcher, and through the operation, which compiled code calls."""
+    from mmattn.kernels.short_keys import attend, short_key_attention
+
+    for shape in (FEW_KEYS, MANY_KEYS):
+        call = make_call(shape, torch.float16, "none", key_kind, generator_for(43))
+        mask = None if call.key_mask is None else call.key_mask.unsqueeze(1)
+        inputs = [tensor.requires_grad_() for tensor in (call.query, call.key, call.value)]
+        results = []
+        for road in (attend, attend, lambda *arguments: short_key_attention(*arguments)[0]):
+            output = road(*inputs, mask, None, 0.3)
+            results.append((output, *torch.autograd.grad(output.float().square().sum(), inputs)))
+        for first, second, third in zip(*results, strict=True):
+            assert torch.equal(first, second)
+            assert torch.equal(first, third)
+
+
+def test_backward_replayed_as_a_graph():
+    call = make_call(Shape(2, 4, 4, 129, 77, 40), torch.bfloat16, "none", "gaps", generator_for(47))
+    inputs = [tensor.requires_grad_() for tensor in (call.query, call.key, call.value)]
+
+    def step():
+        output = triton_attention(*inputs, key_mask=call.key_mask)
+        return torch.autograd.grad(output, inputs, torch.ones_like(output))
+
+    expected = step()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for tensor in captured:
+        tensor.fill_(float("nan"))
+    graph.replay()
+    for got, wanted in zip(captured, expected, strict=True):
+        assert torch.equal(got, wanted)

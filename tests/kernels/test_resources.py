@@ -1,5 +1,8 @@
 """Kernels compiled for real processors without one: what they take is bounded, spills above all."""
 
+import re
+from collections import Counter
+
 import pytest
 import torch
 
@@ -15,8 +18,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(is_interpreted(), reason="not
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 # A backward that holds the gradients of all keys wants more registers than there are (docs/kernels.md): the most that
 # was found, so that it does not get worse unseen.
-SPILLED_BYTES = {"keys_bwd_kernel": 1400, "queries_bwd_kernel": 500, "streamed_fwd_kernel": 32}
+SPILLED_BYTES = {
+    "keys_bwd_kernel": 1400,
+    "queries_bwd_kernel": 500,
+    "streamed_fwd_kernel": 32,
+    "streamed_maps_kernel": 160,
+}
 HALF, SINGLE = torch.bfloat16, torch.float32
+_FLOAT_INSTRUCTION = re.compile(r"^\s*(?:@\S+ )?(fma|mul|add|sub|max|ex2|lg2|div|rcp)\.[a-z.]*f32\b", re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -49,3 +58,18 @@ def test_resources_are_bounded(capability, head_dim, keys, dtype):
             if name != "sum_partials_kernel":
                 is_group = capability == 90 and dtype is HALF
                 assert found.warp_group_products if is_group else found.warp_products, where
+
+
+@pytest.mark.parametrize("keys", [77, 300])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_maps_leave_the_attention_as_it_is(capability, keys):
+    """Beside the forward's float instructions there are a subtraction, an exponential, and a product for the scale and
+    for the sum, once for each weight; so its output has the same bits."""
+    with compiling_for(capability):
+        plain, with_maps = (
+            Counter(_FLOAT_INSTRUCTION.findall(launch.compile().asm["ptx"])) for launch in launches(64, keys, HALF)[:2]
+        )
+    added = with_maps - plain
+    assert not plain - with_maps
+    assert set(added) == {"sub", "ex2", "mul"}
+    assert added["sub"] == added["ex2"] == added["mul"] / 2

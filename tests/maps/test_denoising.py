@@ -294,7 +294,7 @@ def test_wrong_questions_are_answered(pipe, ask, message):
 
 
 def test_nothing_recorded_says_why(pipe):
-    with record_attention(pipe, steps=[7]) as maps:
+    with record_attention(pipe.unet, steps=[7]) as maps:
         draw(pipe)
     with pytest.raises(UsageError, match=r"there were 3 steps, 0 to 2, and steps=\[7\]"):
         maps.array()

@@ -152,7 +152,7 @@ def test_wrong_use_is_named(own):
         own.caption(pictures(1))
         with pytest.raises(UsageError, match="needs record_attention"):
             maps.heatmap()
-    with record_attention(own, layers=9), pytest.raises(UsageError, match=r"none of layers=\[9\] made a cross"):
+    with record_attention(own, layers=9), pytest.raises(UsageError, match="layers has 9, and there are 2 with cross"):
         own.caption(pictures(1))
     with record_attention(own, heads=9), pytest.raises(UsageError, match=r"heads=\[9\], but there are 2 heads"):
         own.caption(pictures(1))

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mmattn.errors import RunError, UsageError
 from mmattn.maps.edits import PromptEdit
+from mmattn.maps.layers import grid_of
 from mmattn.maps.steer_changes import MapExchange, ScoreBias, map_exchange, score_bias
-from mmattn.maps.steer_regions import Region, grid_of, read_regions
+from mmattn.maps.steer_regions import Region, read_regions
 from mmattn.maps.tokens import TextTokens
 from mmattn.ops.attention import attention
 from mmattn.ops.observe import observing, steering

@@ -231,6 +231,8 @@ def test_self_attention_and_labels():
         ({"steps": 1}, "steps means nothing for a transformers model"),
         ({"tokens": "a"}, "tokens means nothing for a transformers model"),
         ({"layers": 5}, r"layers has 5, which is not there: there are 0 \(model.decoder.layers.0.encoder_attn\)"),
+        ({"layers": [0, 5]}, r"layers has 5, which is not there"),
+        ({"layers": []}, r"layers is \[\]; give numbers"),
         ({"heads": 9}, r"heads=\[9\], but there are 4 heads"),
     ],
 )

@@ -86,5 +86,11 @@ def test_calls_that_cannot_be_recorded(translator, call, message):
 def test_arguments_of_other_families_are_refused(translator):
     with pytest.raises(UsageError, match="steps means nothing for a Translator"), record_attention(translator, steps=1):
         pass
-    with record_attention(translator, layers=9), pytest.raises(UsageError, match=r"none of layers=\[9\] made a cross"):
+    message = r"layers has 9, and there are 2 with cross-attention, 0 to 1"
+    for layers in (9, [0, 9]):
+        with record_attention(translator, layers=layers), pytest.raises(UsageError, match=message):
+            translator.translate(TEXTS[0], **SETTINGS)
+    with record_attention(translator, heads=[0, 9]), pytest.raises(UsageError, match=r"heads=\[0, 9\], but there are"):
         translator.translate(TEXTS[0], **SETTINGS)
+    with pytest.raises(UsageError, match=r"layers is \[\]; give"), record_attention(translator, layers=[]):
+        pass

@@ -13,6 +13,7 @@ from mmattn.ops.limits import AutoShape, Backend, Limits
 from mmattn.ops.observe import observing
 from mmattn.ops.request import prepare, traits_of
 
+KEY_MASK = torch.ones(2, 11, dtype=torch.bool)
 SHAPE = AutoShape(
     capabilities=((9, 0),),
     dtypes=(torch.float32,),
@@ -73,8 +74,18 @@ def test_auto_takes_it_where_it_was_measured_to_be_the_fastest():
         assert used(*call(**sizes), backend="fast") == "fast", sizes
     # The same features again, other sizes: what is remembered does not decide.
     assert used(*call()) == "fast"
-    assert used(*call(), key_mask=torch.ones(2, 11, dtype=torch.bool)) == "sdpa"
+    assert used(*call(), key_mask=KEY_MASK) == "sdpa"
     assert used(*call(), attn_mask=torch.ones(7, 11, dtype=torch.bool)) == "sdpa"
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize(("with_key_mask", "without", "masked"), [(True, False, True), (None, True, True)])
+def test_shapes_that_were_measured_with_a_key_mask(with_key_mask, without, masked):
+    shape = dataclasses.replace(SHAPE, with_key_mask=with_key_mask)
+    boolean = torch.ones(7, 11, dtype=torch.bool)
+    for attn_mask, key_mask, expected in ((None, None, without), (None, KEY_MASK, masked), (boolean, KEY_MASK, False)):
+        request = prepare(*call(), attn_mask, key_mask, False, None, 0.0, False)
+        assert shape.covers(request, traits_of(request)) is expected
 
 
 @pytest.mark.usefixtures("table")
@@ -122,3 +133,22 @@ def test_measured_shapes_of_the_triton_kernels(monkeypatch, batch, heads, querie
     assert is_covered(77)
     assert not is_covered(64)
     assert not is_covered(300)
+
+
+@pytest.mark.parametrize(("heads", "keys", "head_dim"), [(16, 300, 72), (8, 77, 40), (10, 77, 64)])
+def test_masked_shapes_wait_to_be_measured(monkeypatch, heads, keys, head_dim):
+    """With a key mask "auto" takes none yet; the rows for them are ready."""
+    monkeypatch.setattr(limits, "_capability", lambda device: (9, 0))
+    row = dataclasses.replace(triton.BACKEND, auto_shapes=triton.TO_MEASURE)
+
+    def is_covered(row, key_mask, attn_mask=None):
+        query = torch.empty(2, heads, 4096, head_dim, dtype=torch.float16)
+        key = torch.empty(2, heads, keys, head_dim, dtype=torch.float16)
+        request = prepare(query, key, key, attn_mask, key_mask, False, None, 0.0, False)
+        return not row.auto_size_refusals(request, traits_of(request))
+
+    key_mask = torch.ones(2, keys, dtype=torch.bool)
+    assert is_covered(row, key_mask)
+    assert not is_covered(row, None)
+    assert not is_covered(row, key_mask, torch.ones(4096, keys, dtype=torch.bool))
+    assert not is_covered(triton.BACKEND, key_mask)

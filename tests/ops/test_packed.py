@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import sys
-import types
 from typing import Any
 
 import pytest
@@ -17,8 +15,9 @@ from mmattn.ops import packed_groups
 from mmattn.ops.backends import flash, varlen
 from mmattn.ops.observe import observing
 from mmattn.ops.packed import packed_attention
-from mmattn.ops.segments import PackedRequest, Segments
-from tests.tolerance import check_within
+from mmattn.ops.segments import Segments
+from tests.ops.row_kernels import NAMES, install
+from tests.tolerance import check_attention
 
 HEAD_DIM = 7
 LENGTHS = [1, 3, 3, 3, 5, 11, 13, 2, 2, 17, 1]
@@ -73,17 +72,12 @@ def test_float64_equals_the_block_diagonal_mask(monkeypatch, call_cost, heads, k
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
 def test_low_precision_keeps_the_tolerance(dtype, backend):
-    exact = _inputs(LENGTHS, OTHERS, 6, 2)
-    cotangent = torch.randn(sum(LENGTHS), 6, HEAD_DIM, dtype=torch.float64).to(dtype).double()
-    low = tuple(tensor.to(dtype) for tensor in exact)
-    exact = tuple(tensor.double() for tensor in low)
-    want = _with_gradients(lambda x: _reference(x, LENGTHS, OTHERS, False), exact, cotangent)
-    eager = _with_gradients(lambda x: _reference(x, LENGTHS, OTHERS, False), low, cotangent)
-    got = _with_gradients(
-        lambda x: packed_attention(*x, Segments.of(LENGTHS), Segments.of(OTHERS), backend=backend), low, cotangent
-    )
-    for name, one, other, reference in zip(("output", "query", "key", "value"), got, eager, want, strict=True):
-        check_within(one, other, reference, factor=2 if name == "output" else 3, what=name)
+    def packed(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> Tensor:
+        rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return packed_attention(*rows, Segments.of(LENGTHS), Segments.of(OTHERS), backend=backend).transpose(0, 1)[None]
+
+    low = (tensor.to(dtype).transpose(0, 1)[None] for tensor in _inputs(LENGTHS, OTHERS, 6, 2))
+    check_attention(packed, *low, attn_mask=_blocks(LENGTHS, OTHERS, False), what=f"packed {backend} {dtype}")
 
 
 def test_scale_and_self_segments():
@@ -181,7 +175,7 @@ def test_an_old_card_is_no_card_for_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(flash, "package_version", lambda name: "2.8")
     for backend in (varlen, flash):
-        reason = backend.unusable.__wrapped__("cuda")  # not the remembered one
+        reason = backend._unusable.__wrapped__("cuda")  # not the remembered one
         assert reason == "needs compute capability 8.0 (A100 and newer), this card has 7.5"
 
 
@@ -202,35 +196,48 @@ def test_a_named_backend_and_use_backend_serve_the_groups(monkeypatch):
     assert seen == ["eager", "sdpa", "auto"]
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_kernels_get_what_they_ask_for(monkeypatch, is_causal):
-    """No GPU here: what would be called is told apart by its arguments."""
-    calls: dict[str, dict[str, Any]] = {}
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 6), (6, 2)])
+@pytest.mark.parametrize(("keys", "is_causal"), [(LENGTHS, True), (OTHERS, False), (OTHERS, True)])
+def test_kernels_for_rows(monkeypatch, name, heads, kv_heads, keys, is_causal):
+    calls = install(monkeypatch)
+    inputs = _inputs(LENGTHS, keys, heads, kv_heads)
+    cotangent = torch.randn(sum(LENGTHS), heads, HEAD_DIM, dtype=torch.float64)
+    expected = _with_gradients(lambda x: _reference(x, LENGTHS, keys, is_causal), inputs, cotangent)
+    segments = (Segments.of(LENGTHS), Segments.of(keys))
+    found = _with_gradients(
+        lambda x: packed_attention(*x, *segments, is_causal=is_causal, backend=name), inputs, cotangent
+    )
+    assert list(calls) == [name]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
-    def fake(name: str) -> Any:
-        def run(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            calls[name] = {"args": args, **kwargs}
-            return query
 
-        return run
-
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", types.SimpleNamespace(varlen_attn=fake("varlen")))  # pyright: ignore
-    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=fake("flash")))  # pyright: ignore
+def test_kernels_get_what_they_ask_for(monkeypatch):
+    calls = install(monkeypatch)
     queries, keys = Segments.of([3, 2]), Segments.of([7, 5])
-    query, key, value = _inputs([3, 2], [7, 5], 6, 2)
-    dropout_p = 0.1
-    request = PackedRequest(query, key, value, queries, keys, is_causal, 0.3, dropout_p)
-    assert varlen.run(request) is query
-    assert flash.run(request) is query
-    for call in calls.values():
-        assert call["args"][2:] == (queries.cu_seqlens, keys.cu_seqlens, 3, 7)
-    assert calls["varlen"]["window_size"] == ((-1, 0) if is_causal else (-1, -1))
-    assert (calls["varlen"]["scale"], calls["varlen"]["enable_gqa"]) == (0.3, True)
-    assert {name: calls["flash"][name] for name in ("dropout_p", "softmax_scale", "causal")} == {
-        "dropout_p": 0.1,
-        "softmax_scale": 0.3,
-        "causal": is_causal,
-    }
+    inputs = _inputs([3, 2], [7, 5], 6, 2)
+    for name in NAMES:
+        packed_attention(*inputs, queries, keys, is_causal=True, scale=0.3, backend=name)
+    varlen_call, flash_call = calls["varlen"], calls["flash"]
+    assert varlen_call["cu_seq_q"] is flash_call["args"][3] is queries.cu_seqlens
+    assert varlen_call["cu_seq_k"] is flash_call["args"][4] is keys.cu_seqlens
+    assert (varlen_call["max_q"], varlen_call["max_k"]) == flash_call["args"][5:] == (128, 128)
+    assert (varlen_call["window_size"], varlen_call["scale"]) == ((-1, 0), 0.3)
+    assert (flash_call["causal"], flash_call["softmax_scale"], flash_call["dropout_p"]) == (True, 0.3, 0.0)
+
+
+@pytest.mark.parametrize("wrong", ["query", "key"])
+def test_segments_of_another_device_are_refused_by_kernels(monkeypatch, wrong):
+    install(monkeypatch)
+    inputs = _inputs([3, 2], [7, 5], 6, 2)
+    where = {"query": "cpu", "key": "cpu", wrong: "meta"}
+    segments = (Segments.of([3, 2], where["query"]), Segments.of([7, 5], where["key"]))
+    with pytest.raises(
+        UsageError, match=rf"the {wrong} segments are on meta, query on cpu: attention backend 'varlen'"
+    ):
+        packed_attention(*inputs, *segments)
+    packed_attention(*inputs, *segments, backend="sdpa")  # needs their lengths only
 
 
 def test_a_pass_in_inference_mode_leaves_later_training_alone():

@@ -15,6 +15,8 @@ from mmattn.ops.backends import sdpa
 from mmattn.ops.observe import observing
 from mmattn.ops.registry import TABLE, backends, checkpoint_contexts, explain, use_backend
 
+NAMES = ["triton", "triton_decode", "varlen", "flash", "sdpa", "flex", "eager"]
+
 
 @pytest.fixture
 def inputs():
@@ -46,17 +48,23 @@ def test_what_is_compiled_does_not_depend_on_earlier_choices(inputs, monkeypatch
 
 def test_table_of_this_machine():
     table = mmattn.backends()
-    assert [row.name for row in table] == ["triton", "sdpa", "flex", "eager"]
+    assert [row.name for row in table] == NAMES
     assert table["sdpa"].is_usable
     assert table["eager"].usable_on[0] == "cpu"
     assert table["sdpa"].versions["torch"] == torch.__version__
+    assert table["varlen"].usable_on == table["flash"].usable_on == () or torch.cuda.is_available()
+    assert "masks: cuda causal, key (not causal and key in one); backward on cuda;" in table["varlen"].supports
+    assert "head_dim 8 to 256 in steps of 8" in table["varlen"].supports
+    assert "grouped heads, packed sequences, no dropout" in table["varlen"].supports
+    assert "grouped heads, dropout, packed sequences" in table["flash"].supports
+    assert "flash-attn" in table["flash"].versions
     text = str(table)
     for part in ("sdpa: usable on cpu", "known bad: cuDNN", "flex: ", "auto: never", "eager: ", "backward on cuda"):
         assert part in text
     if not torch.cuda.is_available():
         assert "sees no cuda device here" in table["eager"].reasons["cuda"]
-    with pytest.raises(KeyError, match="there are: triton, sdpa, flex, eager"):
-        table["flash"]
+    with pytest.raises(KeyError, match=f"there are: {', '.join(NAMES)}"):
+        table["fast"]
 
 
 def test_auto_takes_sdpa_and_eager_for_weights(inputs):
@@ -152,8 +160,8 @@ def test_explanation_agrees_with_what_is_done(inputs):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: attention(x, x, x, backend="flash"), "unknown attention backend 'flash'; use one of: auto, tri"),
-        (lambda x: use_backend("flash").__enter__(), "unknown attention backend 'flash'"),
+        (lambda x: attention(x, x, x, backend="fast"), "unknown attention backend 'fast'; use one of: auto, tri"),
+        (lambda x: use_backend("fast").__enter__(), "unknown attention backend 'fast'"),
         (lambda x: use_backend("sdpa", role="both").__enter__(), "unknown attention role 'both'"),
         (lambda x: attention(x, x, x, role="both"), "unknown attention role 'both'"),
     ],
@@ -185,7 +193,7 @@ def test_recomputation_sees_the_backend_of_the_forward(inputs):
 
 
 def test_every_backend_file_is_a_row():
-    assert {backend.run.__module__.rsplit(".", 1)[-1] for backend in TABLE} == {"triton", "sdpa", "flex", "eager"}
+    assert {backend.run.__module__.rsplit(".", 1)[-1] for backend in TABLE} == set(NAMES)
     assert len(backends()) == len(TABLE)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -16,22 +17,30 @@ PARTS = {
     "tests": ADD,
     "attention": f"{ADD}; raise ValueError('no kernel')",
     "translator": "import time; print('begun', flush=True); time.sleep(60)",
-    "vlm": ADD,
+    "vlm": f"{ADD}; print('FAILED tests/a.py::test_b[1] - wrong'); print('1 failed, 3 passed')",
 }
 
 
 @pytest.fixture
-def runner(monkeypatch):
+def unchanged(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts" / "gpu"))
     spec = importlib.util.spec_from_file_location("gpu_check_run", ROOT / "scripts" / "gpu" / "run.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "LIMITS", dict.fromkeys(PARTS, 1.5))
-    monkeypatch.setattr(module, "command", lambda part, options, rows: [sys.executable, "-c", PARTS[part], str(rows)])
     yield module
     sys.modules.pop("report", None)
+
+
+@pytest.fixture
+def runner(unchanged, monkeypatch, tmp_path):
+    module = unchanged
+    monkeypatch.setattr(module, "PARTS", {part: module.Part(f"{part}.py", 1.5) for part in PARTS})
+    monkeypatch.setattr(module, "PAGE", tmp_path / "docs" / "gpu.md")
+    monkeypatch.setattr(module, "command", lambda part, options, rows: [sys.executable, "-c", PARTS[part], str(rows)])
+    return module
 
 
 def test_a_full_page_even_if_parts_fail(runner, monkeypatch, tmp_path, capsys):
@@ -42,10 +51,14 @@ def test_a_full_page_even_if_parts_fail(runner, monkeypatch, tmp_path, capsys):
     assert "== attention: FAILED (exit status 1)" in printed
     assert "ValueError: no kernel" in printed
     assert "== translator: FAILED (not done in " in printed
-    assert "== vlm: ok" in printed
+    assert "== vlm: ok" in printed  # its status says so
+    assert "Failed:\n\n- `tests/a.py::test_b[1]`\n" in output.read_text()
     text = output.read_text()
     assert text.count("| 1 | x/y |\n") == 3
-    assert "| attention | **failed: exit status 1** |" in text
+    assert "| attention | 1 | " in text
+    assert "**failed: exit status 1** |" in text
+    assert "Part `attention`, run 1, " in text
+    assert "; **not complete: exit status 1**." in text
     assert "`ValueError: no kernel`" in text
     assert "| torch |" in text
     assert "scripts/gpu_check.sh --quick" in text
@@ -55,6 +68,57 @@ def test_all_well_is_status_0(runner, monkeypatch, tmp_path):
     arguments = ["run.py", "--device", "cpu", "--output", str(tmp_path / "gpu.md"), "--part", "vlm"]
     monkeypatch.setattr(sys, "argv", arguments)
     assert runner.main() == 0
+
+
+def run(runner, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", *map(str, words)])
+    return runner.main()
+
+
+def test_two_short_runs_make_one_page(runner, monkeypatch, tmp_path, capsys):
+    one, two, whole = tmp_path / "one", tmp_path / "two", tmp_path / "docs" / "gpu.md"
+    assert run(runner, monkeypatch, "--part", "vlm", "--part", "attention", "--keep", one) == 1
+    assert "no page: without tests, translator it would not be whole" in capsys.readouterr().out
+    assert not whole.exists()
+    monkeypatch.setitem(PARTS, "attention", PARTS["vlm"])
+    monkeypatch.setitem(PARTS, "translator", PARTS["vlm"])
+    words = ["--part", "tests", "--part", "attention", "--part", "translator", "--keep", two, "--join", one]
+    assert run(runner, monkeypatch, *words) == 0
+    joined = whole.read_text()
+    assert "|  | run 1 | run 2 |" in joined
+    for part, number in (("vlm", 1), ("attention", 2), ("translator", 2), ("tests", 2)):
+        assert f"| {part} | {number} | " in joined
+    data = json.loads(whole.with_suffix(".json").read_text())
+    assert data["tables"]["attention"] == {"T": [{"a": 1, "b": "x|y"}]}
+    assert data["parts"]["attention"]["run"] == 2
+    assert data["parts"]["vlm"]["error"] is None
+    assert data["runs"][0]["machine"]["torch"]
+    # The same without running anything, in the other order: what went well stays.
+    whole.unlink()
+    assert run(runner, monkeypatch, "--join", two, "--join", one) == 0
+    again = json.loads(whole.with_suffix(".json").read_text())
+    assert (again["parts"]["attention"]["run"], again["parts"]["attention"]["error"]) == (1, None)
+
+
+def test_a_folder_without_a_run_is_refused(runner, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(runner, monkeypatch, "--join", tmp_path)
+    assert caught.value.code == 2
+    assert "no run.json there; give a folder that --keep has filled" in capsys.readouterr().err
+
+
+def test_what_has_no_time_left_is_not_begun(runner, monkeypatch, tmp_path, capsys):
+    assert run(runner, monkeypatch, "--part", "translator", "--part", "vlm", "--seconds", "0.5") == 1
+    printed = capsys.readouterr().out
+    assert "== translator: FAILED (not begun: no time was left)" in printed
+    assert "== vlm: FAILED (not begun: no time was left)" in printed
+
+
+def test_every_part_has_its_script(unchanged):
+    for name, part in unchanged.PARTS.items():
+        assert name == "tests" or (ROOT / "scripts" / "gpu" / part.script).is_file(), name
+    assert sum(part.seconds for part in unchanged.PARTS.values()) < 15 * 60
+    assert sum(part.seconds for part in unchanged.PARTS.values()) <= unchanged.TOTAL
 
 
 def test_marked_tests_are_found(runner):

@@ -13,7 +13,7 @@ from mmattn.data.scenes import SceneDataset
 from mmattn.errors import UsageError
 from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
 from mmattn.inference.hub import evaluating
-from mmattn.inference.map_scores import ScoredMap, maps_by_spot
+from mmattn.inference.map_scores import ScoredMap, object_maps
 from mmattn.inference.text_to_image import TextToImage
 from mmattn.maps.record import AttentionMaps, record_attention
 
@@ -40,11 +40,7 @@ def scene_maps(t2i: TextToImage, source: SceneDataset, numbers: Sequence[int]) -
             captions = [items[0].text for items in source.texts(chosen)]
             maps = _read(pipeline, source, chosen, captions)
             for place, (number, caption) in enumerate(zip(chosen, captions, strict=True)):
-                words = caption.split()
-                for region in source.regions(number):
-                    noun = region.words[2]
-                    occurrence = words[: region.start + 2].count(noun)
-                    found.append(ScoredMap(region.mask, maps_by_spot(maps, place, noun, occurrence)))
+                found += object_maps(maps, place, caption, source.regions(number), number)
     return found
 
 

@@ -20,7 +20,7 @@ from mmattn.models.scoring import TextOutput, score_labels
 from mmattn.models.translator.alignment import AlignmentReader, alignment_loss
 from mmattn.models.translator.config import TranslatorConfig
 from mmattn.models.translator.state import TranslationState
-from mmattn.nn import LearnedPositions, RotaryEmbedding, SinusoidalPositions, TransformerLayer
+from mmattn.nn import CrossAttention, LearnedPositions, RotaryEmbedding, SinusoidalPositions, TransformerLayer
 from mmattn.nn.feed_forward import ActivationName
 from mmattn.nn.vocabulary_head import VocabularyHead
 from mmattn.ops.cache import KVCache
@@ -149,6 +149,11 @@ class Decoder(nn.Module):
             bias="fixed" if config.logits_bias else None,
             weight_std=config.embed_dim**-0.5,
         )
+
+    @property
+    def context_attentions(self) -> list[CrossAttention | None]:
+        """For each layer the attention that reads the source."""
+        return [cast(TransformerLayer, layer).cross_attn for layer in self.layers]
 
     @property
     def words(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from mmattn.models.decoding import DecoderState, LayerContexts
 from mmattn.models.scoring import TextOutput
+from mmattn.models.vlm.compiled import CompiledDecoder
 from mmattn.models.vlm.config import ImageEncoderConfig, TextConfig, VLMConfig
 from mmattn.models.vlm.folders import open_network, save_network
 from mmattn.models.vlm.model import (
@@ -18,6 +19,7 @@ from mmattn.models.vlm.vision import ImageEncoder
 
 __all__ = [
     "CaptioningNetwork",
+    "CompiledDecoder",
     "DecoderState",
     "ImageEncoder",
     "ImageEncoderConfig",

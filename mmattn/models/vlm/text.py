@@ -15,11 +15,19 @@ from torch import Tensor, nn
 from mmattn.errors import UsageError
 from mmattn.models.decoding import LayerContexts
 from mmattn.models.vlm.config import TextConfig
-from mmattn.nn import GatedCrossAttention, LearnedPositions, RotaryEmbedding, SelfAttention, TransformerLayer
+from mmattn.nn import (
+    CrossAttention,
+    GatedCrossAttention,
+    LearnedPositions,
+    RotaryEmbedding,
+    SelfAttention,
+    TransformerLayer,
+)
 from mmattn.nn.feed_forward import ActivationName
 from mmattn.nn.vocabulary_head import VocabularyHead
 from mmattn.ops.cache import ContextKV, KVCache
 from mmattn.ops.segments import Segments
+from mmattn.ops.static_cache import StaticKVCache
 
 
 class TextEmbedding(nn.Module):
@@ -72,10 +80,15 @@ class TextLayers(nn.Module):
             context: `[B, Lk, Cc]`.
             key_mask: bool `[B, Lk]`, True = may be attended; None: all.
         """
-        cross = [cast(TransformerLayer, layer).cross_attn for layer in self.layers]
-        gated = {int(index): cast(GatedCrossAttention, block) for index, block in self.gated.items()}
-        parts = [gated.get(index, attention) for index, attention in enumerate(cross)]
+        parts = self.context_attentions
         return tuple(None if part is None else part.project_context(context, key_mask) for part in parts)
+
+    @property
+    def context_attentions(self) -> list[CrossAttention | None]:
+        """For each layer the attention that reads the context; None: it reads none."""
+        cross = [cast(TransformerLayer, layer).cross_attn for layer in self.layers]
+        gated = {int(index): cast(GatedCrossAttention, block).cross_attn for index, block in self.gated.items()}
+        return [gated.get(index, attention) for index, attention in enumerate(cross)]
 
     def forward(
         self,
@@ -84,17 +97,19 @@ class TextLayers(nn.Module):
         *,
         context_mask: Tensor | None = None,
         key_mask: Tensor | None = None,
-        caches: Sequence[KVCache] | None = None,
+        attn_mask: Tensor | None = None,
+        caches: Sequence[KVCache] | Sequence[StaticKVCache] | None = None,
         segments: Segments | None = None,
     ) -> Tensor:
         """Run the layers.
 
         Args:
-            input_ids: `[R, L]`; with segments `[N]`.
+            input_ids: `[R, L]`; with `StaticKVCache`s L = 1; with segments `[N]`.
             contexts: what `project_context` gave, for B contexts (R = B * n); or these themselves, `[B, Lk, Cc]`, which
                 each layer then projects itself; None leaves cross-attention out.
             context_mask: bool `[B, Lk]`, False at the padding of contexts that are not yet projected.
             key_mask: bool `[R, L]`, False at padding.
+            attn_mask: bool `[L, Lk]`, what the self-attention may see besides what causality says.
             caches: a self-attention cache per layer; `input_ids` then continue what is cached.
             segments: the R texts that `input_ids` holds one after the other, without padding; no masks, no caches and
                 no projected contexts then.
@@ -107,17 +122,22 @@ class TextLayers(nn.Module):
         """
         start = caches[0].position if caches else 0
         length = input_ids.shape[1] if segments is None else segments.longest
-        if start + length > self.max_positions:
+        is_known = not isinstance(start, Tensor)
+        if is_known and start + length > self.max_positions:
             raise UsageError(
                 f"{start + length} tokens, but this text model has {self.max_positions} positions:"
                 " shorten the text or generate fewer tokens"
             )
         context_segments = None
-        if segments is None:
-            positions = torch.arange(start, start + length, device=input_ids.device)
-        else:
+        if segments is not None:
             positions = segments.positions()
             contexts, context_segments = _packed_contexts(contexts, context_mask)
+            if context_segments is not None:
+                segments.merged(len(context_segments))  # here, not in the first layer, which may be a compiled one
+        elif isinstance(start, Tensor):
+            positions = start
+        else:
+            positions = torch.arange(start, start + length, device=input_ids.device)
         hidden = self.embedding(input_ids, positions)
         for index, layer in enumerate(self.layers):
             context = self._context_of(index, contexts)
@@ -126,7 +146,10 @@ class TextLayers(nn.Module):
                 cross["context_segments"] = context_segments
             if context is not None and str(index) in self.gated:
                 hidden, context = self.gated[str(index)](hidden, context, **cross), None
-            options: dict[str, Any] = {"key_mask": key_mask, "cache": caches[index] if caches else None}
+            options: dict[str, Any] = {"key_mask": key_mask, "attn_mask": attn_mask}
+            options["cache"] = caches[index] if caches else None
+            if not is_known and self.embedding.positions is None:  # only the device knows where the token stands
+                options["positions"] = start
             if context is not None:
                 hidden = layer(hidden, context=context, **cross, **options)
             elif layer.cross_attn is not None:
@@ -217,6 +240,11 @@ class TextDecoder(nn.Module):
         return self.body.layers
 
     @property
+    def context_attentions(self) -> list[CrossAttention | None]:
+        """See `TextLayers.context_attentions`."""
+        return self.body.context_attentions
+
+    @property
     def max_positions(self) -> int:
         """Most tokens of a text."""
         return self.config.max_positions
@@ -232,11 +260,13 @@ class TextDecoder(nn.Module):
         *,
         context_mask: Tensor | None = None,
         key_mask: Tensor | None = None,
-        caches: Sequence[KVCache] | None = None,
+        attn_mask: Tensor | None = None,
+        caches: Sequence[KVCache] | Sequence[StaticKVCache] | None = None,
         segments: Segments | None = None,
     ) -> Tensor:
         """Hidden states `[R, L, C]`, or `[N, C]` of packed texts; see `TextLayers.forward`."""
         options: dict[str, Any] = {"context_mask": context_mask, "key_mask": key_mask, "segments": segments}
+        options["attn_mask"] = attn_mask
         return self.body(input_ids, contexts, caches=caches, **options)
 
     def logits(self, hidden: Tensor) -> Tensor:

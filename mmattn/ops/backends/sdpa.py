@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmattn.errors import BackendError
+from mmattn.kernels.plain import is_plain_call
 from mmattn.ops import masks
 from mmattn.ops.limits import FLOATS, Backend, KnownBad, Limits, torch_device_missing
 from mmattn.ops.request import Request
@@ -149,14 +150,52 @@ def _attend_masked(
         if not _is_finite(key, value):
             key, value = masks.zero_unused(key, value, _allowed(mask))
         return _kernel(request, query, key, value, mask, False)
+    if mask.dtype is torch.bool and mask.shape[1:3] == (1, 1):
+        return _attend_keys(request, query, key, value, mask)
     allowed = _allowed(mask)
     key, value = masks.zero_unused(key, value, allowed)
     empty = masks.empty_rows(allowed)
     mask = mask | empty if mask.dtype is torch.bool else mask.masked_fill(empty, 0.0)
-    output = _kernel(request, query, key, value, mask, False)
-    if allowed.shape[1:3] == (1, 1) and not _wants_grad(query, key, value):
-        return output  # all of an empty row's keys and values are zeros by now, and so is its output
-    return output.masked_fill(empty, 0.0)
+    return _kernel(request, query, key, value, mask, False).masked_fill(empty, 0.0)
+
+
+def _attend_keys(request: Request, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """A call with a mask [B or 1, 1, 1, Lk] whose values stay on the device, in as few operations as there can be.
+
+    A row without keys attends to all of them evenly, and all of its values are zeros: so is its output, and so are its
+    gradients. Its mask need not be repaired then, if "may not" is a finite number, far below all scores. float16 has
+    none.
+    """
+    zero, lowest = _zero_and_lowest(query)
+    is_used = mask.transpose(2, 3)
+    key, value = torch.where(is_used, key, zero), torch.where(is_used, value, zero)
+    if query.dtype is torch.float16:
+        lowest = torch.where(mask.any(dim=-1, keepdim=True), lowest, zero)
+    return _kernel(request, query, key, value, torch.where(mask, zero, lowest), False)
+
+
+# For each device and dtype, on the device: from Python each would be a kernel more in every call.
+_NUMBERS: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+_LOWEST = -1e30
+
+
+def _zero_and_lowest(query: Tensor) -> tuple[Tensor, Tensor]:
+    """0 and what is added to the score of a key that may not be attended to, in query's dtype."""
+    if not is_plain_call(query):
+        return _numbers(query)
+    found = _NUMBERS.get((query.device, query.dtype))
+    if found is None:
+        with torch.inference_mode(False):
+            found = _numbers(query)
+        # What a CUDA graph makes is there when it is replayed, no sooner.
+        if not (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _NUMBERS[query.device, query.dtype] = found
+    return found
+
+
+def _numbers(query: Tensor) -> tuple[Tensor, Tensor]:
+    lowest = float("-inf") if query.dtype is torch.float16 else _LOWEST
+    return query.new_zeros(()), query.new_full((), lowest)
 
 
 def _wants_grad(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -1,49 +1,91 @@
-"""torch's own attention of packed sequences (`torch.nn.attention.varlen`): FlashAttention-2 without the package."""
+"""torch's own attention of packed sequences (`torch.nn.attention.varlen`): FlashAttention-2 without the package.
+
+A padded call is unpadded by its key mask on the device first, so padding is never computed with.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmattn.ops.limits import Limits, ampere_missing
+from mmattn.ops.limits import Backend, Limits, ampere_missing
+from mmattn.ops.request import Request
 from mmattn.ops.segments import PackedRequest
-
-LIMITS = Limits(
-    dtypes={"cuda": (torch.bfloat16, torch.float16)},
-    grad_devices=("cuda",),
-    masks={"cuda": ("causal",)},
-    has_dropout=False,
-    min_head_dim=8,
-    max_head_dim=256,
-    head_dim_step=8,
-)
+from mmattn.ops.unpadded import Rows, attend_unpadded, packed_rows
 
 
-def run(request: PackedRequest) -> Tensor:
+def run(request: Request) -> tuple[Tensor, None]:
+    """Compute output [B, H, Lq, D]."""
+    return attend_unpadded(request, _attend)
+
+
+def run_packed(request: PackedRequest) -> Tensor:
     """Compute output [N, H, D]."""
+    return _attend(packed_rows(request))
+
+
+def _attend(rows: Rows) -> Tensor:
     # Only here: it registers operators when it is imported.
     from torch.nn.attention.varlen import varlen_attn
 
-    queries, keys = request.query_segments, request.key_segments
+    options: dict[str, Any] = {}
+    if rows.query.shape[1] != rows.key.shape[1] and _has_flag_for_groups():
+        options["enable_gqa"] = True
     output = varlen_attn(
-        request.query,
-        request.key,
-        request.value,
-        queries.cu_seqlens,
-        keys.cu_seqlens,
-        queries.longest,
-        keys.longest,
-        scale=request.scale,
-        window_size=(-1, 0) if request.is_causal else (-1, -1),
-        enable_gqa=request.query.shape[1] != request.key.shape[1],
+        rows.query,
+        rows.key,
+        rows.value,
+        rows.query_starts,
+        rows.key_starts,
+        rows.max_queries,
+        rows.max_keys,
+        scale=rows.scale,
+        window_size=(-1, 0) if rows.is_causal else (-1, -1),
+        **options,
     )
     assert isinstance(output, Tensor)  # nothing else was asked for
     return output
 
 
+@torch.compiler.assume_constant_result
+def _has_flag_for_groups() -> bool:
+    """torch 2.11 serves grouped heads without being told; from 2.12 on they need a flag."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return _takes_flag(varlen_attn)
+
+
+@functools.lru_cache(maxsize=4)
+def _takes_flag(function: Callable[..., Any]) -> bool:
+    return "enable_gqa" in inspect.signature(function).parameters
+
+
 @functools.cache
-def unusable(device: str) -> str | None:
-    """Why it cannot be used here; None when it can."""
+def _unusable(device: str) -> str | None:
     return ampere_missing(device)
+
+
+BACKEND = Backend(
+    name="varlen",
+    run=run,
+    run_packed=run_packed,
+    limits=Limits(
+        dtypes={"cuda": (torch.bfloat16, torch.float16)},
+        grad_devices=("cuda",),
+        masks={"cuda": ("causal", "key")},
+        has_causal_key_mask=False,
+        has_mask_grad=False,
+        has_dropout=False,
+        min_head_dim=8,
+        max_head_dim=256,
+        head_dim_step=8,
+    ),
+    unusable=_unusable,
+    auto_devices=(),
+    auto_note="packed sequences take it by themselves; padded calls, where padding is cut off first, only by its name",
+)

@@ -1,0 +1,246 @@
+"""A text decoder's step, compiled once by torch.compile and, on a CUDA device, captured as a CUDA graph.
+
+Symbols as in `mmattn.models.static_decoding`. One compilation serves every length of texts and, where they vary, of
+contexts, and every number of contexts above one; another is made for a single context, for another number of rows per
+context and where weights are read. A graph is captured for every bucket of these sizes and replayed in buffers of its
+own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mmattn.errors import UsageError
+from mmattn.models.compiled_steps import (
+    addresses,
+    captured,
+    check_device,
+    check_not_autocast,
+    compiling,
+    mark_varying,
+    with_own_code,
+)
+from mmattn.models.decoding import LayerContexts, StepDecoder
+from mmattn.models.static_decoding import (
+    SHORTEST_SOURCE,
+    SMALLEST_CAPACITY,
+    StaticState,
+    StepBuffers,
+    StepShape,
+)
+from mmattn.ops.cache import ContextKV, WatchedContextKV
+from mmattn.ops.registry import selected
+from mmattn.ops.static_cache import StaticKVCache, visible_places
+
+_IDLE_SHARE = 8  # at most so small a part of a CUDA device's memory is kept in buffers that nobody uses
+
+Outputs = tuple[Tensor, Tensor | None]
+Step = Callable[..., Outputs]  # takes the tensors of `StepBuffers`
+
+
+class WeightReader(Protocol):
+    """Makes an attention's weights of its queries and keys."""
+
+    def weights(self, query: Tensor, key: Tensor, key_mask: Tensor | None) -> Tensor:
+        """`[B, n, Ls]` of queries `[B, H, n, D]` and keys `[B, G, Ls, D]`."""
+        ...
+
+
+class Watched(NamedTuple):
+    """The layer whose attention to the context is read, and what reads it."""
+
+    layer: int
+    reader: WeightReader
+
+
+class _Kind(NamedTuple):
+    """What has a compilation of its own."""
+
+    is_single: bool
+    rows: int
+    reads_alignment: bool
+    source: int | None
+    self_backend: str
+    cross_backend: str
+
+
+def decoding_step(
+    decoder: StepDecoder,
+    watched: Watched | None,
+    ids: Tensor,
+    position: Tensor,
+    window: Tensor,
+    caches: Sequence[Tensor],
+    contexts: Sequence[Tensor | None],
+    key_mask: Tensor | None,
+) -> Outputs:
+    """Read one token per row: logits `[B * n, V]`, and the weights `[B * n, Ls]` that are watched.
+
+    The tensors are those of `StepBuffers`; the caches are written to.
+    """
+    rows = [StaticKVCache(cache, position) for cache in caches]
+    sources: list[ContextKV | None] = []
+    for index, held in enumerate(contexts):
+        if held is None:
+            sources.append(None)
+            continue
+        kind = ContextKV if watched is None or index != watched.layer else WatchedContextKV
+        key, value = held.chunk(2, dim=1)
+        sources.append(kind(key, value, key_mask))
+    seen = visible_places(position, window, caches[0].shape[3])
+    hidden = decoder(ids.view(-1, 1), tuple(sources), caches=rows, attn_mask=seen)
+    logits = decoder.logits(hidden[:, -1])
+    if watched is None:
+        return logits, None
+    source = sources[watched.layer]
+    assert isinstance(source, WatchedContextKV)
+    return logits, watched.reader.weights(source.queries[-1], source.key, key_mask).flatten(0, 1)
+
+
+class CompiledSteps:
+    """Decodes in compiled steps; a `StepSource`. It holds compiled functions and idle buffers, never a text.
+
+    Args:
+        decoder: in evaluation mode while it decodes. Weights changed in place are seen; replaced ones are compiled
+            anew.
+        backend: of torch.compile.
+        idle_bytes: most bytes of buffers kept for later texts; None: a part of the memory of a CUDA device, none
+            where nothing is captured in them.
+        use_graphs: capture the steps; None: on a CUDA device.
+        context_length: tokens of every context, where all have as many and no padding; None: that varies.
+
+    Attributes:
+        idle: buffers that wait for a text, those given back last at the end.
+        num_lent: how many are in use.
+
+    Raises:
+        UsageError: a device other than a CPU or a CUDA device, or graphs on a CPU.
+    """
+
+    def __init__(
+        self,
+        decoder: StepDecoder,
+        *,
+        backend: str = "inductor",
+        idle_bytes: int | None = None,
+        use_graphs: bool | None = None,
+        context_length: int | None = None,
+    ) -> None:
+        self.decoder, self.context_length = decoder, context_length
+        device = check_device(self._module)
+        if use_graphs and device.type != "cuda":
+            raise UsageError(f"use_graphs=True needs a CUDA device, the network is on {device}: leave it out")
+        self._backend, self._use_graphs, self._idle_bytes = backend, use_graphs, idle_bytes
+        self._steps: dict[_Kind, Step] = {}
+        self.idle: list[StepBuffers] = []
+        self.num_lent = 0
+        self._addresses, self._generation = addresses(self._module), 0
+
+    def start(self, contexts: LayerContexts, **arguments: Any) -> StaticState:
+        """Begin decoding; arguments as in `StaticState`.
+
+        Raises:
+            UsageError: a call under autocast, or as in `StaticState`.
+        """
+        check_not_autocast(check_device(self._module))
+        now = addresses(self._module)
+        if now != self._addresses:  # graphs would go on reading the old weights
+            self._addresses = now
+            self._generation += 1
+            self._steps.clear()
+            self.idle.clear()
+        return StaticState(self, contexts, **arguments)
+
+    def lend(self, shape: StepShape) -> StepBuffers:
+        """See `StepSource`.
+
+        Raises:
+            RunError: the step cannot be compiled on this machine.
+        """
+        source = None if shape.is_masked else shape.source
+        chosen = (selected("self"), selected("cross"))
+        kind = _Kind(shape.batch == 1, shape.rows, shape.reads_alignment, source, *chosen)
+        made_for = (shape, kind, self._generation)
+        for place, buffers in enumerate(self.idle):
+            if buffers.made_for == made_for:
+                self.num_lent += 1
+                return self.idle.pop(place)
+        step = self._steps.get(kind)
+        if step is None:
+            step = self._steps[kind] = self._compiled(kind)
+        buffers = StepBuffers(shape, self.decoder)
+        buffers.made_for = made_for
+        # Neither holds the buffers, only their tensors: a cycle would keep them until the garbage collector comes.
+        tensors = buffers.tensors
+        if self._captures(buffers.ids.device):
+            buffers.run = captured(step, tensors, buffers.ids.device)
+        else:
+            buffers.run = functools.partial(step, *tensors)
+        self.num_lent += 1
+        return buffers
+
+    def give_back(self, buffers: StepBuffers) -> None:
+        """See `StepSource`."""
+        self.num_lent -= 1
+        if buffers.made_for[2] == self._generation:
+            self.idle.append(buffers)
+        while sum(each.nbytes for each in self.idle) > self._most_idle(buffers.ids.device):
+            del self.idle[0]
+
+    def _captures(self, device: torch.device) -> bool:
+        return device.type == "cuda" if self._use_graphs is None else self._use_graphs
+
+    def _most_idle(self, device: torch.device) -> int:
+        if self._idle_bytes is not None:
+            return self._idle_bytes
+        return torch.cuda.get_device_properties(device).total_memory // _IDLE_SHARE if self._captures(device) else 0
+
+    @property
+    def _module(self) -> nn.Module:
+        assert isinstance(self.decoder, nn.Module)
+        return self.decoder
+
+    def _watched(self) -> Watched | None:
+        """What a step that `reads_alignment` reads."""
+        return None
+
+    def _prepare(self, buffers: StepBuffers) -> None:
+        """Make what the decoder makes when it first runs, so that it is no part of what is compiled."""
+
+    def _compiled(self, kind: _Kind) -> Step:
+        decoder, watched = self.decoder, self._watched() if kind.reads_alignment else None
+        compiled = torch.compile(with_own_code(decoding_step), fullgraph=True, dynamic=False, backend=self._backend)
+
+        def step(*tensors: Any) -> Outputs:
+            # One mode for all callers: the compiled code is guarded by it.
+            with torch.inference_mode():
+                return compiled(decoder, watched, *tensors)
+
+        # Sizes that are equal when it is traced are taken to be one: here no two are. Each is a multiple of the
+        # smallest of its bucket, so that what is found about divisors holds for all.
+        batch, is_masked = 1 if kind.is_single else 3, kind.source is None
+        length = 3 * SHORTEST_SOURCE if kind.source is None else kind.source
+        shape = StepShape(batch, kind.rows, length, 3 * SMALLEST_CAPACITY, is_masked=is_masked)
+        buffers = StepBuffers(shape, decoder)
+        _mark_sizes(buffers, is_single=kind.is_single)
+        self._prepare(buffers)
+        with compiling():
+            step(*buffers.tensors)
+        return step
+
+
+def _mark_sizes(buffers: StepBuffers, *, is_single: bool) -> None:
+    """Tell torch.compile which sizes vary. A batch of one does not: it would be taken for a constant anyway."""
+    batch = () if is_single else (0,)
+    varying = [(buffers.ids, batch)]
+    varying += [(cache, (*batch, 3)) for cache in buffers.caches]
+    source = () if buffers.key_mask is None else (2,)
+    varying += [(context, (*batch, *source)) for context in buffers.contexts if context is not None]
+    if buffers.key_mask is not None:
+        varying.append((buffers.key_mask, (*batch, 1)))
+    mark_varying(varying)

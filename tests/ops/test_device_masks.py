@@ -1,0 +1,90 @@
+"""Key masks whose values stay on the device: sdpa's way of masking on cards, run here on a CPU."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mmattn.ops.attention import attention
+from mmattn.ops.backends import sdpa
+from tests.ops.cases import Shape, generator_for, make_inputs, make_key_mask
+from tests.tolerance import check_attention
+
+SHAPE = Shape(3, 6, 2, 11, 13, 7)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _without_looking(monkeypatch):
+    monkeypatch.setattr(sdpa, "_may_look", lambda tensor: False)
+    monkeypatch.setattr(sdpa, "_NUMBERS", {})
+
+
+def through_sdpa(*tensors, **arguments):
+    return attention(*tensors, backend="sdpa", **arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("kind", ["right", "gaps", "nothing"])
+def test_within_the_tolerance(kind, dtype):
+    generator = generator_for(DTYPES.index(dtype), 3)
+    query, key, value = make_inputs(SHAPE, dtype, generator)
+    key_mask = make_key_mask(kind, SHAPE, generator)
+    key = key.masked_fill(~key_mask[:, None, :, None], float("nan"))
+    got = check_attention(through_sdpa, query, key, value, key_mask=key_mask, what=kind)
+    empty = ~key_mask.any(-1)
+    assert empty.any() == (kind == "nothing")
+    for name in ("output", "grad of query", "grad of key", "grad of value"):
+        assert not got[name][empty].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 1e10), (torch.bfloat16, 1e10), (torch.float16, 100.0)], ids=str
+)
+def test_scores_far_below_zero(dtype, size):
+    """A score that counts is never below one that does not: of float16 there are scores below its smallest number."""
+    query, key, value = (torch.ones(2, 1, 3, 13, dtype=dtype) for _ in range(3))
+    query, key = query * size, -key * size
+    value = torch.randn(2, 1, 3, 13, generator=generator_for(5)).to(dtype)
+    key_mask = torch.tensor([[False, True, False], [False, False, False]])
+    output = through_sdpa(query, key, value, key_mask=key_mask, scale=1.0)
+    assert (query.double() @ key.double().mT).max() < torch.finfo(torch.float16).min
+    assert torch.equal(output[0], value[0, :, 1:2].expand(1, 3, 13))
+    assert not output[1].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_are_made_once(dtype):
+    query, key, value = make_inputs(SHAPE, dtype, generator_for(7))
+    key_mask = make_key_mask("gaps", SHAPE, generator_for(7))
+    with torch.inference_mode():
+        through_sdpa(query, key, value, key_mask=key_mask)
+    ((place, made),) = sdpa._NUMBERS.items()
+    assert place == (query.device, dtype)
+    assert not any(number.is_inference() for number in made)
+    through_sdpa(query.requires_grad_(), key, value, key_mask=key_mask).sum().backward()
+    assert sdpa._NUMBERS[place] is made
+
+
+def test_fake_tensors_leave_no_numbers():
+    query, key, value = make_inputs(SHAPE, torch.float32, generator_for(11))
+    key_mask = make_key_mask("gaps", SHAPE, generator_for(11))
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(tensor) for tensor in (query, key, value, key_mask)]
+        assert through_sdpa(*fake[:3], key_mask=fake[3]).shape == query.shape
+    assert not sdpa._NUMBERS
+    compiled = torch.compile(through_sdpa, fullgraph=True, backend="aot_eager")
+    assert torch.equal(
+        compiled(query, key, value, key_mask=key_mask), through_sdpa(query, key, value, key_mask=key_mask)
+    )
+
+
+def test_few_operations():
+    """Two for keys and values, one for the mask; a card's processor waits for each."""
+    query, key, value = make_inputs(SHAPE, torch.float32, generator_for(13))
+    key_mask = make_key_mask("gaps", SHAPE, generator_for(13))
+    through_sdpa(query, key, value, key_mask=key_mask)
+    with torch.profiler.profile() as profile:
+        through_sdpa(query, key, value, key_mask=key_mask)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::where"] == 3
+    assert not {"aten::masked_fill", "aten::any", "aten::bitwise_not", "aten::full", "aten::new_full"} & set(counts)
