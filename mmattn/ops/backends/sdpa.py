@@ -163,24 +163,22 @@ def _attend_keys(request: Request, query: Tensor, key: Tensor, value: Tensor, ma
     """A call with a mask [B or 1, 1, 1, Lk] whose values stay on the device, in as few operations as there can be.
 
     A row without keys attends to all of them evenly, and all of its values are zeros: so is its output, and so are its
-    gradients. Its mask need not be repaired then, if "may not" is a finite number, far below all scores. float16 has
-    none.
+    gradients. Its mask has to say so: were "may not" a number far below all scores instead of -inf, such a row's
+    log-sum-exp would be as far below, and its rounding alone makes exp(score - lse) infinite in a backward.
     """
-    zero, lowest = _zero_and_lowest(query)
+    zero, may_not = _zero_and_may_not(query)
     is_used = mask.transpose(2, 3)
     key, value = torch.where(is_used, key, zero), torch.where(is_used, value, zero)
-    if query.dtype is torch.float16:
-        lowest = torch.where(mask.any(dim=-1, keepdim=True), lowest, zero)
-    return _kernel(request, query, key, value, torch.where(mask, zero, lowest), False)
+    may_not = torch.where(mask.any(dim=-1, keepdim=True), may_not, zero)
+    return _kernel(request, query, key, value, torch.where(mask, zero, may_not), False)
 
 
 # For each device and dtype, on the device: from Python each would be a kernel more in every call.
 _NUMBERS: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-_LOWEST = -1e30
 
 
-def _zero_and_lowest(query: Tensor) -> tuple[Tensor, Tensor]:
-    """0 and what is added to the score of a key that may not be attended to, in query's dtype."""
+def _zero_and_may_not(query: Tensor) -> tuple[Tensor, Tensor]:
+    """0 and -inf, what is added to the score of a key that may not be attended to, in query's dtype."""
     if not is_plain_call(query):
         return _numbers(query)
     found = _NUMBERS.get((query.device, query.dtype))
@@ -194,8 +192,7 @@ def _zero_and_lowest(query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _numbers(query: Tensor) -> tuple[Tensor, Tensor]:
-    lowest = float("-inf") if query.dtype is torch.float16 else _LOWEST
-    return query.new_zeros(()), query.new_full((), lowest)
+    return query.new_zeros(()), query.new_full((), float("-inf"))
 
 
 def _wants_grad(query: Tensor, key: Tensor, value: Tensor) -> bool:
