@@ -161,7 +161,7 @@ def _scores(model: str, count: int) -> dict[str, Any]:
         t2i = open_text_to_image(model)
         source = SceneDataset("test", size=count + tuning, image_size=t2i.size[0])
         scores, spots, threshold = scored_scenes(lambda numbers: scene_maps(t2i, source, numbers), count, tuning)
-    where = ", ".join(f"layer {layer} head {head}" for layer, head in spots)
+    where = ", ".join(map(str, spots))
     return {**scores, "maps/chosen": f"{where}; above {threshold:.0%}"}
 
 

@@ -24,14 +24,22 @@ from mmattn.inference.vlm import VisionLanguageModel
 from mmattn.maps.record import AttentionMaps, record_attention
 
 THRESHOLD = 0.5  # of a map's strongest place; above it is its strong part
-_SHARES = (0.1, 0.2, 0.3, THRESHOLD, 0.7)  # that are tried
+_SHARES = tuple(share / 100 for share in range(10, 75, 5))  # that are tried
 
-Spot = tuple[int, int]
-"""Layer and head."""
+
+class Spot(NamedTuple):
+    """Where a map of an object is read: layer, head, and which of the object's words (0 size, 1 colour, 2 shape)."""
+
+    layer: int
+    head: int
+    word: int
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} head {self.head} at the {('size', 'colour', 'shape')[self.word]}"
 
 
 class ScoredMap(NamedTuple):
-    """What is known of one object: its picture's number, its pixels, bool `[H, W]`, and maps of its word, `[rows,
+    """What is known of one object: its picture's number, its pixels, bool `[H, W]`, and maps of its words, `[rows,
     columns]`, by spot."""
 
     picture: int
@@ -105,7 +113,7 @@ def _masks_of_others(objects: Sequence[ScoredMap]) -> list[np.ndarray]:
 
 
 def best_spots(objects: Sequence[ScoredMap], most: int = 6) -> tuple[list[Spot], float]:
-    """The layers and heads whose mean map overlaps the objects most, taken one after the other while it gains, and the
+    """The layers, heads and words whose mean map overlaps the objects most, taken one after the other while it gains, and the
     threshold at which it does.
 
     Args:
@@ -164,8 +172,8 @@ def caption_maps(vlm: VisionLanguageModel, source: SceneDataset, numbers: Sequen
 def object_maps(
     maps: AttentionMaps, text: int, caption: str, regions: Sequence[ObjectRegion], picture: int
 ) -> list[ScoredMap]:
-    """Maps of the objects that a caption names, each by its colour and shape: a model that says "red circle" looks at
-    the object for both words, and at other parts of it.
+    """Maps of the objects that a caption names, by each of their words: a model that says "a large red circle" looks at
+    the object for all of them, by other heads and at other parts of it.
 
     Args:
         maps: what was recorded.
@@ -176,17 +184,18 @@ def object_maps(
     """
     words, found = caption.split(), []
     for region in regions:
-        phrase, start = list(region.words[1:]), region.start + 1
-        occurrence = sum(words[place : place + len(phrase)] == phrase for place in range(start))
-        spots = maps_by_spot(maps, text, " ".join(phrase), occurrence)
-        found.append(ScoredMap(picture, region.mask, spots))
+        by_spot: dict[Spot, np.ndarray] = {}
+        for number, word in enumerate(region.words):
+            occurrence = words[: region.start + number].count(word)
+            by_spot |= maps_by_spot(maps, text, word, occurrence, number)
+        found.append(ScoredMap(picture, region.mask, by_spot))
     return found
 
 
-def maps_by_spot(maps: AttentionMaps, text: int, word: str, occurrence: int) -> dict[Spot, np.ndarray]:
-    """A word's map of every recorded layer and head."""
+def maps_by_spot(maps: AttentionMaps, text: int, word: str, occurrence: int, number: int) -> dict[Spot, np.ndarray]:
+    """A word's map of every recorded layer and head; it is the object's word of that number."""
     return {
-        (layer, head): maps.heatmap(word, text, layer=layer, head=head, occurrence=occurrence).values
+        Spot(layer, head, number): maps.heatmap(word, text, layer=layer, head=head, occurrence=occurrence).values
         for layer, weights in maps.texts[text].weights.items()
         for head in range(weights.shape[-3])
     }
@@ -195,7 +204,7 @@ def maps_by_spot(maps: AttentionMaps, text: int, word: str, occurrence: int) -> 
 def scored_scenes(
     read: Callable[[Sequence[int]], list[ScoredMap]], count: int, tuning: int
 ) -> tuple[dict[str, float], list[Spot], float]:
-    """Choose layers, heads and threshold on some scenes, and score them on others.
+    """Choose layers, heads, words and threshold on some scenes, and score them on others.
 
     Args:
         read: numbers of scenes to the maps of their objects.
