@@ -113,8 +113,8 @@ def _masks_of_others(objects: Sequence[ScoredMap]) -> list[np.ndarray]:
 
 
 def best_spots(objects: Sequence[ScoredMap], most: int = 6) -> tuple[list[Spot], float]:
-    """The layers, heads and words whose mean map overlaps the objects most, taken one after the other while it gains, and the
-    threshold at which it does.
+    """The layers, heads and words whose mean map overlaps the objects most, taken one after the other while it gains,
+    and the threshold at which it does.
 
     Args:
         objects: on which they are chosen; score on others.
