@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import gradio as gr
+from gradio.themes import Default
 
 
 def theme() -> Any:
     """Gradio's default with the greens of the maps."""
-    return gr.themes.Default(
+    return Default(
         primary_hue="teal",
         secondary_hue="teal",
         neutral_hue="slate",
