@@ -23,4 +23,7 @@ def is_plain_call(*tensors: Tensor) -> bool:
         return False
     if forward_ad._current_level >= 0:
         return False
-    return all(type(tensor) in _TYPES and not tensor.is_neg() for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110 (a generator takes half a microsecond of every call)
+        if type(tensor) not in _TYPES or tensor.is_neg():
+            return False
+    return True

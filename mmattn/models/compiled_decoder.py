@@ -8,6 +8,7 @@ own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -35,6 +36,7 @@ from mmattn.models.static_decoding import (
 )
 from mmattn.ops.cache import ContextKV, WatchedContextKV
 from mmattn.ops.registry import selected
+from mmattn.ops.replay import replayed
 from mmattn.ops.static_cache import StaticKVCache, visible_places
 
 _IDLE_SHARE = 8  # at most so small a part of a CUDA device's memory is kept in buffers that nobody uses
@@ -229,7 +231,8 @@ class CompiledSteps:
         buffers = StepBuffers(shape, decoder)
         _mark_sizes(buffers, is_single=kind.is_single)
         self._prepare(buffers)
-        with compiling():
+        is_replayed = self._captures(buffers.ids.device)
+        with compiling(), replayed() if is_replayed else contextlib.nullcontext():
             step(*buffers.tensors)
         return step
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from mmattn.errors import MmattnError, RunError, UsageError
 from mmattn.ops.observe import OBSERVERS, STEER
+from mmattn.ops.replay import replayed
 
 DEVICES = ("cpu", "cuda")
 _WARM_UPS = 2  # runs before a capture, in which libraries set themselves up
@@ -90,7 +91,8 @@ def mark_varying(tensors: Sequence[tuple[torch.Tensor, Sequence[int]]]) -> None:
 def captured(
     step: Callable[..., OutputsT], tensors: Sequence[Any], device: torch.device, pool: Any = None
 ) -> Callable[[], OutputsT]:
-    """The step as a CUDA graph over these tensors; its outputs are good until the next call.
+    """The step as a CUDA graph over these tensors; its outputs are good until the next call. Attention's backends are
+    chosen for being replayed, here and wherever the step is compiled in `replayed()` before.
 
     Args:
         step: takes the tensors.
@@ -98,7 +100,7 @@ def captured(
         device: a CUDA device.
         pool: memory shared with other graphs, none of which runs at the same time; None: its own.
     """
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), replayed():
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from mmattn.ops.replay import is_replayed
 from mmattn.ops.request import Request, Traits
 from mmattn.ops.same_pass import MapsAsked, SamePassMaps
 from mmattn.ops.segments import PackedRequest
@@ -83,6 +85,11 @@ class Limits:
             reasons.append("returning the weights")
         return reasons
 
+    @property
+    def has_size_limits(self) -> bool:
+        """Do sizes of a call decide too, besides its features?"""
+        return not (self.max_keys is None and self.max_queries is None)
+
     def size_refusals(self, request: Request) -> list[str]:
         """Reasons that lie in sizes which `Traits` leaves out, because they change from call to call."""
         reasons = []
@@ -98,45 +105,60 @@ class Limits:
 class AutoShape:
     """Calls for which a backend was measured to be the fastest: "auto" takes it for these. Ranges include both ends.
 
+    Numbers of queries are no range: code that torch.compile made for any number then serves all others.
+
     Attributes:
         capabilities: compute capabilities of the cards measured.
         dtypes: of query, key and value.
         head_dims: sizes of a head.
         keys: range of Lk.
-        queries: range of Lq.
+        queries: values of Lq.
         heads: range of B * H, all heads of the batch.
         with_grad: calls that need gradients; None with and without.
         with_key_mask: calls with a key mask; None with and without. (Calls with `attn_mask` are never these.)
+        when_replayed_only: only within `mmattn.ops.replay.replayed()`: faster by the card's time, but not where the
+            processor makes every call.
     """
 
     capabilities: tuple[tuple[int, int], ...]
     dtypes: tuple[torch.dtype, ...]
     head_dims: tuple[int, ...]
     keys: tuple[int, int]
-    queries: tuple[int, int]
+    queries: tuple[int, ...]
     heads: tuple[int, int]
     with_grad: bool | None = None
     with_key_mask: bool | None = False
+    when_replayed_only: bool = False
 
-    def covers(self, request: Request, traits: Traits) -> bool:
-        """Is this one of those calls?"""
-        # Most calls that are not end here, at little cost: every call of "auto" is asked.
-        if traits.head_dim not in self.head_dims or traits.mask != "none":
-            return False
-        batch, heads, num_queries, _ = request.query.shape
+    def suits(self, traits: Traits) -> bool:
+        """May calls with these features be among them?"""
         return (
-            self.with_key_mask in (None, traits.has_key_mask)
+            traits.head_dim in self.head_dims
+            and traits.mask == "none"
+            and self.with_key_mask in (None, traits.has_key_mask)
             and traits.dtype in self.dtypes
             and self.with_grad in (None, traits.has_grad)
-            and self.keys[0] <= request.key.shape[2] <= self.keys[1]
-            and self.queries[0] <= num_queries <= self.queries[1]
+        )
+
+    def covers(self, request: Request) -> bool:
+        """Is this call, of features that suit, one of them by its sizes and its card?"""
+        batch, heads, num_queries, _ = request.query.shape
+        # The card first: torch.compile guards what it compiles by the sizes that are looked at.
+        return (
+            _capability(request.query.device) in self.capabilities
+            and num_queries in self.queries
             and self.heads[0] <= batch * heads <= self.heads[1]
-            and _capability(request.query.device) in self.capabilities
+            and self.keys[0] <= request.key.shape[2] <= self.keys[1]
         )
 
 
 @torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
+    return _capability_of(device)
+
+
+@functools.cache
+def _capability_of(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
@@ -168,6 +190,8 @@ class Backend:
         unusable: why it cannot be used on this machine, per device type of `limits`; None when it can.
         run_packed: serves packed sequences, as `run` does padded ones; returns output [N, H, D]. None where it knows
             none: `packed_attention` pads for it. "auto" takes the first row that has one and can serve.
+        auto_packed_mean_keys: "auto" takes it for packed sequences of at most so many keys on the average; for all when
+            None.
         run_with_maps: as `run`, with the same output bit for bit, and the weights that an observer asks for from the
             same pass. None where it has none.
         auto_devices: device types where "auto" may choose it.
@@ -185,6 +209,7 @@ class Backend:
     auto_note: str = ""
     auto_shapes: tuple[AutoShape, ...] | None = None
     run_packed: Callable[[PackedRequest], Tensor] | None = None
+    auto_packed_mean_keys: int | None = None
     run_with_maps: Callable[[Request, MapsAsked], tuple[Tensor, SamePassMaps]] | None = None
     known_bad: tuple[KnownBad, ...] = ()
     packages: tuple[str, ...] = field(default=("torch",))
@@ -198,25 +223,49 @@ class Backend:
                 reasons.append(reason)
         return reasons
 
-    @property
-    def has_size_limits(self) -> bool:
-        """Do sizes of a call decide too, besides its features?"""
-        limits = self.limits
-        return not (limits.max_keys is None and limits.max_queries is None and self.auto_shapes is None)
-
     def auto_refusals(self, traits: Traits) -> list[str]:
         """Why "auto" does not choose it for calls with these features."""
-        if traits.device in self.auto_devices:
-            return []
-        return [f"auto does not choose it on {traits.device}: {self.auto_note}"]
+        if traits.device not in self.auto_devices:
+            return [f"auto does not choose it on {traits.device}: {self.auto_note}"]
+        shapes = self.auto_shapes_for(traits)
+        return [self._not_measured] if shapes is not None and not shapes else []
+
+    def auto_shapes_for(self, traits: Traits) -> tuple[AutoShape, ...] | None:
+        """Those of `auto_shapes` that calls with these features may be among; None where sizes do not matter."""
+        if self.auto_shapes is None:
+            return None
+        return tuple(shape for shape in self.auto_shapes if shape.suits(traits))
+
+    def suits_packed(self, request: PackedRequest) -> bool:
+        """May "auto" choose it for packed sequences of these lengths?"""
+        most = self.auto_packed_mean_keys
+        return most is None or request.key.shape[0] <= most * len(request.key_segments)
+
+    def auto_queries(self, device: torch.device) -> set[int]:
+        """Numbers of queries of those of `auto_shapes` that were measured on such a device."""
+        shapes = [shape for shape in self.auto_shapes or () if _capability(device) in shape.capabilities]
+        return {number for shape in shapes for number in shape.queries}
 
     def auto_size_refusals(self, request: Request, traits: Traits) -> list[str]:
         """Why "auto" does not choose it for this call, of which it may choose some."""
-        if self.auto_shapes is None or any(shape.covers(request, traits) for shape in self.auto_shapes):
+        shapes = self.auto_shapes_for(traits)
+        if shapes is None or auto_takes(shapes, request):
             return []
-        return [f"auto chooses it only where it was measured to be the fastest: {self.auto_note}"]
+        if any(shape.covers(request) for shape in shapes):
+            return [f"auto chooses it for this call only where it is replayed as a CUDA graph: {self.auto_note}"]
+        return [self._not_measured]
+
+    @property
+    def _not_measured(self) -> str:
+        return f"auto chooses it only where it was measured to be the fastest: {self.auto_note}"
 
 
+def auto_takes(shapes: tuple[AutoShape, ...], request: Request) -> bool:
+    """Is a call one of these, all of which suit its features?"""
+    return any((is_replayed() or not shape.when_replayed_only) and shape.covers(request) for shape in shapes)
+
+
+@torch.compiler.assume_constant_result
 def torch_device_missing(device: str) -> str | None:
     """Why torch cannot use a device type here; None when it can."""
     if device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
@@ -224,8 +273,15 @@ def torch_device_missing(device: str) -> str | None:
     return f"torch {torch.__version__} sees no {device} device here"
 
 
+# torch.compile traces neither what is asked here, nor functions that remember.
+@torch.compiler.assume_constant_result
 def ampere_missing(device: str) -> str | None:
     """Why kernels for NVIDIA cards from the A100 on cannot be used here; None when they can."""
+    return _ampere_missing(device)
+
+
+@functools.cache
+def _ampere_missing(device: str) -> str | None:
     missing = torch_device_missing(device)
     if missing is not None:
         return missing

@@ -47,7 +47,7 @@ def packed_attention(
         is_causal: query i of a sequence may attend to its keys j <= i + Lk - Lq.
         scale: factor of the scores; 1 / sqrt(D) by default.
         dropout_p: probability of dropping a weight, applied whenever it is not 0.
-        backend: as in `mmattn.attention`; "varlen" and "flash" know packed sequences.
+        backend: as in `mmattn.attention`; "triton_packed", "varlen" and "flash" know packed sequences.
         role: "self" or "cross", for `use_backend(..., role=...)`.
         caller: the calling module, named where the call is refused.
 
@@ -73,7 +73,7 @@ def packed_attention(
     backend = selected(role) if backend == "auto" else backend
     scale = 1.0 / math.sqrt(query.shape[2]) if scale is None else scale
     request = PackedRequest(query, key, value, query_segments, key_segments, is_causal, scale, dropout_p)
-    row = choose_packed(backend, _traits(request))
+    row = choose_packed(backend, _traits(request), request)
     if row is None or row.run_packed is None:
         return attend_groups(request, backend, role, caller)  # pyright: ignore[reportCallIssue]
     for name, segments in (("query", query_segments), ("key", key_segments)):

@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from mmattn.errors import BackendError, UsageError
-from mmattn.ops.backends import eager, flash, flex, sdpa, triton, triton_decode, varlen
-from mmattn.ops.limits import Backend
+from mmattn.ops.backends import eager, flash, flex, sdpa, triton, triton_decode, triton_packed, varlen
+from mmattn.ops.limits import AutoShape, Backend, auto_takes
 from mmattn.ops.request import Request, Traits, prepare, traits_of
+from mmattn.ops.segments import PackedRequest
 from mmattn.ops.table import BackendTable, Explanation, describe
 
 # Adding a backend is one file in `backends/` and one row here. "auto" takes the first row that can serve.
 TABLE: tuple[Backend, ...] = (
     triton.BACKEND,
     triton_decode.BACKEND,
+    triton_packed.BACKEND,
     varlen.BACKEND,
     flash.BACKEND,
     sdpa.BACKEND,
@@ -43,9 +45,18 @@ class Selection(NamedTuple):
 
 
 _SELECTION: ContextVar[Selection] = ContextVar("mmattn_backend_selection", default=Selection())  # noqa: B039
-# Filled as calls come: those that can serve calls with such features on this machine, in the table's order. Which of
-# them serves a call depends on nothing more than its sizes.
-_CHOICES: dict[tuple[str, Traits], tuple[Backend, ...]] = {}
+
+
+class Candidate(NamedTuple):
+    """A backend that can serve calls with certain features; if "auto" takes it for some of them only, for which."""
+
+    backend: Backend
+    shapes: tuple[AutoShape, ...] | None
+
+
+# Filled as calls come: the candidates for such features on this machine, in the table's order. Which of them serves a
+# call depends on nothing more than its sizes, and whether it is replayed.
+_CHOICES: dict[tuple[str, Traits], tuple[Candidate, ...]] = {}
 
 
 @contextlib.contextmanager
@@ -111,22 +122,33 @@ def choose(name: str, traits: Traits, request: Request) -> Backend:
         candidates = _candidates(name, traits)
         if not is_compiling:
             _CHOICES[name, traits] = candidates
-    for backend in candidates:
-        if not backend.has_size_limits or not _size_refusals(backend, traits, request, name):
+    for backend, shapes in candidates:
+        # In this order: torch.compile guards what it compiles by the sizes that are looked at.
+        if shapes is not None and not auto_takes(shapes, request):
+            continue
+        if not backend.limits.has_size_limits or not backend.limits.size_refusals(request):
             return backend
     raise _refusal(name, traits, request)
 
 
-def choose_packed(name: str, traits: Traits) -> Backend | None:
-    """The row that serves a call of packed sequences with these features as they are; None where one that knows only
-    padded calls has to, group by group.
+def auto_queries(device: torch.device) -> frozenset[int]:
+    """Numbers of queries for which "auto" may choose another backend on a device than for all others: what is compiled
+    for any number is better compiled anew for these."""
+    rows = [row for row in TABLE if device.type in row.auto_devices]
+    return frozenset(number for row in rows for number in row.auto_queries(device))
+
+
+def choose_packed(name: str, traits: Traits, request: PackedRequest) -> Backend | None:
+    """The row that serves packed sequences, a call whose features are `traits`, as they are; None where one that knows
+    only padded calls has to, group by group.
 
     Raises:
         UsageError: for an unknown name.
         BackendError: naming every reason, when a named backend for packed sequences must refuse.
     """
     if name == "auto":
-        return next((row for row in TABLE if row.run_packed is not None and not row.refusals(traits)), None)
+        rows = (row for row in TABLE if row.run_packed is not None and not row.refusals(traits))
+        return next((row for row in rows if row.suits_packed(request)), None)
     check_name(name)
     row = _BY_NAME[name]
     if row.run_packed is None:
@@ -177,17 +199,13 @@ def explain(
     return Explanation(backend, source, chosen, reasons, traits)
 
 
-def _candidates(name: str, traits: Traits) -> tuple[Backend, ...]:
+def _candidates(name: str, traits: Traits) -> tuple[Candidate, ...]:
     """Those that serve calls with these features, sizes aside."""
     if name != "auto":
-        return () if _BY_NAME[name].refusals(traits) else (_BY_NAME[name],)
+        return () if _BY_NAME[name].refusals(traits) else (Candidate(_BY_NAME[name], None),)
     # The cheap question first: the other one may import what a backend is made with.
-    return tuple(row for row in TABLE if not row.auto_refusals(traits) and not row.refusals(traits))
-
-
-def _size_refusals(backend: Backend, traits: Traits, request: Request, asked: str) -> list[str]:
-    reasons = backend.limits.size_refusals(request)
-    return reasons + backend.auto_size_refusals(request, traits) if asked == "auto" else reasons
+    rows = [row for row in TABLE if not row.auto_refusals(traits) and not row.refusals(traits)]
+    return tuple(Candidate(row, row.auto_shapes_for(traits)) for row in rows)
 
 
 def _against(backend: Backend, traits: Traits, request: Request, asked: str) -> list[str]:
@@ -195,9 +213,10 @@ def _against(backend: Backend, traits: Traits, request: Request, asked: str) -> 
     reasons = backend.refusals(traits)
     if asked not in ("auto", backend.name):
         return [*reasons, *backend.limits.size_refusals(request), f"{asked} was asked for"]
-    by_auto = backend.auto_refusals(traits) if asked == "auto" else []
-    # Where it is not chosen for any call, the sizes for which it would be are beside the point.
-    by_size = backend.limits.size_refusals(request) if by_auto else _size_refusals(backend, traits, request, asked)
+    by_size, by_auto = backend.limits.size_refusals(request), []
+    if asked == "auto":
+        # Where it is not chosen for any call, the sizes for which it would be are beside the point.
+        by_auto = backend.auto_refusals(traits) or backend.auto_size_refusals(request, traits)
     return [*reasons, *by_size, *by_auto]
 
 

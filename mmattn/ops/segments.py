@@ -34,12 +34,14 @@ class Segments:
     longest: int = field(init=False)
     longest_block: int = field(init=False)
     _merged: list[Segments] = field(init=False, repr=False)  # what was last asked for
+    _row_numbers: list[Tensor] = field(init=False, repr=False)  # made once, for all layers
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "total", sum(self.lengths))
         object.__setattr__(self, "longest", max(self.lengths, default=0))
         object.__setattr__(self, "longest_block", -(-self.longest // _BLOCK) * _BLOCK)
         object.__setattr__(self, "_merged", [])
+        object.__setattr__(self, "_row_numbers", [])
 
     def __len__(self) -> int:
         """How many sequences."""
@@ -71,11 +73,24 @@ class Segments:
 
     def positions(self) -> Tensor:
         """int64 `[N]`: the place of each row in its sequence, from 0."""
-        starts = self.cu_seqlens[:-1].long()
-        counts = self.cu_seqlens[1:].long() - starts
-        total = self.total
+        starts = self.cu_seqlens[self.row_numbers()].long()
+        return torch.arange(self.total, device=starts.device) - starts
+
+    def row_numbers(self) -> Tensor:
+        """int32 `[N]`: the sequence of each row, from 0. Kept: models ask for `positions` before their layers run."""
+        if self._row_numbers:
+            return self._row_numbers[0]
+        if torch.compiler.is_compiling():
+            return self._numbered()
+        # A tensor made in inference mode, and kept, could not be saved for a later backward pass.
+        with torch.inference_mode(False):
+            self._row_numbers[:] = [self._numbered()]
+        return self._row_numbers[0]
+
+    def _numbered(self) -> Tensor:
+        numbers = torch.arange(len(self), dtype=torch.int32, device=self.cu_seqlens.device)
         # With the total given, CUDA need not be waited for.
-        return torch.arange(total, device=starts.device) - starts.repeat_interleave(counts, output_size=total)
+        return numbers.repeat_interleave(self.cu_seqlens.diff(), output_size=self.total)
 
     def merged(self, count: int) -> Segments:
         """The same rows as `count` sequences, equally many neighbours joined in each.

@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 from mmattn.kernels.decode import decode_launches  # noqa: E402
 from mmattn.kernels.launch import Launch  # noqa: E402
+from mmattn.kernels.packed_rows_backward import backward_launches as packed_backward_launches  # noqa: E402
+from mmattn.kernels.packed_rows_forward import forward_launch as packed_forward_launch  # noqa: E402
 from mmattn.kernels.resources import compiling_for, resources_of  # noqa: E402
 from mmattn.kernels.short_keys_backward import backward_launches  # noqa: E402
 from mmattn.kernels.short_keys_forward import forward_launch  # noqa: E402
@@ -53,7 +55,18 @@ def decode_launches_of(head_dim: int, num_keys: int, dtype: torch.dtype) -> tupl
     return decode_launches(query, key, key, None, None, False, 0.3, query)
 
 
-def row(capability: int, head_dim: int, num_keys: int, launch: Launch) -> str:
+def packed_launches_of(head_dim: int, dtype: torch.dtype, is_causal: bool = True) -> tuple[Launch, ...]:
+    """All kernels for packed rows, 16 heads each."""
+    query, output = (torch.empty(4096, 16, head_dim, dtype=dtype) for _ in range(2))
+    lse, starts, numbers = torch.empty(16, 4096), *(torch.empty(n, dtype=torch.int32) for n in (301, 4096))
+    tensors = (query, query, query)
+    forward = packed_forward_launch(*tensors, starts, starts, numbers, is_causal, 0.3, output, lse)
+    places = (starts, starts, numbers, numbers)
+    backward = packed_backward_launches(output, *tensors, output, lse, *places, is_causal, 0.3, lse, tensors)
+    return (forward, *backward)
+
+
+def row(capability: int, head_dim: int, num_keys: int | str, launch: Launch) -> str:
     """A line of the table."""
     found = resources_of(launch)
     name = launch.kernel.__name__.removesuffix("_kernel")
@@ -80,6 +93,8 @@ def main() -> int:
             for head_dim in arguments.head_dim:
                 for launch in decode_launches_of(head_dim, DECODE_KEYS, arguments.dtype):
                     print(row(capability, head_dim, DECODE_KEYS, launch), flush=True)
+                for launch in packed_launches_of(head_dim, arguments.dtype):
+                    print(row(capability, head_dim, "packed", launch), flush=True)
     return 0
 
 

@@ -42,6 +42,7 @@ PARTS = {
     "short_keys": Part("short_keys.py", 70),
     "compiled": Part("compiled.py", 100),
     "decode": Part("decode.py", 35),
+    "packed": Part("packed.py", 20),
     "varlen": Part("varlen.py", 25),
     "maps": Part("map_output.py", 30),
     "attention": Part("attention.py", 40),

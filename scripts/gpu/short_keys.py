@@ -10,6 +10,7 @@ Kernels are compiled first, in processes side by side.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -35,6 +36,8 @@ from mmattn.kernels.resources import compiling_for
 from mmattn.kernels.short_keys import MAX_KEYS, attend, short_key_attention
 from mmattn.kernels.short_keys_backward import backward_launches
 from mmattn.kernels.short_keys_forward import forward_launch
+from mmattn.ops.registry import explain
+from mmattn.ops.replay import replayed
 
 BEGIN = time.perf_counter()
 SECONDS = 52  # after which no further shape is begun
@@ -47,9 +50,28 @@ MASKED = [
     replace(UNMASKED[0], name="SD 1.5 cross, 64 x 64, text mask", real=77),
     replace(UNMASKED[3], name="SDXL cross, 64 x 64, text mask", real=77),
 ]
+SMALL = Shape("too small to keep the card busy", 8, 16, 77, 64, real=77)
 TINY = [Shape("tiny", 1, 5, 3, 8)]
 TINY_MASKED = [Shape("tiny, text mask", 1, 5, 7, 8, real=6)]
 RATIO = "best of torch / ours"
+
+
+def in_order() -> list[tuple[Shape, int]]:
+    """Every shape at every batch, what is wanted most first: time may run out."""
+    long = [shape for shape in (*UNMASKED, *MASKED) if shape.keys > 77]
+    short = [shape for shape in (*UNMASKED, *MASKED) if shape.keys <= 77]
+    least, middle, most = BATCHES
+    large = [shape for shape in short if shape.name.startswith("SD 1.5 cross, 64 x 64")]
+    groups = (
+        (short, least),
+        (large, most),
+        (short, middle),
+        (long, least),
+        (short, most),
+        (long, middle),
+        (long, most),
+    )
+    return list(dict.fromkeys((shape, batch) for shapes, batch in groups for shape in shapes))
 
 
 class Inputs(pinned_attention.Inputs):
@@ -112,7 +134,7 @@ def compile_all() -> None:
     seen: set[Any] = set()
     jobs = [
         job
-        for batch, shape in itertools.product(BATCHES, (*MASKED, *UNMASKED))
+        for batch, shape in itertools.product(BATCHES, (*MASKED, *UNMASKED, SMALL, replace(SMALL, real=None)))
         if is_new(job := (shape, batch, *card), seen)
     ]
     with multiprocessing.get_context("spawn").Pool(min(len(jobs), max(1, (os.cpu_count() or 2) - 2))) as pool:
@@ -174,6 +196,7 @@ def measure_shape(shape: Shape, batch: int, ceilings: Ceilings, options: Options
         # `measured` has left the inputs with gradients, or without.
         calls = {"eager, mmattn sdpa": ours("sdpa"), "eager, ours": ours("triton")}
         one_after_another = {name: eager(run, sets, has_gradients, options) for name, run in calls.items()}
+        took = auto_took(sets[0])
         options.add(
             "Short keys under a key mask, µs" if is_masked else "Short-key attention, µs",
             shape=shape.name,
@@ -186,7 +209,17 @@ def measure_shape(shape: Shape, batch: int, ceilings: Ceilings, options: Options
             **({"mmattn sdpa / ours": ratio([cells["mmattn sdpa"]], us)} if is_masked else {}),
             floor=floor(shape, batch, has_gradients, ceilings),
             **one_after_another,
+            **took,
         )
+
+
+def auto_took(inputs: Inputs) -> dict[str, str]:
+    """What "auto" takes for calls one after another, and for those that are replayed."""
+    took = {}
+    for name, context in (("auto took", contextlib.nullcontext()), ("auto took, replayed", replayed())):
+        with context:
+            took[name] = explain(*inputs.tensors, key_mask=inputs.key_mask).chosen or "none"
+    return took
 
 
 def through_the_operation(inputs: Inputs) -> Tensor:
@@ -203,7 +236,7 @@ def without_checks(inputs: Inputs) -> Tensor:
 
 def processor_rows(options: Options) -> None:
     """What a call costs the processor, calls too small to keep the card busy."""
-    shape = Shape("", 1, 2, 5, 8, real=5) if options.tiny else Shape("", 8, 16, 77, 64, real=77)
+    shape = Shape("", 1, 2, 5, 8, real=5) if options.tiny else SMALL
     inputs = Inputs(shape, 1 if options.tiny else 2, options.device)
     masked, count = inputs.key_mask, 1 if options.tiny else 300
     calls: dict[str, Callable[..., Tensor]] = {
@@ -225,6 +258,9 @@ def processor_rows(options: Options) -> None:
             cells[f"{kind}forward, with gradients"] = _cost(lambda: call(inputs), count, options)  # noqa: B023
             both: Callable[[], object] = functools.partial(_with_backward, call, inputs)
             cells[f"{kind}forward + backward"] = _cost(both, count, options)
+            # Autograd's own thread has to wait for Python's lock where the backward is Python.
+            with torch.autograd.set_multithreading_enabled(False):
+                cells[f"{kind}forward + backward in one thread"] = _cost(both, count // 3 or 1, options)
         options.add("Launching one call at short keys from Python, µs of the processor", call=name, **cells)
 
 
@@ -244,14 +280,13 @@ def _cost(call: Callable[[], object], count: int, options: Options) -> str:
 
 
 def main() -> int:
-    """The processor's time first, then every shape, the smallest batch first."""
+    """The processor's time first, then the shapes."""
     options = read_options(__doc__)
     if options.device == "cuda":
         compile_all()
     processor_rows(options)
     ceilings = measure_ceilings(options)
-    masked, unmasked = (TINY_MASKED, TINY) if options.tiny else (MASKED, UNMASKED)
-    for batch, shape in itertools.product((2,) if options.tiny else BATCHES, (*unmasked, *masked)):
+    for shape, batch in [(shape, 2) for shape in (*TINY, *TINY_MASKED)] if options.tiny else in_order():
         if time.perf_counter() - BEGIN > SECONDS:
             print(f"out of time: {shape.name}, batch {batch} not measured", flush=True)
             continue

@@ -87,6 +87,33 @@ def test_rows_without_keys_give_exactly_nothing(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("has_grad", [False, True])
+@pytest.mark.parametrize("kernel", [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+def test_rows_without_keys_on_each_kernel(kernel, has_grad, dtype):
+    """Whatever a kernel does with a row whose scores are all masked, it is never asked."""
+    if DEVICE == "cpu":
+        pytest.skip("a CPU has no such choice")
+    if kernel is SDPBackend.CUDNN_ATTENTION and (has_grad or dtype is torch.float32):
+        pytest.skip("cuDNN serves half types, and no masked backward")
+    for shape in (SHAPES[1], SHAPES[9]):
+        call = make_call(shape, dtype, "none", "nothing", generator_for(89))
+        query, key, value = call.query, call.key, call.value
+        is_key = call.key_mask[:, None, :, None]
+        key, value = (tensor.masked_fill(~is_key, float("nan")) for tensor in (key, value))
+        tensors = [tensor.requires_grad_(has_grad) for tensor in (query, key, value)]
+        with sdpa_kernel(kernel):
+            output = attention(*tensors, key_mask=call.key_mask, backend="sdpa")
+        found = [output, *(torch.autograd.grad(output.float().square().sum(), tensors) if has_grad else ())]
+        empty = ~call.key_mask.any(-1)
+        assert empty.any()
+        assert not empty.all()
+        for tensor in found:
+            assert tensor.isfinite().all()
+            assert not tensor[empty].any()
+            assert tensor[~empty].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_of_a_float_bias(backend, dtype):
     for number, shape in enumerate((SHAPES[0], SHAPES[4], SHAPES[7])):

@@ -15,6 +15,7 @@ from mmattn.errors import RunError, UsageError
 from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
 from mmattn.inference.text_to_image import TextToImage
 from mmattn.models.unet import CompiledUNet, UNet, UNetContext
+from mmattn.models.unet import compiled as compiled_unet
 from mmattn.nn import CrossAttention
 from mmattn.ops.registry import use_backend
 from tests.inference.tiny_pipelines import pixel_parts, stable_diffusion, stable_diffusion_xl
@@ -90,6 +91,25 @@ def test_pictures_over_steps_prompts_sizes_and_numbers(pairs, kind):
     single = pair.num_compiled
     pair.check(PROMPTS[1], guidance_scale=1.0, num_inference_steps=2)
     assert pair.num_compiled == single
+
+
+def test_numbers_of_places_that_have_a_compilation_of_their_own(folders, monkeypatch):
+    """As on a card where "auto" has measurements for them: no number is compiled twice."""
+    monkeypatch.setattr(compiled_unet, "auto_queries", lambda device: frozenset({16}))
+    pair = Pair(folders["sd"])
+    height, width = pair.ours.size
+    kinds = pair.ours.compiled._compiled
+
+    def fixed():
+        return {kind.places for kind in kinds if kind.are_places_fixed and kind.places > 1}
+
+    pair.check()
+    before = pair.num_compiled
+    assert fixed() == {16}
+    pair.check(num_inference_steps=2, seed=5)
+    assert pair.num_compiled == before == len(kinds)
+    pair.check(PROMPTS[:2], height=3 * height, width=3 * width)
+    assert fixed() == {16}
 
 
 def test_encoded_prompts_and_schedulers(folders):

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from mmattn.ops.attention import attention
+from mmattn.ops.registry import explain
+from mmattn.ops.replay import replayed
 from tests.gpu.card import DEVICE, DTYPES, HALF_TYPES, MARKS, USABLE, make_call
 from tests.kernels.cases import FEW_KEYS, GROUPED, MANY_KEYS, SHAPES, poisoned, triton_attention
 from tests.ops.cases import Shape, allowed_everywhere, generator_for, used_by_anyone
@@ -164,3 +166,21 @@ def test_backward_replayed_as_a_graph():
     graph.replay()
     for got, wanted in zip(captured, expected, strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="only for cards")
+@pytest.mark.parametrize("has_grad", [False, True])
+def test_auto_takes_them_where_they_were_measured(has_grad):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("measured on compute capability 9.0 only")
+    call = make_call(Shape(2, 8, 8, 4096, 77, 40), torch.bfloat16, "none", "right", generator_for(97))
+    tensors = [tensor.requires_grad_(has_grad) for tensor in (call.query, call.key, call.value)]
+    assert explain(*tensors, key_mask=call.key_mask).chosen == "triton"
+    assert explain(*tensors).chosen == "sdpa"
+    with replayed():
+        assert explain(*tensors).chosen == "triton"
+        compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*tensors), attention(*tensors, backend="triton"))
+    masked = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    got = masked(*tensors, key_mask=call.key_mask)
+    assert torch.equal(got, attention(*tensors, key_mask=call.key_mask, backend="triton"))

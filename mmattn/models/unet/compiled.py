@@ -2,9 +2,9 @@
 captured as a CUDA graph.
 
 B prompts, R = B * n rows of latents, L places of a picture, Lk tokens of a text, C channels. A block's compilation
-serves every picture size, number of rows above one and length of padded texts; each width of the network has its own. A
-graph is captured for every shape of the inputs. Graphs share one memory, so that together they take what the largest
-takes.
+serves every picture size, number of rows above one and length of padded texts; each width of the network has its own,
+and each number of places for which attention's "auto" has measurements. A graph is captured for every shape of the
+inputs. Graphs share one memory, so that together they take what the largest takes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mmattn.models.unet.model import UNet
 from mmattn.models.unet.step_state import StepState
 from mmattn.nn.layer import TransformerLayer
 from mmattn.ops.cache import ContextKV
-from mmattn.ops.registry import selected
+from mmattn.ops.registry import auto_queries, selected
 
 _MOST_GRAPHS = 8
 _TEXT_MULTIPLE = 16  # padded texts are lengthened to one, so that their graphs are few
@@ -48,6 +48,7 @@ class _Kind(NamedTuple):
     is_single: bool
     repeats: int
     places: int
+    are_places_fixed: bool
     text_length: int | None
     backends: tuple[str, str]
 
@@ -262,11 +263,13 @@ class CompiledUNet:
         )
         rows, places = hidden.shape[:2]
         repeats = rows // kv.batch_size
+        are_places_fixed = places == 1 or places * repeats in auto_queries(hidden.device)
         kind = _Kind(
             widths,
             rows == 1,
             repeats,
-            1 if places == 1 else _alignment(places),
+            places if are_places_fixed else _alignment(places),
+            are_places_fixed,
             kv.length if kv.key_mask is None else None,
             (selected("self"), selected("cross")),
         )
@@ -294,7 +297,7 @@ class _BlockForward:
 def _first_inputs(kind: _Kind, hidden: Tensor, kv: ContextKV) -> tuple[Tensor | None, ...]:
     """Inputs to trace a block on: sizes that vary differ from one another, as equal ones would be taken for one."""
     batch = 1 if kind.is_single else 3
-    rows, places = batch * kind.repeats, 1 if kind.places == 1 else 3 * 16 + kind.places % 16
+    rows, places = batch * kind.repeats, kind.places if kind.are_places_fixed else 3 * 16 + kind.places % 16
     first = hidden.new_zeros(rows, places, hidden.shape[2])
     with torch.inference_mode(False):  # as contexts are made
         length = 5 * _TEXT_MULTIPLE if kind.text_length is None else kind.text_length
@@ -303,7 +306,7 @@ def _first_inputs(kind: _Kind, hidden: Tensor, kv: ContextKV) -> tuple[Tensor | 
         key_mask = None if kv.key_mask is None else kv.key_mask.new_ones(batch, key.shape[2])
     batch_axes, row_axes = () if batch == 1 else (0,), () if rows == 1 else (0,)
     text_axes = () if kind.text_length is not None else (2,)
-    place_axes = () if places == 1 else (1,)
+    place_axes = () if kind.are_places_fixed else (1,)
     varying = [(first, (*row_axes, *place_axes)), *((each, (*batch_axes, *text_axes)) for each in (key, value))]
     mark_varying(varying if key_mask is None else [*varying, (key_mask, (*batch_axes, 1))])
     return first, key, value, key_mask

@@ -133,7 +133,9 @@ class TextLayers(nn.Module):
             positions = segments.positions()
             contexts, context_segments = _packed_contexts(contexts, context_mask)
             if context_segments is not None:
-                segments.merged(len(context_segments))  # here, not in the first layer, which may be a compiled one
+                # Here, not in the first layer, which may be a compiled one.
+                for each in (segments.merged(len(context_segments)), context_segments):
+                    each.row_numbers()
         elif isinstance(start, Tensor):
             positions = start
         else:

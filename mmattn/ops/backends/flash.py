@@ -5,7 +5,6 @@ A padded call is unpadded by its key mask on the device first, so padding is nev
 
 from __future__ import annotations
 
-import functools
 from typing import cast
 
 import torch
@@ -45,7 +44,7 @@ def _attend(rows: Rows) -> Tensor:
     return cast(Tensor, output)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _unusable(device: str) -> str | None:
     if package_version("flash-attn") is None:
         return "needs the package flash-attn: pip install flash-attn"

@@ -88,8 +88,13 @@ def _adding(bias: Tensor) -> Callable[..., Tensor]:
     return lambda score, b, h, query, key: score + bias[b, h, query, key]
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _unusable(device: str) -> str | None:
+    return _probe(device)
+
+
+@functools.cache
+def _probe(device: str) -> str | None:
     missing = torch_device_missing(device)
     if missing is not None:
         return missing

@@ -60,21 +60,28 @@ def _masks(request: Request) -> tuple[Tensor | None, Tensor | None]:
 _MASKS = ("key", "boolean")
 _HALF = (torch.bfloat16, torch.float16)
 _HOPPER = ((9, 0),)
-# Text of 77 tokens in U-Nets: the forward at least 1.2 times as fast as torch's best kernel, by the card's time, in
-# bfloat16 (float16 has the same instructions). docs/kernels.md has the measurements.
-_MEASURED = (
-    AutoShape(_HOPPER, _HALF, (40,), keys=(65, 80), queries=(4096, 4096), heads=(16, 128)),
-    AutoShape(_HOPPER, _HALF, (80,), keys=(65, 80), queries=(1024, 1024), heads=(16, 32)),
-    AutoShape(_HOPPER, _HALF, (160,), keys=(65, 80), queries=(256, 256), heads=(16, 32)),
-    AutoShape(_HOPPER, _HALF, (64,), keys=(65, 80), queries=(4096, 4096), heads=(20, 40)),
-    AutoShape(_HOPPER, _HALF, (64,), keys=(65, 80), queries=(1024, 1024), heads=(40, 80)),
+# U-Nets and PixArt in bfloat16 (float16 has the same instructions); docs/kernels.md has the measurements. Ranges of
+# keys: what the kernels cut as they do 77 and 300, or shorter, but as many blocks of 64 or 128 in torch's kernels.
+_TEXT = (65, 80)
+_LONG_TEXT = (257, 304)
+# Under a key mask sdpa first sets keys and values to zero, and its backward may not use cuDNN: by the wall clock calls
+# one after another are 1.2 times as fast here with gradients and 2 to 3 times without, at batch 2. Larger batches only
+# add to the card's time, by which it is 1.3 to 4 times without gradients and 3 to 16 with them.
+_MASKED = (
+    AutoShape(_HOPPER, _HALF, (40,), _TEXT, queries=(4096,), heads=(16, 1024), with_key_mask=True),
+    AutoShape(_HOPPER, _HALF, (64,), _TEXT, queries=(4096,), heads=(20, 1280), with_key_mask=True),
+    AutoShape(_HOPPER, _HALF, (72,), _LONG_TEXT, queries=(4096,), heads=(32, 2048), with_key_mask=True),
 )
-# Under a key mask sdpa first sets keys and values to zero, and its backward may not use cuDNN. Rows for `_MEASURED`, to
-# be moved there when scripts/gpu/short_keys.py has measured them ("mmattn sdpa / ours" of 1.2 or more).
-TO_MEASURE = (
-    AutoShape(_HOPPER, _HALF, (72,), keys=(300, 300), queries=(4096, 4096), heads=(32, 64), with_key_mask=True),
-    AutoShape(_HOPPER, _HALF, (40,), keys=(65, 80), queries=(4096, 4096), heads=(16, 128), with_key_mask=True),
-    AutoShape(_HOPPER, _HALF, (64,), keys=(65, 80), queries=(4096, 4096), heads=(20, 40), with_key_mask=True),
+# Without a mask a call costs the processor twice what sdpa's does: one after another they pay where the card has more
+# to do than that, and more to do than in torch's best kernel.
+_LARGE = (AutoShape(_HOPPER, _HALF, (40,), _TEXT, queries=(4096,), heads=(128, 1024), with_grad=False),)
+# Replayed, all whose forward is at least 1.2 times as fast as torch's best kernel.
+_REPLAYED = (
+    AutoShape(_HOPPER, _HALF, (40,), _TEXT, queries=(4096,), heads=(16, 128), when_replayed_only=True),
+    AutoShape(_HOPPER, _HALF, (80,), _TEXT, queries=(1024,), heads=(16, 32), when_replayed_only=True),
+    AutoShape(_HOPPER, _HALF, (160,), _TEXT, queries=(256,), heads=(16, 32), when_replayed_only=True),
+    AutoShape(_HOPPER, _HALF, (64,), _TEXT, queries=(4096,), heads=(20, 40), when_replayed_only=True),
+    AutoShape(_HOPPER, _HALF, (64,), _TEXT, queries=(1024,), heads=(40, 80), when_replayed_only=True),
 )
 
 BACKEND = Backend(
@@ -92,10 +99,8 @@ BACKEND = Backend(
         max_keys=512,
     ),
     unusable=triton_missing,
-    # ("cuda",) switches it on for the shapes above, when a call costs the processor no more than it saves the card.
-    auto_devices=(),
-    auto_note="the fastest on the card at some short keys, but what a call costs the processor was not measured since "
-    "launches are remembered: name it where calls are replayed as a CUDA graph, or keep the card busy",
-    auto_shapes=_MEASURED,
+    auto_devices=("cuda",),
+    auto_note="text of 65 to 80 keys in U-Nets, under a key mask up to 304, on an H100 or H200 (docs/kernels.md)",
+    auto_shapes=(*_MASKED, *_LARGE, *_REPLAYED),
     packages=("torch", "triton"),
 )

@@ -65,11 +65,6 @@ def _takes_flag(function: Callable[..., Any]) -> bool:
     return "enable_gqa" in inspect.signature(function).parameters
 
 
-@functools.cache
-def _unusable(device: str) -> str | None:
-    return ampere_missing(device)
-
-
 BACKEND = Backend(
     name="varlen",
     run=run,
@@ -85,7 +80,7 @@ BACKEND = Backend(
         max_head_dim=256,
         head_dim_step=8,
     ),
-    unusable=_unusable,
+    unusable=ampere_missing,
     auto_devices=(),
     auto_note="packed sequences take it by themselves; padded calls, where padding is cut off first, only by its name",
 )

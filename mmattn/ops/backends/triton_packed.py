@@ -1,0 +1,85 @@
+"""Our own Triton kernels for packed short sequences (`mmattn.kernels.packed_rows`): sentences of some ten tokens.
+
+Kernels for variable lengths give each sequence programs of its own, however short it is; these work on blocks of
+neighbouring rows, whatever sequences they belong to. docs/kernels.md has where that pays.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmattn.ops.limits import Backend, Limits
+from mmattn.ops.request import Request
+from mmattn.ops.segments import PackedRequest
+from mmattn.ops.triton_missing import triton_missing
+from mmattn.ops.unpadded import Rows, attend_unpadded
+
+# "auto" leaves packed sequences of more keys than this to kernels for long ones. Not measured yet; 0 switches these
+# kernels off.
+AUTO_PACKED_MEAN_KEYS = 256
+
+
+def run(request: Request) -> tuple[Tensor, None]:
+    """Compute output [B, H, Lq, D]."""
+    return attend_unpadded(request, _attend_rows)
+
+
+def run_packed(request: PackedRequest) -> Tensor:
+    """Compute output [N, H, D]."""
+    # Only here, because it needs triton.
+    from mmattn.kernels.packed_rows import attend
+
+    queries, keys = request.query_segments, request.key_segments
+    return attend(
+        request.query,
+        request.key,
+        request.value,
+        queries.cu_seqlens,
+        keys.cu_seqlens,
+        queries.row_numbers(),
+        keys.row_numbers(),
+        request.is_causal,
+        request.scale,
+    )
+
+
+def _attend_rows(rows: Rows) -> Tensor:
+    from mmattn.kernels.packed_rows import attend
+
+    query_numbers, key_numbers = (
+        torch.bucketize(
+            torch.arange(tensor.shape[0], device=tensor.device, dtype=torch.int32),
+            starts[1:],
+            out_int32=True,
+            right=True,
+        )
+        for tensor, starts in ((rows.query, rows.query_starts), (rows.key, rows.key_starts))
+    )
+    places = (rows.query_starts, rows.key_starts, query_numbers, key_numbers)
+    return attend(rows.query, rows.key, rows.value, *places, rows.is_causal, rows.scale)
+
+
+_MASKS = ("causal", "key")
+
+BACKEND = Backend(
+    name="triton_packed",
+    run=run,
+    run_packed=run_packed,
+    limits=Limits(
+        # Triton's interpreter has no bfloat16.
+        dtypes={"cuda": (torch.float32, torch.bfloat16, torch.float16), "cpu": (torch.float32, torch.float16)},
+        grad_devices=("cuda", "cpu"),
+        masks={"cuda": _MASKS, "cpu": _MASKS},
+        has_causal_key_mask=False,
+        has_mask_grad=False,
+        has_dropout=False,
+        max_head_dim=160,
+    ),
+    unusable=triton_missing,
+    auto_devices=(),
+    auto_note="packed sequences that are short take it by themselves; padded calls, where padding is cut off first, "
+    "only by its name",
+    auto_packed_mean_keys=AUTO_PACKED_MEAN_KEYS,
+    packages=("torch", "triton"),
+)
