@@ -50,7 +50,8 @@ SIZES: dict[str, list[str]] = {
     ],
 }
 STEPS, TINY_STEPS = 200, 24
-LIMIT_S = 160.0  # for both halves of one recipe, on a card; a machine just started takes 30 s to import the libraries
+# For both halves of one recipe, on a card; a machine just started takes 30 s to import the libraries.
+LIMIT_S = 160.0
 
 
 def launch(
