@@ -15,9 +15,9 @@ from mmattn.ops.segments import PackedRequest
 from mmattn.ops.triton_missing import triton_missing
 from mmattn.ops.unpadded import Rows, attend_unpadded
 
-# "auto" leaves packed sequences of more keys than this on the average to kernels for long ones; 0 switches these kernels
-# off. Measured on an H200 at 11: 9 times as fast as varlen forward, 11 times with the backward. Varlen's time goes with
-# the number of sequences, that of these kernels hardly, so at 48 about twice as fast is expected.
+# "auto" leaves packed sequences of more keys than this on the average to kernels for long ones; 0 switches these off.
+# Measured on an H200 at 11: 9 times as fast as varlen forward, 11 times with the backward. Varlen's time goes with the
+# number of sequences, that of these kernels hardly, so at 48 about twice as fast is expected.
 AUTO_PACKED_MEAN_KEYS = 48
 
 
