@@ -24,7 +24,6 @@ from mmattn.models.compiled_steps import (
     check_not_autocast,
     compiling,
     mark_varying,
-    with_own_code,
 )
 from mmattn.models.decoding import LayerContexts, StepDecoder
 from mmattn.models.static_decoding import (
@@ -35,6 +34,7 @@ from mmattn.models.static_decoding import (
     StepShape,
 )
 from mmattn.ops.cache import ContextKV, WatchedContextKV
+from mmattn.ops.own_code import with_own_code
 from mmattn.ops.registry import selected
 from mmattn.ops.replay import replayed
 from mmattn.ops.static_cache import StaticKVCache, visible_places

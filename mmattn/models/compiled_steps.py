@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -52,13 +51,6 @@ def check_unwatched() -> None:
         raise UsageError(
             "attention cannot be recorded or steered in compiled steps: open the model without compile for that"
         )
-
-
-def with_own_code(function: types.FunctionType) -> types.FunctionType:
-    """A copy with a code object of its own: dynamo keeps and limits what it compiles by code object, so that models
-    would count against one another."""
-    code = function.__code__.replace(co_name=f"compiled_{function.__name__}")
-    return types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from mmattn.errors import RunError
+from mmattn.ops.observe import OBSERVERS, STEER
+from mmattn.ops.own_code import with_own_code
+from mmattn.ops.registry import selected
 from mmattn.training.repeated_layers import required_layers
 from mmattn.training.task import Task
 
@@ -38,8 +42,9 @@ class LayerCompilation:
         layers = required_layers(task, model, "torch_compile")
         self._layers = list(layers.values())
         self._own_forwards = [vars(layer).get("forward") for layer in self._layers]
+        compiled: dict[Hashable, Callable[..., Any]] = {}
         for name, layer in layers.items():
-            layer.forward = _Compiled(layer.forward, name)
+            layer.forward = _Compiled(layer.forward, name, compiled)
 
     def undo(self) -> None:
         """Give the layers their own `forward` back."""
@@ -51,16 +56,31 @@ class LayerCompilation:
 
 
 class _Compiled:
-    def __init__(self, forward: Callable[..., Any], name: str) -> None:
-        self.forward, self.name = forward, name
-        self.compiled = torch.compile(forward, backend=BACKEND)
+    """A layer's `forward`; `compiled` is shared by the layers of one run."""
+
+    def __init__(self, forward: Callable[..., Any], name: str, compiled: dict[Hashable, Callable[..., Any]]) -> None:
+        self.forward, self.name, self._compiled = forward, name, compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        # Recording and steering look into calls, which a compiled layer does not show.
+        if not torch.is_grad_enabled() or OBSERVERS.get() or STEER.get() is not None:
             return self.forward(*args, **kwargs)
         try:
             with compiler_config.patch(recompile_limit=_MOST_KINDS):
-                return self.compiled(*args, **kwargs)
+                return self._run(args, kwargs)
         except TorchDynamoException as error:
             reason = " ".join(str(error).split("\n\n")[0].split())
             raise RunError(f"training.torch_compile: layer {self.name} cannot be compiled: {reason}") from error
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # What `use_backend` says is compiled in without a guard.
+        choice = (selected("self"), selected("cross"), selected(None))
+        if isinstance(self.forward, types.MethodType) and isinstance(self.forward.__func__, types.FunctionType):
+            function, layer = self.forward.__func__, self.forward.__self__
+            return self._of((function, choice), lambda: with_own_code(function))(layer, *args, **kwargs)
+        return self._of((self.forward, choice), lambda: self.forward)(*args, **kwargs)
+
+    def _of(self, key: Hashable, function: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        if key not in self._compiled:
+            self._compiled[key] = torch.compile(function(), backend=BACKEND)
+        return self._compiled[key]

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import mmattn
 from mmattn.errors import RunError, UsageError
+from mmattn.ops.observe import observing
 from mmattn.training import layer_compilation, train
 from mmattn.training.layer_compilation import LayerCompilation
 from tests.training.layered_toy import LayeredTask, ToyLayer
@@ -57,6 +59,38 @@ def test_evaluations_run_the_layers_as_they_are(compiled):
     assert len(compiled) == 1
     compilation.undo()
     assert all("forward" not in vars(layer) for layer in task.model.layers)
+
+
+def test_a_run_has_the_backends_that_are_chosen_for_it(compiled):
+    class Layer(nn.Module):
+        def forward(self, x):
+            return mmattn.attention(x, x, x) * 1.0
+
+    x = torch.randn(1, 2, 3, 5, requires_grad=True)
+    for name in ("sdpa", "eager", "sdpa"):
+        task = LayeredTask()
+        task.repeated_layers, task.model = (Layer,), nn.Sequential(Layer())
+        LayerCompilation(task, task.model)
+        with mmattn.use_backend(name):
+            task.model(x)
+    names = [[node.target.__name__ for node in graph.graph.nodes if callable(node.target)] for graph in compiled]
+    assert len(compiled) == 3
+    assert ["scaled_dot_product_attention" in each for each in names] == [True, False, True]
+
+
+def test_who_looks_at_attention_sees_it(compiled):
+    class Layer(nn.Module):
+        def forward(self, x):
+            return mmattn.attention(x, x, x)
+
+    task = LayeredTask()
+    task.repeated_layers, task.model = (Layer,), nn.Sequential(Layer())
+    LayerCompilation(task, task.model)
+    calls = []
+    with observing(calls.append):
+        task.model(torch.randn(1, 2, 3, 5, requires_grad=True))
+    assert len(calls) == 1
+    assert not compiled
 
 
 def test_more_kinds_of_layers_than_torch_compiles_one_code_for(compiled):

@@ -27,7 +27,6 @@ from mmattn.models.compiled_steps import (
     check_unwatched,
     compiling,
     mark_varying,
-    with_own_code,
 )
 from mmattn.models.unet.block import TransformerBlock
 from mmattn.models.unet.context import UNetContext
@@ -35,6 +34,7 @@ from mmattn.models.unet.model import UNet
 from mmattn.models.unet.step_state import StepState
 from mmattn.nn.layer import TransformerLayer
 from mmattn.ops.cache import ContextKV
+from mmattn.ops.own_code import with_own_code
 from mmattn.ops.registry import auto_queries, selected
 
 _MOST_GRAPHS = 8
