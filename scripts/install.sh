@@ -36,31 +36,36 @@ pip_constraints() {
     has_nvidia_gpu || printf '%s\n' --constraint "$root/scripts/constraints-cpu.txt"
 }
 
-# A Chromium for the tests of `mmattn ui`: one that is there, else Playwright's, else Debian's. 1 where none can be had.
+# A command that is ended after some seconds, where the system can (macOS has no timeout).
+within() {
+    if command -v timeout >/dev/null; then
+        timeout "$@"
+    else
+        "${@:2}"
+    fi
+}
+
+starts_chromium() {
+    "$venv/bin/python" "$root/tests/ui/chromium.py" </dev/null
+}
+
+# A Chromium for the tests of `mmattn ui`: one that is there, else Playwright's, else Debian's. It counts when it starts.
+# 1 where none can be had, and why on stderr.
 install_chromium() {
-    local name
-    for name in chromium chromium-browser google-chrome google-chrome-stable; do
-        if command -v "$name" >/dev/null; then
-            return
-        fi
-    done
-    if "$venv/bin/python" -c '
-import os, sys
-from playwright.sync_api import sync_playwright
-with sync_playwright() as playwright:
-    sys.exit(not os.path.exists(playwright.chromium.executable_path))' 2>/dev/null; then
+    if starts_chromium 2>/dev/null; then
         return
     fi
     echo "getting a Chromium for the tests of mmattn ui"
-    if timeout 300 "$venv/bin/python" -m playwright install chromium </dev/null >/dev/null 2>&1; then
+    if within 300 "$venv/bin/python" -m playwright install chromium </dev/null >/dev/null 2>&1 &&
+        starts_chromium 2>/dev/null; then
         return
     fi
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         apt-get update -qq </dev/null >/dev/null 2>&1 || true
-        DEBIAN_FRONTEND=noninteractive timeout 600 apt-get install -y -qq --no-install-recommends chromium \
+        DEBIAN_FRONTEND=noninteractive within 600 apt-get install -y -qq --no-install-recommends chromium \
             </dev/null >/dev/null 2>&1 || true
     fi
-    command -v chromium >/dev/null
+    starts_chromium
 }
 
 install_mmattn() {

@@ -33,7 +33,7 @@ if [ $# -eq 0 ]; then
 fi
 
 if [ "$has_chromium" = no ]; then
-    echo "NOT TESTED: the page of mmattn ui, for want of a Chromium; install one, or run: .venv/bin/playwright install chromium" >&2
+    echo "NOT TESTED: the page of mmattn ui, for want of a Chromium that starts; install one, or run: .venv/bin/playwright install --with-deps chromium" >&2
 fi
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}" >&2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +17,6 @@ HostOption = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Who 
 PortOption = Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="0: any free one.")]
 ShareOption = Annotated[bool, typer.Option("--share", help="A public address too, through Gradio's servers.")]
 
-_LOOPBACK = ("127.", "localhost", "::1")
 _PARTS = ("best", "final", "model")  # folders within a run, which say little
 
 
@@ -37,9 +37,17 @@ def ui(
     opened = _opened(models)
     with serving(opened, host=host, port=free_address(host, port), share=share) as address:
         print(f"{address}  (Ctrl-C ends it)", flush=True)
-        if share or not host.startswith(_LOOPBACK):
+        if share or not _is_this_machine(host):
             print("others can reach this page too: there is no password", file=sys.stderr)
         _wait()
+
+
+def _is_this_machine(host: str) -> bool:
+    """The address reaches no further; of a name other than localhost that is not known."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _opened(models: list[str]) -> list[PageModel]:

@@ -119,6 +119,11 @@ class DrawnTexts:
             return [PictureText()] * count
         negatives = texts.negatives or [""]
         is_both = guidance == "both" and is_guided and self._pipeline is not None and count % (2 * len(prompts)) == 0
+        if (guidance == "unconditional" or is_both) and len(prompts) % len(negatives):
+            raise UsageError(
+                f"record_attention: {len(prompts)} prompts and {len(negatives)} negative prompts: give one negative "
+                "prompt, or one for each prompt"
+            )
         if guidance == "unconditional":
             prompts = negatives * (len(prompts) // len(negatives))
         elif is_both:

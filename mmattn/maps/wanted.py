@@ -51,6 +51,8 @@ class Wanted:
             if value not in get_args(known):
                 choices = " or ".join(map(repr, get_args(known)))
                 raise UsageError(f"record_attention: {name} is {value!r}; it must be {choices}")
+        if prompts is not None and not prompts:
+            raise UsageError("record_attention: prompts is empty; leave it out, or give the texts that are drawn")
         views = (views,) if isinstance(views, str) else views  # pyright: ignore[reportAssignmentType]
         unknown = set(views) - set(get_args(View))
         if unknown:

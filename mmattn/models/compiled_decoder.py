@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +20,6 @@ from torch import Tensor, nn
 
 from mmattn.errors import UsageError
 from mmattn.models.compiled_steps import (
-    addresses,
     captured,
     check_device,
     check_not_autocast,
@@ -33,6 +34,7 @@ from mmattn.models.static_decoding import (
     StepBuffers,
     StepShape,
 )
+from mmattn.models.step_state import StepState
 from mmattn.ops.cache import ContextKV, WatchedContextKV
 from mmattn.ops.own_code import with_own_code
 from mmattn.ops.registry import selected
@@ -107,9 +109,11 @@ def decoding_step(
 class CompiledSteps:
     """Decodes in compiled steps; a `StepSource`. It holds compiled functions and idle buffers, never a text.
 
+    Several threads may decode with it, each in buffers of its own; what compiles or captures makes the others wait.
+
     Args:
-        decoder: in evaluation mode while it decodes. Weights changed in place are seen; replaced ones are compiled
-            anew.
+        decoder: in evaluation mode while it decodes. Weights changed in place are seen; what was replaced, added or
+            chosen anew (weights, adapters and their scales, attention's backends) is compiled anew for the next text.
         backend: of torch.compile.
         idle_bytes: most bytes of buffers kept for later texts; None: a part of the memory of a CUDA device, none
             where nothing is captured in them.
@@ -141,37 +145,82 @@ class CompiledSteps:
         self._steps: dict[_Kind, Step] = {}
         self.idle: list[StepBuffers] = []
         self.num_lent = 0
-        self._addresses, self._generation = addresses(self._module), 0
+        self._watch = StepState(self._module, "the decoder")
+        self._structure: tuple[Any, ...] | None = None
+        self._generation = 0
+        self._lock = threading.Lock()
+        self._returned: deque[StepBuffers] = deque()
 
     def start(self, contexts: LayerContexts, **arguments: Any) -> StaticState:
         """Begin decoding; arguments as in `StaticState`.
 
         Raises:
-            UsageError: a call under autocast, or as in `StaticState`.
+            UsageError: a call under autocast, or as in `lend` and `StaticState`.
+            RunError: as in `lend`.
         """
         check_not_autocast(check_device(self._module))
-        now = addresses(self._module)
-        if now != self._addresses:  # graphs would go on reading the old weights
-            self._addresses = now
-            self._generation += 1
-            self._steps.clear()
-            self.idle.clear()
         return StaticState(self, contexts, **arguments)
 
     def lend(self, shape: StepShape) -> StepBuffers:
         """See `StepSource`.
 
         Raises:
+            UsageError: forward hooks or another forward on the decoder or a part of it, such as those of offloading.
             RunError: the step cannot be compiled on this machine.
         """
+        try:
+            with self._lock:
+                self._file_returned()
+                self._look_for_changes()
+                buffers = self._ready(shape)
+                self.num_lent += 1
+                return buffers
+        finally:
+            self._take_back()  # what came back meanwhile
+
+    def give_back(self, buffers: StepBuffers) -> None:
+        """See `StepSource`. It never waits: the garbage collector may call it in any thread, also in one that has a
+        lock which another needs to finish `lend`."""
+        self._returned.append(buffers)
+        self._take_back()
+
+    def _take_back(self) -> None:
+        while self._returned and self._lock.acquire(blocking=False):
+            try:
+                self._file_returned()
+            finally:
+                self._lock.release()
+
+    # Under the lock.
+
+    def _file_returned(self) -> None:
+        while self._returned:
+            buffers = self._returned.popleft()
+            self.num_lent -= 1
+            if buffers.made_for[2] == self._generation:
+                self.idle.append(buffers)
+            most = self._most_idle(buffers.ids.device)
+            while sum(each.nbytes for each in self.idle) > most:
+                del self.idle[0]
+
+    def _look_for_changes(self) -> None:
+        self._watch.check_forwards()
+        structure, _ = self._watch.read()
+        if structure != self._structure:  # what was compiled or captured would go on as it was
+            self._structure = structure
+            self._generation += 1
+            self._steps.clear()
+            self.idle.clear()
+
+    def _ready(self, shape: StepShape) -> StepBuffers:
         source = None if shape.is_masked else shape.source
         chosen = (selected("self"), selected("cross"))
         kind = _Kind(shape.batch == 1, shape.rows, shape.reads_alignment, source, *chosen)
         made_for = (shape, kind, self._generation)
-        for place, buffers in enumerate(self.idle):
+        for buffers in self.idle:
             if buffers.made_for == made_for:
-                self.num_lent += 1
-                return self.idle.pop(place)
+                self.idle.remove(buffers)  # compared by identity
+                return buffers
         step = self._steps.get(kind)
         if step is None:
             step = self._steps[kind] = self._compiled(kind)
@@ -183,16 +232,9 @@ class CompiledSteps:
             buffers.run = captured(step, tensors, buffers.ids.device)
         else:
             buffers.run = functools.partial(step, *tensors)
-        self.num_lent += 1
         return buffers
 
-    def give_back(self, buffers: StepBuffers) -> None:
-        """See `StepSource`."""
-        self.num_lent -= 1
-        if buffers.made_for[2] == self._generation:
-            self.idle.append(buffers)
-        while sum(each.nbytes for each in self.idle) > self._most_idle(buffers.ids.device):
-            del self.idle[0]
+    # What is asked for.
 
     def _captures(self, device: torch.device) -> bool:
         return device.type == "cuda" if self._use_graphs is None else self._use_graphs

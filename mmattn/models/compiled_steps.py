@@ -1,4 +1,4 @@
-"""What compiled inference shares, whatever the model: own compilations of a function, CUDA graphs, staleness."""
+"""What compiled inference shares, whatever the model: own compilations of a function, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -67,11 +67,6 @@ def compiling() -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(f"compile=True: the step cannot be compiled here: {reason}; leave compile out") from error
-
-
-def addresses(network: nn.Module) -> tuple[int, ...]:
-    """Where the weights are, and packed ones with them, of which they are views."""
-    return tuple(tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers()))
 
 
 def mark_varying(tensors: Sequence[tuple[torch.Tensor, Sequence[int]]]) -> None:

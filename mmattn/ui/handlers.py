@@ -105,6 +105,15 @@ def written(text: str | None, what: str) -> str:
     text = (text or "").strip()
     if not text:
         raise UsageError(f"no {what} yet: write one")
+    return bounded(text, what)
+
+
+def bounded(text: str, what: str) -> str:
+    """What a visitor wrote, as it is.
+
+    Raises:
+        UsageError: too much.
+    """
     if len(text) > MOST_LETTERS:
         raise UsageError(f"the {what} has {len(text)} letters; the page takes {MOST_LETTERS} at most")
     return text

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import gradio as gr
+
 from mmattn.errors import RunError, UsageError
 from mmattn.ui.look import CSS, theme
 from mmattn.ui.page import PageModel, build_page
@@ -49,45 +51,76 @@ def serving(models: Sequence[PageModel], *, host: str, port: int, share: bool) -
 
     Args:
         models: a tab for each.
-        host: address to listen on; "127.0.0.1" is reached from this machine only.
+        host: address to listen on; "127.0.0.1" and "::1" are reached from this machine only.
         port: from `free_address`.
         share: let Gradio's servers pass on a public address, too.
 
     Raises:
         UsageError: the port was taken meanwhile.
-        RunError: no public address could be had.
+        RunError: the page could not be reached, or no public address could be had.
     """
-    with tempfile.TemporaryDirectory(prefix="mmattn-ui-") as folder, _uploads_in(folder):
+    with tempfile.TemporaryDirectory(prefix="mmattn-ui-") as folder, _environment(_for_gradio(folder)):
         page = build_page(models)
         try:
-            page.launch(server_name=host, server_port=port, share=share, **_settings())
-        except OSError as error:
-            raise UsageError(f"--host {host} --port {port}: cannot be used: {error}") from error
-        try:
-            if share and not page.share_url:
-                raise RunError("--share: no public address could be had; without it the page works on this machine")
+            _launch(page, host, port, share)
             yield str(page.share_url or page.local_url)
         finally:
             page.close(verbose=False)
 
 
+def _launch(page: gr.Blocks, host: str, port: int, share: bool) -> None:
+    name = f"[{host}]" if ":" in host else host  # as in an address of a page
+    with _environment(_past_proxies(host, share)):
+        try:
+            page.launch(server_name=name, server_port=port, share=share, **_settings())
+        except OSError as error:
+            raise UsageError(f"--host {host} --port {port}: cannot be used: {error}") from error
+        except Exception as error:  # Gradio asks its own page, and raises what its client raises
+            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise RunError(
+                f"--host {host} --port {port}: the page could not be opened, or not be reached from this machine; "
+                f"give another --host, and check the proxy settings if there are any ({told})"
+            ) from error
+    if share and not page.share_url:
+        raise RunError("--share: no public address could be had; without it the page works on this machine")
+
+
+def _for_gradio(folder: str) -> dict[str, str | None]:
+    """Nothing of Gradio's variables counts: some give files away, some have no argument that is stronger. It takes the
+    place of its files from them as components are made, and again while it serves."""
+    changes: dict[str, str | None] = {name: None for name in os.environ if name.startswith("GRADIO_")}
+    return changes | {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
+
+
+def _past_proxies(host: str, share: bool) -> dict[str, str | None]:
+    """Gradio asks its own page while it starts; only for a public address it asks others."""
+    own = [host, "127.0.0.1", "localhost"] if share else ["*"]
+    given = [os.environ[name] for name in ("NO_PROXY", "no_proxy") if os.environ.get(name)]
+    value = ",".join([*given, *own])
+    return {"NO_PROXY": value, "no_proxy": value}
+
+
 @contextlib.contextmanager
-def _uploads_in(folder: str) -> Iterator[None]:
-    """Gradio takes the place of its files from here as components are made, and again while it serves."""
-    name = "GRADIO_TEMP_DIR"
-    before = os.environ.get(name)
-    os.environ[name] = folder
+def _environment(changes: dict[str, str | None]) -> Iterator[None]:
+    """Other environment variables for a while; None: not there."""
+    before = {name: os.environ.get(name) for name in changes}
+    _set_variables(changes)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
+        _set_variables(before)
+
+
+def _set_variables(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
         else:
-            os.environ[name] = before
+            os.environ[name] = value
 
 
 def _settings() -> dict[str, Any]:
-    """All that Gradio would otherwise take from its environment or offer to visitors."""
+    """What Gradio would otherwise offer to visitors or do by itself."""
     return {
         "prevent_thread_lock": True,
         "quiet": True,

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 
 from mmattn.errors import UsageError
 from mmattn.maps.draw import load_font
+from mmattn.ui.handlers import bounded
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom in fractions of the picture."""
@@ -21,7 +22,7 @@ def read_weights(text: str | None) -> dict[str, float]:
     """Words and their weights, one a line: `red = 1.6`.
 
     Raises:
-        UsageError: a line that says something else, or a word that is there twice.
+        UsageError: too much, a line that says something else, or a word that is there twice.
     """
     found: dict[str, float] = {}
     for phrase, rest, where in _lines(text, "weights", "red = 1.6"):
@@ -33,7 +34,7 @@ def read_regions(text: str | None) -> dict[str, Box]:
     """Phrases and their boxes, one a line: `a red circle = 0, 0, 0.5, 1`.
 
     Raises:
-        UsageError: a line that says something else, or a phrase that is there twice.
+        UsageError: too much, a line that says something else, or a phrase that is there twice.
     """
     found: dict[str, Box] = {}
     for phrase, rest, where in _lines(text, "regions", "a red circle = 0, 0, 0.5, 1"):
@@ -77,15 +78,17 @@ def draw_regions(regions: dict[str, Box], size: tuple[int, int], corner: tuple[f
 def _lines(text: str | None, what: str, example: str) -> list[tuple[str, str, str]]:
     """Phrase, what is said of it, and where that is; blank lines aside."""
     found: list[tuple[str, str, str]] = []
-    for number, line in enumerate((text or "").splitlines(), 1):
+    phrases: set[str] = set()
+    for number, line in enumerate(bounded(text or "", f"field of {what}").splitlines(), 1):
         if not line.strip():
             continue
         where = f"{what}, line {number}, {line.strip()!r}"
         match = _LINE.fullmatch(line.strip())
         if match is None:
             raise UsageError(f"{where}: write it as in {example}")
-        if any(match["phrase"] == phrase for phrase, _, _ in found):
+        if match["phrase"] in phrases:
             raise UsageError(f"{where}: {match['phrase']!r} is there already")
+        phrases.add(match["phrase"])
         found.append((match["phrase"], match["rest"], where))
     return found
 

@@ -168,6 +168,34 @@ def test_weights_and_adapters_that_change(folders):
     assert difference(pair.check(), second) > 1
 
 
+@torch.no_grad()
+def test_weights_written_to_through_data():
+    """They keep their version: a text that is held is projected again whenever drawing begins."""
+    unet = UNet.from_stock(pixel_parts()["unet"])
+    steps = CompiledUNet(unet, backend="eager")
+    text, sample = torch.randn(2, 13, 20), torch.randn(2, 12, 6, 4)
+    found = []
+    for _ in range(2):
+        expected = unet(sample, 7, text).sample
+        with steps.installed():
+            for _ in range(2):
+                found.append(unet(sample, 7, text).sample)
+                torch.testing.assert_close(found[-1], expected)
+        for attention in unet.cross_attentions.values():
+            attention.v_proj.weight.data.mul_(-3)
+    assert not torch.allclose(found[0], found[-1], atol=1e-4)
+    assert steps.num_graphs == 1
+
+
+def test_another_backend_of_one_layer_is_compiled_anew(folders):
+    pair = Pair(folders["sd"])
+    pair.check()
+    before = pair.num_compiled
+    next(iter(pair.ours.pipeline.unet.cross_attentions.values())).backend = "eager"
+    pair.check()
+    assert pair.num_compiled == 2 * before
+
+
 def test_a_chosen_backend_is_compiled_in(folders):
     pair = Pair(folders["sd"])
     pair.check()

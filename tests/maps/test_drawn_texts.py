@@ -82,6 +82,14 @@ def test_prompts_that_are_given_come_first(pipe):
     assert [picture.prompt.text for picture in maps.texts] == ["a star", "a square"]
 
 
+@pytest.mark.parametrize(("count", "guidance"), [(1, "unconditional"), (1, "both"), (3, "unconditional")])
+def test_other_prompts_than_negative_ones(pipe, count, guidance):
+    given = {"prompts": OTHERS[:1] * count, "guidance": guidance, "steps": 0}
+    message = f"^record_attention: {count} prompts and 2 negative prompts: give one negative prompt, or one for each"
+    with pytest.raises(UsageError, match=message), record_attention(pipe, **given):
+        draw(pipe, negative_prompt=["no star", "nothing"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -146,6 +146,8 @@ def test_wrong_use_is_named(own):
         pass
     with pytest.raises(UsageError, match="role is 'both'"), record_attention(own, role="both"):  # type: ignore[arg-type]
         pass
+    with pytest.raises(UsageError, match="prompts is empty"), record_attention(own, prompts=[]):
+        pass
     with record_attention(own, role="self") as maps:
         with pytest.raises(UsageError, match="nothing was recorded"):
             maps.array()

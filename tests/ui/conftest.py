@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +20,19 @@ from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
 from tests.inference.tiny_models import save_own, save_stock
 from tests.inference.tiny_pipelines import pixel_parts
 from tests.inference.tiny_translators import save_own_translator
+from tests.ui.chromium import PATIENCE, NoChromiumError, open_chromium
 
-CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
-PATIENCE = 30_000  # milliseconds
+MODEL_PATIENCE = 180_000  # milliseconds, for what a model does on a busy machine
+# Nothing of it may reach the page: files given away, a launch that never returns, a proxy that is not there.
+MISLEADING = {
+    "GRADIO_ALLOWED_PATHS": "/etc",
+    "GRADIO_DEBUG": "1",
+    "GRADIO_ROOT_PATH": "/elsewhere",
+    "HTTP_PROXY": "http://127.0.0.1:9",
+    "http_proxy": "http://127.0.0.1:9",
+    "NO_PROXY": "",
+    "no_proxy": "",
+}
 
 
 class Server(NamedTuple):
@@ -34,18 +41,19 @@ class Server(NamedTuple):
     uploads: Path  # where it makes its folder of uploads
 
 
-def start_server(models: list[Path], uploads: Path) -> Server:
-    command = [sys.executable, "-m", "mmattn", "ui", *map(str, models), "--port", "0"]
+def start_server(models: list[Path], uploads: Path, host: str = "127.0.0.1") -> Server:
+    command = [sys.executable, "-m", "mmattn", "ui", *map(str, models), "--port", "0", "--host", host]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"TMPDIR": str(uploads)},
+        env=os.environ | MISLEADING | {"TMPDIR": str(uploads)},
         start_new_session=True,
     )
     assert process.stdout is not None
-    found = re.match(r"(http://127\.0\.0\.1:\d+/) ", process.stdout.readline())
+    name = re.escape(f"[{host}]" if ":" in host else host)
+    found = re.match(rf"(http://{name}:\d+/) ", process.stdout.readline())
     if found is None:
         process.kill()
         raise RuntimeError(process.communicate()[1])
@@ -89,10 +97,10 @@ def server(models) -> Iterator[Server]:
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
-        path = next(filter(None, map(shutil.which, CHROMIUMS)), None) or playwright.chromium.executable_path
-        if not Path(path).exists():
-            pytest.skip("no Chromium: install one, or run `playwright install chromium`")
-        opened = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        try:
+            opened = open_chromium(playwright)
+        except NoChromiumError as error:
+            pytest.skip(str(error))
         yield opened
         opened.close()
 

@@ -13,7 +13,7 @@ from PIL import Image
 import mmattn
 from tests.inference.tiny_models import pictures
 from tests.inference.tiny_translators import ENGLISH
-from tests.ui.conftest import shown_picture
+from tests.ui.conftest import MODEL_PATIENCE, shown_picture
 
 PROMPT = "a red circle above a blue square"
 
@@ -34,7 +34,7 @@ def test_caption_question_and_the_map_of_a_word(visit, vlm, tmp_path):
     send(page, tmp_path / "a.png")
     page.locator(".preview img").first.wait_for()
     page.get_by_role("button", name="Caption").click()
-    page.get_by_role("radio", name="all words").wait_for()
+    page.get_by_role("radio", name="all words").wait_for(timeout=MODEL_PATIENCE)
     with mmattn.record_attention(vlm) as maps:
         caption = vlm.caption(image)
     assert page.get_by_label("The model says").first.input_value() == caption
@@ -43,7 +43,7 @@ def test_caption_question_and_the_map_of_a_word(visit, vlm, tmp_path):
     page.get_by_label("Question").fill("is the red circle left ?")
     page.get_by_role("button", name="Ask").click()
     word = page.get_by_role("radio", name="circle").first
-    word.wait_for()
+    word.wait_for(timeout=MODEL_PATIENCE)
     with mmattn.record_attention(vlm) as maps:
         answer = vlm.ask(image, "is the red circle left ?")
     assert page.get_by_label("The model says").first.input_value() == answer
@@ -61,7 +61,9 @@ def changes_map(page, act):
     before = page.locator(".map img >> visible=true").first.get_attribute("src")
     act()
     page.wait_for_function(
-        "before => [...document.querySelectorAll('.map img')].some(i => i.offsetParent && i.src != before)", arg=before
+        "before => [...document.querySelectorAll('.map img')].some(i => i.offsetParent && i.src != before)",
+        arg=before,
+        timeout=MODEL_PATIENCE,
     )
 
 
@@ -76,7 +78,7 @@ def test_a_text_is_matched(visit, models, tmp_path):
     page.locator(".given input[type=file] >> nth=1").set_input_files(tmp_path / "a.png")
     page.get_by_label("Text", exact=True).last.fill("a red circle")
     page.get_by_role("button", name="Match").click()
-    page.get_by_role("radio", name="circle").last.wait_for()
+    page.get_by_role("radio", name="circle").last.wait_for(timeout=MODEL_PATIENCE)
     matching = mmattn.VisionLanguageModel.from_pretrained(models["blip-match"], device="cpu")
     share = matching.match(image, "a red circle")
     assert page.get_by_label("The model says").last.input_value() == f"{share:.1%} that they belong together"
@@ -88,7 +90,7 @@ def test_a_translation_and_its_alignment(visit, models):
     page = visit(tab="translator")
     page.get_by_placeholder("The cat sleeps.").fill(texts)
     page.get_by_role("button", name="Translate").click()
-    page.get_by_label("Strongest source word").wait_for()
+    page.get_by_label("Strongest source word").wait_for(timeout=MODEL_PATIENCE)
     with mmattn.record_attention(translator) as maps:
         translation = translator.translate(texts)
     assert page.get_by_label("Translation").input_value() == translation
@@ -103,8 +105,8 @@ def test_a_translation_and_its_alignment(visit, models):
 
 def generated(page):
     page.get_by_role("button", name="Generate").click()
-    page.get_by_role("radio", name="circle").last.wait_for()
-    page.wait_for_function("() => !document.querySelector('.eta-bar, .progress-text')")
+    page.get_by_role("radio", name="circle").last.wait_for(timeout=MODEL_PATIENCE)
+    page.wait_for_function("() => !document.querySelector('.eta-bar, .progress-text')", timeout=MODEL_PATIENCE)
 
 
 def test_a_steered_picture_beside_the_plain_one(visit, models):
@@ -157,7 +159,9 @@ def click_field(page, x, y):
 def changes_field(page, act):
     before = page.locator(".field img").get_attribute("src")
     act()
-    page.wait_for_function("before => document.querySelector('.field img').src != before", arg=before)
+    page.wait_for_function(
+        "before => document.querySelector('.field img').src != before", arg=before, timeout=MODEL_PATIENCE
+    )
 
 
 def test_an_edited_prompt(visit, models):
@@ -176,7 +180,7 @@ def test_an_edited_prompt(visit, models):
     page.get_by_label("Edited prompt").fill("a circle")
     page.get_by_role("button", name="Generate").click()
     said = page.get_by_role("alert").last
-    said.wait_for()
+    said.wait_for(timeout=MODEL_PATIENCE)
     assert "'replace' swaps words one for one" in said.inner_text()
 
 
@@ -213,7 +217,7 @@ def test_a_bad_file_is_told_and_taken_away(visit, tmp_path):
     send(page, tmp_path / "good.png")
     page.get_by_role("alert").first.wait_for(state="detached")
     page.get_by_role("button", name="Caption").click()
-    page.get_by_role("radio", name="all words").wait_for()
+    page.get_by_role("radio", name="all words").wait_for(timeout=MODEL_PATIENCE)
 
 
 def test_a_file_of_too_many_bytes_is_not_taken(visit, tmp_path):
@@ -236,7 +240,7 @@ def test_two_visitors_do_not_mix(visit, vlm, tmp_path):
     for page in pages:
         page.get_by_role("button", name="Caption").click()
     for page, caption, image in zip(pages, (one, other), (first, second), strict=True):
-        page.get_by_role("radio", name="all words").wait_for()
+        page.get_by_role("radio", name="all words").wait_for(timeout=MODEL_PATIENCE)
         assert page.get_by_label("The model says").first.input_value() == caption
         assert same(shown_picture(page, ".map"), map_of(vlm, image))
     word = other.split()[0]
@@ -257,7 +261,7 @@ def test_nothing_is_wider_than_the_screen(visit, width, tmp_path):
     page = visit(width=width, height=844)
     send(page, tmp_path / "a.png")
     page.get_by_role("button", name="Caption").click()
-    page.get_by_role("radio", name="all words").wait_for()
+    page.get_by_role("radio", name="all words").wait_for(timeout=MODEL_PATIENCE)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     size = page.locator(".map img").first.bounding_box()
     assert 250 < size["width"] <= width
@@ -275,7 +279,7 @@ def test_what_is_missing_is_told(visit):
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     page.get_by_label("Weights of words").fill("dog = 2")
     page.get_by_role("button", name="Generate").click()
-    page.get_by_text("'dog' is not in 'a red circle above a blue square'").wait_for()
+    page.get_by_text("'dog' is not in 'a red circle above a blue square'").wait_for(timeout=MODEL_PATIENCE)
     page.get_by_label("Weights of words").fill("red is 2")
     page.get_by_role("button", name="Generate").click()
     page.get_by_text("weights, line 1, 'red is 2': write it as in red = 1.6").wait_for()

@@ -12,10 +12,13 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import httpx
 import pytest
 
 from mmattn.cli.main import main
-from mmattn.errors import UsageError
+from mmattn.cli.ui import _is_this_machine as is_this_machine
+from mmattn.errors import RunError, UsageError
+from tests.ui.conftest import end_server, start_server
 
 gradio = pytest.importorskip("gradio")
 handlers = pytest.importorskip("mmattn.ui.handlers")
@@ -68,6 +71,97 @@ def test_without_gradio_it_says_how_to_install_it():
     )
 
 
+class Page:
+    """What `serving` asks of a page."""
+
+    share_url: str | None = None
+    local_url = "http://x/"
+
+    def __init__(self, fails=None):
+        self.fails, self.closed, self.given, self.seen = fails, 0, {}, {}
+
+    def launch(self, **given):
+        self.given, self.seen = given, dict(os.environ)
+        if self.fails is not None:
+            raise self.fails
+
+    def close(self, verbose):
+        self.closed += 1
+
+
+def shown(monkeypatch, page, host="127.0.0.1", share=False):
+    monkeypatch.setattr(serving, "build_page", lambda models: page)
+    return serving.serving([], host=host, port=7, share=share)
+
+
+@pytest.mark.parametrize(
+    ("fails", "kind", "message"),
+    [
+        (OSError("no port"), UsageError, "--host 127.0.0.1 --port 7: cannot be used: no port"),
+        (httpx.ConnectError("refused\nby all"), RunError, "could not be opened.*ConnectError: refused by all"),
+        (httpx.InvalidURL("what"), RunError, "could not be opened.*InvalidURL: what"),
+        (ImportError("no socksio"), RunError, "check the proxy settings.*ImportError: no socksio"),
+    ],
+)
+def test_a_page_that_cannot_be_opened_is_closed_and_told_in_one_line(monkeypatch, fails, kind, message):
+    page, before = Page(fails), dict(os.environ)
+    with pytest.raises(kind, match=message) as told, shown(monkeypatch, page):
+        pass
+    assert "\n" not in str(told.value)
+    assert page.closed == 1
+    assert dict(os.environ) == before
+
+
+def test_no_public_address(monkeypatch):
+    page = Page()
+    with pytest.raises(RunError, match="^--share: no public address"), shown(monkeypatch, page, share=True):
+        pass
+    assert page.closed == 1
+
+
+def test_variables_of_gradio_do_not_count(monkeypatch):
+    monkeypatch.setenv("GRADIO_ALLOWED_PATHS", "/etc")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "mine")
+    before = dict(os.environ)
+    page = Page()
+    with shown(monkeypatch, page) as address:
+        assert address == "http://x/"
+        found = {name for name in os.environ if name.startswith("GRADIO_")}
+        assert found == {"GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"}
+        assert os.environ["GRADIO_TEMP_DIR"] != "mine"
+    assert dict(os.environ) == before
+
+
+def test_gradio_asks_its_own_page_past_proxies(monkeypatch):
+    for name, value in {"NO_PROXY": "one.example", "no_proxy": ""}.items():
+        monkeypatch.setenv(name, value)
+    alone, shared = Page(), Page()
+    with shown(monkeypatch, alone):
+        assert os.environ["NO_PROXY"] == "one.example"  # for a while only
+    shared.share_url = "https://y/"
+    with shown(monkeypatch, shared, host="::1", share=True):
+        pass
+    assert alone.seen["NO_PROXY"] == alone.seen["no_proxy"] == "one.example,*"
+    assert shared.seen["NO_PROXY"] == shared.seen["no_proxy"] == "one.example,::1,127.0.0.1,localhost"
+    assert (alone.given["server_name"], shared.given["server_name"]) == ("127.0.0.1", "[::1]")
+
+
+def test_who_can_reach_an_address():
+    assert all(map(is_this_machine, ["127.0.0.1", "127.9.9.9", "::1", "localhost"]))
+    assert not any(map(is_this_machine, ["0.0.0.0", "::", "::1234", "192.0.2.1", "localhost.example"]))
+
+
+def test_an_address_of_version_six(models, tmp_path):
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("needs ::1")
+    started = start_server([models["translator"]], tmp_path, host="::1")
+    code = answer_code(started.address)
+    assert (code, *end_server(started)) == (200, 0, "")
+
+
 def test_only_models_with_a_tab():
     with pytest.raises(UsageError, match="x: a int has no page"):
         page.build_page([page.PageModel("x", 3)])
@@ -115,6 +209,7 @@ def answer_code(address, data=None, **headers):
 
 
 def test_files_of_this_machine_are_not_given_out(server):
+    """Even where a variable of Gradio's says so: see MISLEADING."""
     for path in ("/etc/passwd", str(Path("pyproject.toml").resolve()), "pyproject.toml"):
         assert answer_code(f"{server.address}gradio_api/file={path}") in (403, 404)
 

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from mmattn.errors import UsageError
+
+pytest.importorskip("gradio")
+
 from mmattn.ui.steering import draw_regions, read_regions, read_weights, region_line
 
 
@@ -35,6 +38,13 @@ def test_what_cannot_be_read_is_told(read, text, message):
         read(text)
     assert message in str(told.value)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(("read", "what"), [(read_weights, "weights"), (read_regions, "regions")])
+def test_too_much_is_refused(read, what):
+    with pytest.raises(UsageError, match=f"^the field of {what} has 5001 letters; the page takes 5000 at most$"):
+        read("=" * 5001)
+    assert read(" " * 5000) == {}
 
 
 def test_two_corners_in_any_order():

@@ -28,10 +28,10 @@ from mmattn.models.compiled_steps import (
     compiling,
     mark_varying,
 )
+from mmattn.models.step_state import StepState
 from mmattn.models.unet.block import TransformerBlock
 from mmattn.models.unet.context import UNetContext
 from mmattn.models.unet.model import UNet
-from mmattn.models.unet.step_state import StepState
 from mmattn.nn.layer import TransformerLayer
 from mmattn.ops.cache import ContextKV
 from mmattn.ops.own_code import with_own_code
@@ -74,8 +74,10 @@ class CompiledUNet:
     Inside `installed()` the U-Net's own forward is the compiled one, in whatever pipeline it is. It takes a sample, a
     timestep, a text (a tensor or a `UNetContext`), `class_labels`, `timestep_cond` and `added_cond_kwargs`; other
     inputs (ControlNet's residuals, attention masks, LoRA's `scale`) are refused. A text's keys and values are projected
-    when it is first seen. Weights and adapters may change between steps: what changed in place is seen, and what was
-    replaced, added or scaled anew is compiled and captured anew. Steps of one object run one at a time, on one stream.
+    when it is first seen within each `installed()`. Weights, adapters and attention's backends may change between
+    steps: what changed in place is seen, and what was replaced, added, chosen or scaled anew is compiled and captured
+    anew. Only of a write through `tensor.data` a text's keys and values learn at the next `installed()`. Steps of one
+    object run one at a time, on one stream.
 
     Args:
         unet: `mmattn.UNet`, in evaluation mode while it draws.
@@ -99,7 +101,7 @@ class CompiledUNet:
         self._backend, self._use_graphs = backend, use_graphs
         self._compiled: dict[_Kind, Callable[..., Tensor]] = {}
         self._steps: OrderedDict[Any, _Step] = OrderedDict()
-        self._watch = StepState(unet)
+        self._watch = StepState(unet, "the U-Net", runs_own_hooks=True)
         self._structure: tuple[Any, ...] | None = None
         self._pool: Any = None
         self._lock = threading.RLock()
@@ -119,6 +121,8 @@ class CompiledUNet:
         unet: Any = self.unet
         with self._lock:
             self._watch.check_forwards()
+            for step in self._steps.values():
+                step.text = ()  # weights written to through `tensor.data` have the version that they had
             unet.forward = self._forward
             try:
                 yield
