@@ -192,8 +192,9 @@ def test_another_backend_of_one_layer_is_compiled_anew(folders):
     pair.check()
     before = pair.num_compiled
     next(iter(pair.ours.pipeline.unet.cross_attentions.values())).backend = "eager"
-    pair.check()
-    assert pair.num_compiled == 2 * before
+    for _ in range(2):
+        pair.check()
+        assert pair.num_compiled == 2 * before + 1  # a block of the same width keeps its own
 
 
 def test_a_chosen_backend_is_compiled_in(folders):

@@ -33,6 +33,7 @@ from mmattn.models.unet.block import TransformerBlock
 from mmattn.models.unet.context import UNetContext
 from mmattn.models.unet.model import UNet
 from mmattn.nn.layer import TransformerLayer
+from mmattn.nn.projected_attention import ProjectedAttention
 from mmattn.ops.cache import ContextKV
 from mmattn.ops.own_code import with_own_code
 from mmattn.ops.registry import auto_queries, selected
@@ -50,7 +51,7 @@ class _Kind(NamedTuple):
     places: int
     are_places_fixed: bool
     text_length: int | None
-    backends: tuple[str, str]
+    backends: tuple[str, ...]
 
 
 def block_step(block: TransformerBlock, hidden: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -268,6 +269,7 @@ class CompiledUNet:
         rows, places = hidden.shape[:2]
         repeats = rows // kv.batch_size
         are_places_fixed = places == 1 or places * repeats in auto_queries(hidden.device)
+        own = [part.backend for part in block.modules() if isinstance(part, ProjectedAttention)]
         kind = _Kind(
             widths,
             rows == 1,
@@ -275,7 +277,7 @@ class CompiledUNet:
             places if are_places_fixed else _alignment(places),
             are_places_fixed,
             kv.length if kv.key_mask is None else None,
-            (selected("self"), selected("cross")),
+            (selected("self"), selected("cross"), *own),
         )
         compiled = self._compiled.get(kind)
         if compiled is None:
