@@ -70,8 +70,8 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * query @ key^T) @ value over the keys that each query may attend to.
 
-    The three masks combine by "and". A finite query that may attend to nothing gives exactly zero, and zero gradients. A
-    key that no query of its row and head may attend to has no influence, on output or gradients, even if it is NaN.
+    The three masks combine by "and". A finite query that may attend to nothing gives exactly zero, and zero gradients.
+    A key that no query of its row and head may attend to has no influence, on output or gradients, even if it is NaN.
 
     Args:
         query: [B, H, Lq, D].
