@@ -153,7 +153,7 @@ class SelfAttention(ProjectedAttention):
     def _rotated(self, query: Tensor, key: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor]:
         cos, sin = tables
         batch, _, length, _ = query.shape
-        if cos.shape[2] != length or cos.shape[0] not in (1, batch):
+        if cos.shape[2] != length or (cos.shape[0] != 1 and cos.shape[0] != batch):
             raise UsageError(
                 f"SelfAttention: positions for [batch, length] = [{cos.shape[0]}, {cos.shape[2]}] do not fit x of "
                 f"[{batch}, {length}]"

@@ -65,7 +65,8 @@ def as_four_dim(attn_mask: Tensor, batch: int, heads: int, num_queries: int, num
     else:
         raise UsageError(f"attention: attn_mask has rank {rank}; use [Lq, Lk], [B, Lq, Lk] or [B, H, Lq, Lk]")
     wanted = (batch, heads, num_queries, num_keys)
-    if any(size not in (1, full) for size, full in zip(four.shape, wanted, strict=True)):
+    # Not `in (1, full)`: torch.compile compares a tuple's sizes as objects, and a dynamic one is never a number.
+    if any(size != 1 and size != full for size, full in zip(four.shape, wanted, strict=True)):
         hint = "; for padding [B, Lk] use key_mask" if rank == 2 and attn_mask.shape == (batch, num_keys) else ""
         raise UsageError(
             f"attention: attn_mask {list(attn_mask.shape)} does not broadcast to [B, H, Lq, Lk] = {list(wanted)}{hint}"
@@ -102,7 +103,7 @@ def used_keys(allowed: Tensor, num_kv_heads: int) -> Tensor:
     """
     used = allowed.any(dim=-2) if allowed.shape[-2] != 1 else allowed.squeeze(-2)
     batch, heads, num_keys = used.shape
-    if heads not in (1, num_kv_heads):
+    if heads != 1 and heads != num_kv_heads:
         used = used.reshape(batch, num_kv_heads, heads // num_kv_heads, num_keys).any(dim=2)
     return used.unsqueeze(-1)
 

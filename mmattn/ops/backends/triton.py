@@ -53,7 +53,7 @@ def _masks(request: Request) -> tuple[Tensor | None, Tensor | None]:
         return key_mask, None
     used = masks.used_keys(attn_mask, kv_heads).squeeze(-1)
     key_mask = masks.combine(key_mask, used)
-    is_per_key = attn_mask.shape[2] == 1 and attn_mask.shape[1] in (1, kv_heads)
+    is_per_key = attn_mask.shape[2] == 1 and (attn_mask.shape[1] == 1 or attn_mask.shape[1] == kv_heads)
     return key_mask, None if is_per_key else attn_mask
 
 

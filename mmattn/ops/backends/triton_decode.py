@@ -31,7 +31,7 @@ def _masks(request: Request) -> tuple[Tensor | None, Tensor | None]:
     attn_mask = request.attn_mask
     if key_mask is None and attn_mask is not None:
         _, mask_heads, mask_queries, _ = attn_mask.shape
-        if mask_queries == 1 and mask_heads in (1, request.key.shape[1]):
+        if mask_queries == 1 and (mask_heads == 1 or mask_heads == request.key.shape[1]):
             return attn_mask.squeeze(2), None
     return key_mask, attn_mask
 
