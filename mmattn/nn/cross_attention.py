@@ -199,7 +199,9 @@ def fold_attn_mask(attn_mask: Tensor, rows: int, length: int, repeats: int) -> T
         UsageError: When the first axis of a mask of rank 3 or 4 is neither 1 nor `rows`.
     """
     shape = list(attn_mask.shape)
-    if len(shape) not in (2, 3, 4) or (len(shape) > 2 and shape[0] not in (1, rows)) or shape[-2] not in (1, length):
+    # Not `in (1, rows)`: see `masks.as_four_dim`.
+    fits_rows = len(shape) == 2 or shape[0] == 1 or shape[0] == rows
+    if len(shape) not in (2, 3, 4) or not fits_rows or (shape[-2] != 1 and shape[-2] != length):
         raise UsageError(
             f"CrossAttention: attn_mask has shape {shape}, expected [{length}, Lk], [{rows}, {length}, Lk] or "
             f"[{rows}, heads, {length}, Lk]"

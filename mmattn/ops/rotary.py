@@ -59,9 +59,8 @@ def apply_rotary(x: Tensor, positions: Tensor, *, base: float = 10000.0) -> Tens
     Raises:
         UsageError: if D is odd, or positions do not match x.
     """
-    if positions.shape[-1] != x.shape[-2] or (
-        positions.dim() == 2 and positions.shape[0] != 1 and positions.shape[0] != x.shape[0]
-    ):
+    is_for_x = positions.dim() == 1 or positions.shape[0] == 1 or positions.shape[0] == x.shape[0]
+    if positions.shape[-1] != x.shape[-2] or not is_for_x:
         raise UsageError(
             f"rotary positions: positions {list(positions.shape)} do not fit x {list(x.shape)}; use [L] or [B, L]"
         )

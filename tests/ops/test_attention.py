@@ -181,3 +181,21 @@ def test_what_a_card_is_asked_does_not_break_a_compiled_graph(monkeypatch):
     query = draw(2, 3, 7, 5).requires_grad_()
     compiled = torch.compile(call, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(query), call(query))
+
+
+def test_a_static_mask_of_dynamic_queries_is_traced():
+    """torch.compile makes sizes dynamic by tensor: those of a mask may stay numbers."""
+
+    def call(query, key, value, mask):
+        return attention(query, key, value, attn_mask=mask, backend="sdpa")
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for num_queries, num_keys in ((17, 29), (13, 31)):
+        tensors = [torch.randn(2, 3, length, 8) for length in (num_queries, num_keys, num_keys)]
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 2)
+        mask = torch.rand(num_queries, num_keys) < 0.7
+        torch._dynamo.mark_static(mask)
+        assert torch.equal(compiled(*tensors, mask), call(*tensors, mask))
+    torch.compiler.reset()
