@@ -7,7 +7,8 @@ recorded, eagerly with the same words kept, and with them captured by the packag
 modes, "exact" (maps within the call) and "fast" (queries and keys are kept, and maps computed from them, which counts).
 The package is looked for where Python finds it and in `--package`, a folder that `pip install --target FOLDER --no-deps
 attention-map-diffusers` has filled; a row says why it has no figure of it. Memory is that of a whole U-Net at 64 x 64
-latents: the process's peak in a run with recording less that in a run without, each in a process of its own.
+latents: the process's peak with recording less that without, each in a process of its own, medians of five in turn
+(one differs from the next by up to 90 MiB).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from mmattn.maps.record import record_attention
 
 WORDS = 10
+_MEMORY_ROUNDS = 5
 KEPT = list(range(1, WORDS + 1))
 # Queries, channels, heads and keys: the layers of SD 1.5 at 64 x 64 latents, then long texts.
 SHAPES = {
@@ -166,12 +168,14 @@ def peak_of(way: str) -> float:
 
 
 def memory() -> dict[str, Any]:
-    """Peaks of both ways, each in a process of its own."""
-    peaks = {}
-    for way in ("fused", "recorded"):
-        command = [sys.executable, __file__, "--peak", way]
-        peaks[way] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return {"row": "memory, 64x64 latents (MiB)", **peaks, "more": peaks["recorded"] - peaks["fused"]}
+    """Peaks of both ways, each in processes of its own, in turn."""
+    peaks: dict[str, list[float]] = {"fused": [], "recorded": []}
+    for _ in range(_MEMORY_ROUNDS):
+        for way, found in peaks.items():
+            command = [sys.executable, __file__, "--peak", way]
+            found.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    means = {way: median(found) for way, found in peaks.items()}
+    return {"row": "memory, 64x64 latents (MiB)", **means, "more": means["recorded"] - means["fused"]}
 
 
 def main() -> None:
