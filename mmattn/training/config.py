@@ -64,7 +64,7 @@ class TrainingConfig:
     sharding: str = "auto"  # auto: as the launcher says; none: whole models (DDP); fsdp2: each process holds a part
     sharded_checkpoints: bool = False  # every process writes its part; the model is then made by `mmattn export`
     activation_checkpointing: bool = False  # layers run again in the backward pass: less memory, the forward pass twice
-    torch_compile: bool = False  # the repeated layers by torch.compile: faster on a GPU, the first steps take long
+    torch_compile: bool = False  # the repeated layers by torch.compile; the first steps take long
     ema_decay: float | None = None
     average_last: int = 0  # final/: the mean weights of so many checkpoints of every save_every steps; 0: the last step
     eval_every: int = 0  # 0: never; otherwise also after the last step

@@ -71,6 +71,9 @@ def card() -> None:
     if page is None:
         report("6 no CUDA card here, and no docs/gpu.json", "not measured", "a page", False)
         return
+    outcome = page.parts.get("training", {"error": "not run"})
+    what = f"6 each recipe killed and resumed on a card ({page.where('training')})"
+    report(what, outcome["error"] or "ok", "ok", outcome["error"] is None)
     for recipe in RECIPES:
         figures, most = [], 0.0
         for part, what in (("training", "killed and resumed"), ("training_compiled", "torch_compile")):
