@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from mmattn.errors import UsageError
+from mmattn.nn.absorbed_context import attend_absorbed, can_absorb, is_less_work
 from mmattn.nn.names import OUR_ATTENTION, AttentionNames
 from mmattn.nn.norms import NormKind
 from mmattn.nn.projected_attention import ProjectedAttention, split_heads
 from mmattn.ops.cache import ContextKV
+from mmattn.ops.observe import OBSERVERS
+from mmattn.ops.registry import selected
 from mmattn.ops.segments import Segments
 
 
@@ -161,11 +165,24 @@ class CrossAttention(ProjectedAttention):
             )
         self._check_packed(context, self.context_dim, "context")
         query = self.q_proj(x).unflatten(1, (self.num_heads, -1))
+        queries = segments.merged(len(context_segments))
+        if self._is_absorbed(query, context, queries, context_segments):
+            rows = context.unflatten(0, (len(context_segments), -1))
+            out = attend_absorbed(query, rows, self.k_proj, self.v_proj, queries, self.num_kv_heads, self.scale)
+            return self.out_proj(out.flatten(1))
         key, value = (linear(context).unflatten(1, (self.num_kv_heads, -1)) for linear in (self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        queries = segments.merged(len(context_segments))
         return self.out_proj(self._attend_packed(query, key, value, queries, context_segments, is_causal=False))
+
+    def _is_absorbed(self, query: Tensor, context: Tensor, queries: Segments, contexts: Segments) -> bool:
+        """Whether the projections of keys and values go to the queries' side: less work, and nobody asked for more."""
+        if torch.compiler.is_compiling() or self.k_norm is not None or (self.training and self.dropout_p > 0.0):
+            return False
+        if self.backend != "auto" or selected(self.role) != "auto" or OBSERVERS.get():
+            return False
+        sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.context_dim)
+        return can_absorb(self.k_proj, self.v_proj, query, context) and is_less_work(queries, contexts, *sizes)
 
     def _project(self, context: Tensor, key_mask: Tensor | None) -> ContextKV:
         self._check_input(context, self.context_dim, "context")

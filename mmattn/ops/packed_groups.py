@@ -26,8 +26,9 @@ _PRODUCT_COST = 0.75
 
 
 @dataclass(frozen=True)
-class _Side:
-    """The queries or keys of a group: `num_rows` packed rows, as sequences of `longest`.
+class Side:
+    """How packed rows become slots of a padded tensor: the queries or keys of a group, `num_rows` rows as sequences of
+    `longest`.
 
     `slots [n * longest]` names the row that fills each slot (where it is padding the sequence's own first, so that a
     NaN stays among its own), `rows [num_rows]` the slot of each row; both None where nothing is padded.
@@ -42,8 +43,8 @@ class _Side:
 @dataclass(frozen=True)
 class _Group:
     size: int
-    queries: _Side
-    keys: _Side
+    queries: Side
+    keys: Side
     key_mask: Tensor | None
 
 
@@ -69,9 +70,9 @@ def attend_groups(request: PackedRequest, backend: str, role: str | None, caller
         strict=True,
     ):
         output = attention(
-            _padded(query, group.size, group.queries),
-            _padded(key, group.size, group.keys),
-            _padded(value, group.size, group.keys),
+            padded(query, group.size, group.queries),
+            padded(key, group.size, group.keys),
+            padded(value, group.size, group.keys),
             key_mask=group.key_mask,
             is_causal=request.is_causal,
             scale=request.scale,
@@ -85,8 +86,8 @@ def attend_groups(request: PackedRequest, backend: str, role: str | None, caller
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _padded(packed: Tensor, size: int, side: _Side) -> Tensor:
-    """Rows `[num_rows, H, D]` as `[size, H, longest, D]`."""
+def padded(packed: Tensor, size: int, side: Side) -> Tensor:
+    """Rows `[num_rows, H, D]` as `[size, H, longest, D]`, with gradients of the rows only."""
     if side.slots is not None:
         packed = cast(Tensor, _Spread.apply(packed, side.slots, side.rows))
     return packed.unflatten(0, (size, side.longest)).transpose(1, 2)
@@ -137,22 +138,23 @@ def _made_groups(
 ) -> Iterator[_Group]:
     for start, stop in _bounds(query_lengths, key_lengths, width, is_causal, device.type):
         lengths = (query_lengths[start:stop], key_lengths[start:stop])
-        queries, keys = (_side(each, device) for each in lengths)
+        queries, keys = (side_of(each, device) for each in lengths)
         # Queries and keys of a causal group are padded alike, behind every real query's last key.
         needs_mask = keys.slots is not None and not is_causal
         mask = lengths_mask(torch.tensor(lengths[1]), keys.longest).to(device) if needs_mask else None
         yield _Group(stop - start, queries, keys, mask)
 
 
-def _side(lengths: tuple[int, ...], device: torch.device) -> _Side:
+def side_of(lengths: tuple[int, ...], device: torch.device) -> Side:
+    """The side of sequences of these lengths."""
     longest, total = max(lengths), sum(lengths)
     if longest * len(lengths) == total:
-        return _Side(total, longest, None, None)
+        return Side(total, longest, None, None)
     is_row = lengths_mask(torch.tensor(lengths), longest).flatten()
     starts = [0, *itertools.accumulate(lengths)][:-1]
     slots = torch.tensor(starts).repeat_interleave(longest)
     slots[is_row] = torch.arange(total)
-    return _Side(total, longest, slots.to(device), is_row.nonzero().squeeze(1).to(device))
+    return Side(total, longest, slots.to(device), is_row.nonzero().squeeze(1).to(device))
 
 
 def _bounds(

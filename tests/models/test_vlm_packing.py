@@ -12,6 +12,7 @@ from torch import Tensor
 from mmattn.data.collate import pack
 from mmattn.errors import UsageError
 from mmattn.models.vlm import CaptioningNetwork, VisionLanguageNetwork
+from mmattn.nn import cross_attention
 from mmattn.ops.segments import Segments
 from tests.models.tiny import pixels, tiny_config, tiny_network, tokens
 from tests.parity.blip_stock import assert_as_exact_as_stock
@@ -52,8 +53,16 @@ def _gradients(network: VisionLanguageNetwork, loss: Tensor) -> dict[str, Tensor
     return {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
 
 
+@pytest.fixture(params=["keys and values", "absorbed"])
+def way(request, monkeypatch) -> None:
+    """Both ways of cross-attention in training; at these sizes the second would not be taken by itself."""
+    if request.param == "absorbed":
+        monkeypatch.setattr(cross_attention, "is_less_work", lambda *_: True)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("has_pictures", [True, False])
+@pytest.mark.usefixtures("way")
 def test_packed_texts_give_the_loss_and_gradients_of_texts_one_by_one(form, has_pictures):
     network = tiny_network(tiny_config(**FORMS[form])).double()
     pictures = pixels(3).double() if has_pictures else None
@@ -80,6 +89,7 @@ def test_each_text_of_a_pack_has_the_loss_that_it_has_alone():
 
 
 @pytest.mark.parametrize("form", ["learned", "blip"])
+@pytest.mark.usefixtures("way")
 def test_packed_float32_is_as_exact_as_padded(form):
     network, rows = tiny_network(tiny_config(**FORMS[form])), _rows()
     exact_network = copy.deepcopy(network).double()
