@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -120,7 +120,23 @@ def _clip(model: nn.Module, parameters: list[nn.Parameter], accelerator: Acceler
     if isinstance(model, FSDPModule):  # Accelerate knows only those that it has sharded itself
         norm = nn.utils.clip_grad_norm_(parameters, max_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_norm))
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_norm))
+    accelerator.unscale_gradients()
+    return clip_whole_gradients(parameters, max_norm)
+
+
+def clip_whole_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """As `torch.nn.utils.clip_grad_norm_`, bit for bit, but gradients that are within the bound are left alone, where
+    that multiplies them all by 1.
+
+    Returns:
+        The norm before clipping.
+    """
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if not norm + 1e-6 <= max_norm:  # torch's own allowance
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def _accumulate(

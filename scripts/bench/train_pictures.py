@@ -43,6 +43,7 @@ from vlm_inference import observed_backends, pictures, save_random
 import mmattn
 from mmattn.config import load_config, load_recipe
 from mmattn.inference.vlm_setup import make_collator
+from mmattn.training.step import clip_whole_gradients
 
 VLM_GOAL, UNET_GOAL = 1.2, 1.0
 MEAN_WORDS, SPREAD = 11.0, 0.3  # of a caption's length, lognormal: that of COCO's
@@ -114,7 +115,11 @@ def draws(case: Case) -> list[tuple[int, int]]:
     return [(0, number) for number in range(case.pictures)]
 
 
-def whole_step(model: nn.Module, mean_loss: Callable[[], torch.Tensor]) -> Callable[[], float]:
+def whole_step(
+    model: nn.Module,
+    mean_loss: Callable[[], torch.Tensor],
+    clip: Callable[..., Any] = torch.nn.utils.clip_grad_norm_,
+) -> Callable[[], float]:
     """A step of AdamW on what has `requires_grad`; gives the loss."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
@@ -123,7 +128,7 @@ def whole_step(model: nn.Module, mean_loss: Callable[[], torch.Tensor]) -> Calla
         optimizer.zero_grad()
         loss = mean_loss()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        clip(trained, 1.0)
         optimizer.step()
         return loss.item()
 
@@ -154,7 +159,7 @@ def vlm_row(case: Case, size: str, repeats: int) -> Row:
         loss = task.loss(network, batch)
         return loss.total / loss.count
 
-    steps = {"stock": whole_step(stock, lambda: stock(**padded).loss), "ours": whole_step(network, mean_loss)}
+    steps = {"stock": whole_step(stock, lambda: stock(**padded).loss), "ours": whole_step(network, mean_loss, clip_whole_gradients)}
     first = {kind: step() for kind, step in steps.items()}
     with observed_backends() as backends, torch.no_grad():  # packed calls show nothing
         network(padded["pixel_values"][:1], padded["input_ids"][:1])

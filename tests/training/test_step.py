@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from mmattn.errors import UsageError
 from mmattn.training import Loss, read_metrics, train
 from mmattn.training.batches import make_sampler
-from mmattn.training.step import BufferGuard, run_step, seed_draws
+from mmattn.training.step import BufferGuard, clip_whole_gradients, run_step, seed_draws
 from tests.training.toy import LENGTH, VOCAB, RaggedTask, ToyTask, toy_config
 
 FLOAT64 = {"dropout_p": 0.0, "dtype": torch.float64, "has_batch_norm": False}
@@ -98,6 +98,24 @@ def test_the_norm_is_logged_before_clipping(tmp_path):
     train(ToyTask(), toy_config(tmp_path / "free", max_grad_norm=None, max_steps=1))
     norms = [read_metrics(tmp_path / name / "metrics.jsonl")[0]["grad_norm"] for name in ("clipped", "free")]
     assert norms[0] == norms[1] > 0.01
+
+
+@pytest.mark.parametrize("share", [0.3, 0.999, 1.0, 1.001, 4.0, float("inf")])
+def test_clipping_gives_torchs_bits(share):
+    torch.manual_seed(2)
+    gradients = [torch.randn(13, 7), torch.randn(11), torch.randn(3, 5)]
+    bound = share * torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+    ours, torchs = ([torch.nn.Parameter(torch.zeros(gradient.shape)) for gradient in gradients] for _ in range(2))
+    for parameters in (ours, torchs):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+    unused = torch.nn.Parameter(torch.zeros(2))
+    norm = clip_whole_gradients([*ours, unused], bound)
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_([*torchs, unused], bound))
+    versions = [parameter.grad._version for parameter in ours]
+    for one, other in zip(ours, torchs, strict=True):
+        assert torch.equal(one.grad, other.grad)
+    assert (max(versions) == 0) == (share > 1.0)  # left alone
 
 
 def test_a_count_that_disagrees_is_refused(tmp_path):
