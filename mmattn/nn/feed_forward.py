@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmattn.errors import UsageError
+from mmattn.nn.gated_activation import GATES, gated
 from mmattn.nn.names import OUR_FEED_FORWARD, FeedForwardNames, find, place
 
 ActivationName = Literal["gelu", "gelu_tanh", "relu", "silu", "geglu", "swiglu"]
@@ -20,7 +21,6 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
-_GATED: dict[str, Callable[[Tensor], Tensor]] = {"geglu": F.gelu, "swiglu": F.silu}
 
 
 def plain_activation(name: ActivationName) -> Callable[[Tensor], Tensor]:
@@ -61,11 +61,11 @@ class FeedForward(nn.Module):
         names: FeedForwardNames = OUR_FEED_FORWARD,
     ) -> None:
         super().__init__()
-        if activation not in _PLAIN and activation not in _GATED:
-            known = ", ".join([*_PLAIN, *_GATED])
+        if activation not in _PLAIN and activation not in GATES:
+            known = ", ".join([*_PLAIN, *GATES])
             raise UsageError(f"activation {activation!r} is unknown: use one of {known}")
         self.activation = activation
-        self.is_gated = activation in _GATED
+        self.is_gated = activation in GATES
         self.dropout_p = dropout_p
         self._up_path, self._down_path = tuple(names.up.split(".")), tuple(names.down.split("."))
         self._gate_path = None if names.gate is None or not self.is_gated else tuple(names.gate.split("."))
@@ -95,10 +95,9 @@ class FeedForward(nn.Module):
         if not self.is_gated:
             hidden = _PLAIN[self.activation](self.up_proj(x))
         elif (gate_proj := self.gate_proj) is not None:
-            hidden = _GATED[self.activation](gate_proj(x)) * self.up_proj(x)
+            hidden = GATES[self.activation].activation(gate_proj(x)) * self.up_proj(x)
         else:
-            value, gate = self.up_proj(x).chunk(2, dim=-1)
-            hidden = _GATED[self.activation](gate) * value
+            hidden = gated(self.up_proj(x), GATES[self.activation])
         if self.training and self.dropout_p > 0:
             hidden = F.dropout(hidden, self.dropout_p)
         return self.down_proj(hidden)

@@ -159,7 +159,10 @@ def vlm_row(case: Case, size: str, repeats: int) -> Row:
         loss = task.loss(network, batch)
         return loss.total / loss.count
 
-    steps = {"stock": whole_step(stock, lambda: stock(**padded).loss), "ours": whole_step(network, mean_loss, clip_whole_gradients)}
+    steps = {
+        "stock": whole_step(stock, lambda: stock(**padded).loss),
+        "ours": whole_step(network, mean_loss, clip_whole_gradients),
+    }
     first = {kind: step() for kind, step in steps.items()}
     with observed_backends() as backends, torch.no_grad():  # packed calls show nothing
         network(padded["pixel_values"][:1], padded["input_ids"][:1])
