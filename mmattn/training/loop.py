@@ -22,6 +22,7 @@ from mmattn.training.batches import make_sampler, step_batches
 from mmattn.training.checkpoint import CheckpointStore, model_folder
 from mmattn.training.config import TrainingConfig, config_dict
 from mmattn.training.devices import describe_processes, make_accelerator, on_main
+from mmattn.training.kept_memory import kept_memory
 from mmattn.training.launcher_sharding import resolve_sharding
 from mmattn.training.lock import OutputLock
 from mmattn.training.metrics import RunLog
@@ -99,6 +100,7 @@ def train(
         StopSignal() as stop,
         OutputLock(Path(config.output_dir), enabled=accelerator.is_main_process) as lock,
         shared_batch_norm(task.model, accelerator.num_processes),
+        kept_memory(accelerator.device),
     ):
         on_main(accelerator, lock.check)
         run = _Run(task, config, accelerator, stop)
