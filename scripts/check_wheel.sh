@@ -10,7 +10,7 @@ trap 'rm -rf "$work"' EXIT
 try_wheel() {
     set -e
     export HF_HUB_OFFLINE=1
-    mapfile -t options < <(pip_constraints)
+    set_pip_options
     "$venv/bin/python" -m build --wheel --outdir "$work/dist" "$root"
     "$venv/bin/python" -m venv "$work/venv"
     "$work/venv/bin/python" -m pip install "${options[@]}" "$work"/dist/*.whl

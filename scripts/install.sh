@@ -31,9 +31,11 @@ has_nvidia_gpu() {
     nvidia-smi -L 2>/dev/null | grep -q '^GPU'
 }
 
-# Options for pip on this machine, one a line: the tested torch where there is no NVIDIA GPU.
-pip_constraints() {
-    has_nvidia_gpu || printf '%s\n' --constraint "$root/scripts/constraints-cpu.txt"
+# Sets `options` for pip on this machine: the tested torch where there is no NVIDIA GPU. (Never empty, and no mapfile:
+# macOS has bash 3.2.)
+set_pip_options() {
+    options=(--disable-pip-version-check)
+    has_nvidia_gpu || options+=(--constraint "$root/scripts/constraints-cpu.txt")
 }
 
 # A command that is ended after some seconds, where the system can (macOS has no timeout).
@@ -75,7 +77,7 @@ install_mmattn() {
         echo "making $venv with $("$python" --version)"
         "$python" -m venv --clear "$venv"
     fi
-    mapfile -t options < <(pip_constraints)
+    set_pip_options
     key="$("$venv/bin/python" -c '
 import hashlib, pathlib, sys
 digest = hashlib.sha256(" ".join(sys.argv[2:]).encode())
