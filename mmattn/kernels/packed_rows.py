@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmattn.kernels.launch import card_of
 from mmattn.kernels.packed_rows_backward import backward_launches
 from mmattn.kernels.packed_rows_blocks import rows_config
 from mmattn.kernels.packed_rows_forward import forward_launch, num_blocks
@@ -178,7 +179,7 @@ def _signature(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale
 
 def _num_blocks(rows: Tensor, are_keys: bool) -> int:
     num_rows, _, head_dim = rows.shape
-    return num_blocks(num_rows, rows_config(rows.dtype, head_dim, are_keys).block_m)
+    return num_blocks(num_rows, rows_config(card_of(rows.device), rows.dtype, head_dim, are_keys).block_m)
 
 
 def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:

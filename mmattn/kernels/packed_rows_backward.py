@@ -32,7 +32,7 @@ from mmattn.kernels.blocks import (
     store_scaled,
     zero_blocks,
 )
-from mmattn.kernels.launch import Launch, access_unit
+from mmattn.kernels.launch import Launch, access_unit, card_of
 from mmattn.kernels.packed_rows_blocks import (
     PACKED_SIZES,
     RowsConfig,
@@ -226,7 +226,10 @@ def backward_launches(
     """
     num_queries, heads, head_dim = query.shape
     num_keys, kv_heads, _ = key.shape
-    queries_config, keys_config = (config or rows_config(query.dtype, head_dim, are_keys) for are_keys in (False, True))
+    card = card_of(query.device)
+    queries_config, keys_config = (
+        config or rows_config(card, query.dtype, head_dim, are_keys) for are_keys in (False, True)
+    )
     grad_query, grad_key, grad_value = gradients
     unit = access_unit(query, key, value, output, grad_output, *gradients)
     shared: dict[str, Any] = dict(

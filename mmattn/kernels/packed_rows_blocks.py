@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmattn.kernels.launch import SIZES, Strides, strides_in_units
+from mmattn.kernels.launch import SIZES, Card, Strides, strides_in_units
 
 # Arguments that change from batch to batch: one compiled kernel serves all their values.
 PACKED_SIZES = (*SIZES, "num_sequences")
@@ -99,14 +99,27 @@ def row_strides(rows: Tensor, unit: int) -> Strides:
     return 0, head, row, column
 
 
-def rows_config(dtype: torch.dtype, head_dim: int, are_keys: bool) -> RowsConfig:
+def rows_config(card: Card, dtype: torch.dtype, head_dim: int, are_keys: bool) -> RowsConfig:
     """The configuration of a kernel that has queries, or keys and the sums of both their gradients.
 
     Small blocks of the other side: sequences are short, and what a block has of others is computed for nothing. The
-    largest that spill nothing on compute capability 9.0 (gradients of heads beyond 128 spill a little in any).
+    largest that spill nothing, or next to nothing, on compute capability 9.0 and 8.0.
     """
     if dtype.itemsize > 2:
         return RowsConfig(block_m=32, num_stages=1)
+    if not card.has_warp_groups:
+        return _rows_config_of_warps(head_dim, are_keys)
     if are_keys and head_dim > _WIDE:
         return RowsConfig(block_m=32, num_warps=8) if head_dim <= 128 else RowsConfig(block_n=16, num_warps=8)
     return RowsConfig(num_warps=8 if head_dim > (_MEDIUM if are_keys else _WIDE) else 4)
+
+
+def _rows_config_of_warps(head_dim: int, are_keys: bool) -> RowsConfig:
+    """Where a matrix instruction is a warp's, its operands take registers too."""
+    if are_keys and head_dim > 128:
+        return RowsConfig(block_m=16, block_n=16)
+    if are_keys and head_dim > _WIDE:
+        return RowsConfig(block_m=32, num_warps=8)
+    if head_dim > 128 or (are_keys and head_dim > 64):
+        return RowsConfig(block_n=16, num_warps=8)
+    return RowsConfig(num_warps=8 if head_dim > _WIDE else 4)

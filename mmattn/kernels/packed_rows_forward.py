@@ -32,7 +32,7 @@ from mmattn.kernels.blocks import (
     store_rows,
     zero_blocks,
 )
-from mmattn.kernels.launch import Launch, access_unit
+from mmattn.kernels.launch import Launch, access_unit, card_of
 from mmattn.kernels.packed_rows_blocks import (
     PACKED_SIZES,
     RowsConfig,
@@ -160,7 +160,7 @@ def forward_launch(
         config: block sizes; `rows_config`'s by default.
     """
     num_queries, heads, head_dim = query.shape
-    config = config or rows_config(query.dtype, head_dim, are_keys=False)
+    config = config or rows_config(card_of(query.device), query.dtype, head_dim, are_keys=False)
     unit = access_unit(query, key, value, output)
     arguments = dict(
         query_ptr=query,

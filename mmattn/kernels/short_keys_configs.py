@@ -113,7 +113,9 @@ def key_block(dtype: torch.dtype) -> int:
 def _estimated_forward(card: Card, dtype: torch.dtype, dim: int, keys: int) -> ForwardConfig:
     if dtype.itemsize > 2:
         return ForwardConfig(block_m=32, num_warps=4, num_stages=1)
-    return ForwardConfig(num_warps=8 if keys > resident_keys(card, dtype) and dim > 128 else 4)
+    # Beyond what a program holds, and there already without warp groups: scores and output of wide heads.
+    is_wide = dim > 128 and keys > (resident_keys(card, dtype) if card.has_warp_groups else 80)
+    return ForwardConfig(num_warps=8 if is_wide else 4)
 
 
 def _estimated_backward(card: Card, dtype: torch.dtype, dim: int, keys: int) -> BackwardConfig:

@@ -21,14 +21,17 @@ from mmattn.nn.packed_linears import packing_refusals
 from mmattn.ops.packed_groups import Side, padded, side_of
 from mmattn.ops.segments import Segments
 
-# At most this share of the ordinary way's multiplications, where it begins to be the faster one.
-_SHARE = 0.8
+# At most this share of the ordinary way's multiplications, and at least so many rows of a context: below and beyond, it
+# was no faster in every shape tried (docs/lab-notes.md). With channels of twice the head's size or more the first also
+# bounds the scores, which are kept for the backward pass: at most two thirds of D queries for G = H.
+_SHARE = 0.5
+_FEWEST_ROWS = 64
 
 
 def is_less_work(
     queries: Segments, contexts: Segments, num_heads: int, num_kv_heads: int, head_dim: int, width: int
 ) -> bool:
-    """Are all contexts equally long, and are there clearly fewer multiplications without keys and values?
+    """Are all contexts equally long, and long, and are there clearly fewer multiplications without keys and values?
 
     Args:
         queries: those of each context.
@@ -38,7 +41,7 @@ def is_less_work(
         head_dim: D.
         width: Cc.
     """
-    if contexts.longest * len(contexts) != contexts.total:
+    if contexts.longest * len(contexts) != contexts.total or contexts.longest < _FEWEST_ROWS or width < 2 * head_dim:
         return False
     slots = len(queries) * queries.longest
     ordinary = contexts.total * num_kv_heads * head_dim * width + slots * contexts.longest * num_heads * head_dim
@@ -52,6 +55,8 @@ def can_absorb(key: nn.Module, value: nn.Module, query: Tensor, context: Tensor)
     if query.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     if query.dtype not in (torch.float32, torch.float64) or context.dtype != query.dtype:
+        return False
+    if any(linear._backward_hooks or linear._backward_pre_hooks for linear in (key, value)):
         return False
     return not packing_refusals({"key": key, "value": value})
 

@@ -14,7 +14,8 @@ from mmattn.nn.names import OUR_ATTENTION, AttentionNames
 from mmattn.nn.norms import NormKind
 from mmattn.nn.projected_attention import ProjectedAttention, split_heads
 from mmattn.ops.cache import ContextKV
-from mmattn.ops.observe import OBSERVERS
+from mmattn.ops.observe import OBSERVERS, STEER
+from mmattn.ops.packed import check_rows
 from mmattn.ops.registry import selected
 from mmattn.ops.segments import Segments
 
@@ -167,6 +168,8 @@ class CrossAttention(ProjectedAttention):
         query = self.q_proj(x).unflatten(1, (self.num_heads, -1))
         queries = segments.merged(len(context_segments))
         if self._is_absorbed(query, context, queries, context_segments):
+            check_rows("CrossAttention", "x", x, queries)
+            check_rows("CrossAttention", "context", context, context_segments)
             rows = context.unflatten(0, (len(context_segments), -1))
             out = attend_absorbed(query, rows, self.k_proj, self.v_proj, queries, self.num_kv_heads, self.scale)
             return self.out_proj(out.flatten(1))
@@ -179,7 +182,7 @@ class CrossAttention(ProjectedAttention):
         """Whether the projections of keys and values go to the queries' side: less work, and nobody asked for more."""
         if torch.compiler.is_compiling() or self.k_norm is not None or (self.training and self.dropout_p > 0.0):
             return False
-        if self.backend != "auto" or selected(self.role) != "auto" or OBSERVERS.get():
+        if self.backend != "auto" or selected(self.role) != "auto" or OBSERVERS.get() or STEER.get() is not None:
             return False
         sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.context_dim)
         return can_absorb(self.k_proj, self.v_proj, query, context) and is_less_work(queries, contexts, *sizes)

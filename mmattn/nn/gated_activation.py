@@ -13,20 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmattn.kernels.plain import is_plain_call
+from mmattn.kernels.plain import is_eager_call
 
 
 @dataclass(frozen=True)
 class Gate:
-    """An activation and its backward, `(gradient, input, *, grad_input)` into a given tensor."""
+    """An activation; its backward, `(gradient, input)`; and that into a given tensor, `grad_input=`."""
 
     activation: Callable[[Tensor], Tensor]
     backward: Callable[..., Tensor]
+    backward_into: Callable[..., Tensor]
 
 
 GATES = {
-    "geglu": Gate(F.gelu, torch.ops.aten.gelu_backward.grad_input),
-    "swiglu": Gate(F.silu, torch.ops.aten.silu_backward.grad_input),
+    "geglu": Gate(F.gelu, torch.ops.aten.gelu_backward.default, torch.ops.aten.gelu_backward.grad_input),
+    "swiglu": Gate(F.silu, torch.ops.aten.silu_backward.default, torch.ops.aten.silu_backward.grad_input),
 }
 
 
@@ -36,7 +37,7 @@ def gated(joined: Tensor, gate: Gate) -> Tensor:
     In eager training both gradients are written where they belong instead of being joined by a copy, and the
     activation is computed again instead of being kept; values and gradients are the same bits.
     """
-    if torch.is_grad_enabled() and joined.requires_grad and is_plain_call(joined):
+    if torch.is_grad_enabled() and joined.requires_grad and is_eager_call(joined):
         return _Gated.apply(joined, gate)  # pyright: ignore[reportReturnType]
     return _product(joined, gate)
 
@@ -61,8 +62,11 @@ class _Gated(torch.autograd.Function):
             output = _product(joined, ctx.gate)
             return torch.autograd.grad(output, joined, gradient, create_graph=True)[0], None
         value, inputs = joined.chunk(2, dim=-1)
+        if not is_eager_call(gradient):  # several gradients at once
+            parts = (gradient * ctx.gate.activation(inputs), ctx.gate.backward(gradient * value, inputs))
+            return torch.cat(parts, dim=-1), None
         result = torch.empty_like(joined)
         of_value, of_inputs = result.chunk(2, dim=-1)
         torch.mul(gradient, ctx.gate.activation(inputs), out=of_value)
-        ctx.gate.backward(gradient * value, inputs, grad_input=of_inputs)
+        ctx.gate.backward_into(gradient * value, inputs, grad_input=of_inputs)
         return result, None

@@ -111,13 +111,8 @@ def _check(
         raise UsageError(f"packed_attention: {shapes}; query must be [N, H, D], key and value both [M, G, D]")
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise UsageError(f"packed_attention: {shapes}; the query heads must be a multiple of the key/value heads")
-    # torch.compile would make a code for each total.
-    is_compiling = torch.compiler.is_compiling()
     for name, tensor, segments in (("query", query, query_segments), ("key", key, key_segments)):
-        if not is_compiling and segments.total != tensor.shape[0]:
-            raise UsageError(
-                f"packed_attention: {name} has {tensor.shape[0]} rows, its segments {segments.total}: they must agree"
-            )
+        check_rows("packed_attention", name, tensor, segments)
     if len(query_segments) != len(key_segments):
         raise UsageError(
             f"packed_attention: {len(query_segments)} sequences of queries and {len(key_segments)} of "
@@ -130,3 +125,14 @@ def _check(
         )
     if not 0.0 <= dropout_p < 1.0:
         raise UsageError(f"packed_attention: dropout_p is {dropout_p}, it must be at least 0 and below 1")
+
+
+def check_rows(what: str, name: str, rows: Tensor, segments: Segments) -> None:
+    """Check that rows `[N, ...]` are as many as their segments have.
+
+    Raises:
+        UsageError: they are not.
+    """
+    # torch.compile would make a code for each total.
+    if not torch.compiler.is_compiling() and segments.total != rows.shape[0]:
+        raise UsageError(f"{what}: {name} has {rows.shape[0]} rows, its segments {segments.total}: they must agree")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,12 +30,14 @@ class Segments:
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
-    # Not asked of `lengths` in every layer, which may be thousands, and which torch.compile would look at one by one.
-    total: int = field(init=False)
-    longest: int = field(init=False)
-    longest_block: int = field(init=False)
-    _merged: list[Segments] = field(init=False, repr=False)  # what was last asked for
-    _row_numbers: list[Tensor] = field(init=False, repr=False)  # made once, for all layers
+    # What follows from the two is no field: torch's FSDP makes a call's dataclasses anew of all their fields. It is not
+    # asked of `lengths` in every layer, which may be thousands, and which torch.compile would look at one by one.
+    if TYPE_CHECKING:
+        total: int = field(init=False)
+        longest: int = field(init=False)
+        longest_block: int = field(init=False)
+        _merged: list[Segments] = field(init=False)  # what was last asked for
+        _row_numbers: list[Tensor] = field(init=False)  # made once, for all layers
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "total", sum(self.lengths))

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mmattn.errors import MmattnError, UsageError
 from mmattn.training.config import TrainingConfig
 from mmattn.training.group_sampler import GroupSampler, example_groups
+from mmattn.training.kept_memory import stop_keeping_memory
 from mmattn.training.sampler import ExampleSampler, StepSampler
 from mmattn.training.signals import ignore_stop_signals
 from mmattn.training.task import Batch, Task
@@ -92,7 +93,7 @@ def step_batches(
         sampler=_Keys(sampler, steps),
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=_begin_worker,
     )
     loaded = iter(loader)
     try:
@@ -106,3 +107,8 @@ def step_batches(
             yield batches
     finally:
         del loaded  # ends the workers, even where somebody holds the error that came out of here
+
+
+def _begin_worker(number: int) -> None:
+    ignore_stop_signals(number)
+    stop_keeping_memory()

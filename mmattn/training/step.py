@@ -127,8 +127,8 @@ def _clip(model: nn.Module, parameters: list[nn.Parameter], accelerator: Acceler
 
 
 def clip_whole_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """As `torch.nn.utils.clip_grad_norm_`, bit for bit, but gradients that are within the bound are left alone, where
-    that multiplies them all by 1.
+    """As `torch.nn.utils.clip_grad_norm_`, finite gradients bit for bit, but those that are within the bound are left
+    alone, where that multiplies them all by 1.
 
     Returns:
         The norm before clipping.

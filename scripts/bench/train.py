@@ -4,8 +4,9 @@
 
 Translator (Marian's size, random weights, sentence lengths lognormal with mean 25, batches of 32 sentences): target
 tokens a second against `Seq2SeqTrainer` with `group_by_length`, sorted by the longer side, which pads least, and by the
-source's length, which is its default. Then the held-out loss of a small model after equally many target tokens, and the
-memory that the loss takes beside its inputs, each in a process of its own.
+source's length, which is its default. Ours keeps freed memory between steps, as the loop does; a row has stock with
+that too. Then the held-out loss of a small model after equally many target tokens, and the memory that the loss takes
+beside its inputs, each in a process of its own.
 VLM and U-Net: see `train_pictures.py`.
 """
 

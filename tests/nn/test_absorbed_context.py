@@ -11,12 +11,13 @@ from torch import Tensor
 import mmattn
 from mmattn.errors import UsageError
 from mmattn.nn import CrossAttention, cross_attention
-from mmattn.ops.observe import observing
+from mmattn.nn.absorbed_context import is_less_work
+from mmattn.ops.observe import observing, steering
 from mmattn.ops.segments import Segments
 from tests.tolerance import check_within
 
-LENGTHS, CONTEXT_LENGTH = (3, 1, 5, 2), 53
-EMBED_DIM, CONTEXT_DIM, HEAD_DIM = 23, 61, 37
+LENGTHS, CONTEXT_LENGTH = (3, 1, 2, 2), 67
+EMBED_DIM, CONTEXT_DIM, HEAD_DIM = 23, 79, 37
 FORMS = {
     "plain": {"num_heads": 3},
     "grouped heads": {"num_heads": 6, "num_kv_heads": 2},
@@ -109,7 +110,8 @@ def test_float32_keeps_to_the_rule(absorbed: list[int]) -> None:
         check_within(found[name], eager[name], tensor, factor=2.0 if name == "output" else 3.0, what=name)
 
 
-def test_derivatives_of_both_orders() -> None:
+def test_derivatives_of_both_orders(monkeypatch, absorbed: list[int]) -> None:
+    monkeypatch.setattr(cross_attention, "is_less_work", lambda *_: True)
     module = CrossAttention(5, 2, context_dim=3, head_dim=11).double()
     segments, contexts = Segments.of([2, 1]), Segments.equal(2, 13)
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
@@ -121,6 +123,7 @@ def test_derivatives_of_both_orders() -> None:
     leaves = (x, context, module.k_proj.weight, module.v_proj.weight)
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
+    assert absorbed
 
 
 def test_a_context_that_is_not_finite_stays_with_its_own_queries(absorbed: list[int]) -> None:
@@ -134,8 +137,8 @@ def test_a_context_that_is_not_finite_stays_with_its_own_queries(absorbed: list[
     assert torch.equal(output[~is_spoilt], run(module, x, context)[~is_spoilt])
 
 
-def _wrapped(module: CrossAttention) -> CrossAttention:
-    module.k_proj.register_forward_hook(lambda *_: None)
+def _hooked(module: CrossAttention, kind: str) -> CrossAttention:
+    getattr(module.k_proj, f"register_{kind}_hook")(lambda *_: None)
     return module
 
 
@@ -145,7 +148,8 @@ def _wrapped(module: CrossAttention) -> CrossAttention:
         "normed keys": lambda _: make(qk_norm="rms"),
         "dropout in training": lambda _: make(dropout_p=0.1).train(),
         "a named backend": lambda _: make(backend="sdpa"),
-        "a hooked projection": _wrapped,
+        "a hooked projection": lambda module: _hooked(module, "forward"),
+        "a projection hooked in the backward pass": lambda module: _hooked(module, "full_backward"),
         "a projection of another class": lambda module: _replaced(module),
     }.items(),
 )
@@ -172,7 +176,7 @@ def test_dropout_is_no_hindrance_out_of_training(absorbed: list[int]) -> None:
     assert absorbed
 
 
-def test_it_is_not_taken_where_it_is_more_work_or_contexts_differ_in_length(absorbed: list[int]) -> None:
+def test_it_is_not_taken_where_it_is_hardly_less_work_or_contexts_differ_in_length(absorbed: list[int]) -> None:
     module, (x, context) = make(), inputs()
     many = Segments.of([29, 31, 37, 23])
     x_many = torch.randn(many.total, EMBED_DIM, dtype=torch.float64)
@@ -182,6 +186,46 @@ def test_it_is_not_taken_where_it_is_more_work_or_contexts_differ_in_length(abso
     with torch.autocast("cpu", torch.bfloat16):
         run(module, x, context)
     run(module.bfloat16(), x.bfloat16(), context.bfloat16())
+    assert not absorbed
+
+
+def test_a_few_places_and_narrow_contexts_are_attended_to_in_the_ordinary_way() -> None:
+    sizes = {"num_heads": 12, "num_kv_heads": 12, "head_dim": 64}
+    queries = Segments.of([3, 2])
+    assert is_less_work(queries, Segments.equal(2, 64), **sizes, width=128)
+    assert not is_less_work(queries, Segments.equal(2, 63), **sizes, width=128)
+    assert not is_less_work(queries, Segments.equal(2, 64), **sizes, width=127)
+
+
+def test_captions_of_blip_up_to_29_tokens() -> None:
+    sizes = {"num_heads": 12, "num_kv_heads": 12, "head_dim": 64, "width": 768}
+    pictures = Segments.equal(4, 577)
+    taken = [length for length in range(1, 60) if is_less_work(Segments.of([length] * 4), pictures, **sizes)]
+    assert taken == list(range(1, 30))
+    assert not is_less_work(Segments.of([49, 5, 5, 5]), pictures, **sizes)
+
+
+@pytest.mark.parametrize(("rows", "context_rows"), [(0, -1), (0, CONTEXT_LENGTH * 4), (0, 4), (2, 0), (-2, 0)])
+def test_rows_that_are_not_the_segments_are_refused(rows: int, context_rows: int) -> None:
+    module = make()
+    x = torch.randn(sum(LENGTHS) + rows, EMBED_DIM, dtype=torch.float64)
+    context = torch.randn(len(LENGTHS) * CONTEXT_LENGTH + context_rows, CONTEXT_DIM, dtype=torch.float64)
+    what = f"x has {len(x)} rows, its segments 8" if rows else f"context has {len(context)} rows, its segments 268"
+    with pytest.raises(UsageError, match=f"CrossAttention: {what}: they must agree"):
+        run(module, x, context)
+
+
+def test_steered_attention_takes_the_ordinary_way(absorbed: list[int]) -> None:
+    module, (x, context) = make(), inputs()
+    calls = []
+
+    def steer(request, attend):
+        calls.append(request)
+        return attend(request)
+
+    with steering(steer):
+        run(module, x, context)
+    assert calls
     assert not absorbed
 
 

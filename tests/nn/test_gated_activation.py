@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmattn.nn.gated_activation import GATES, gated
 
+PASSES = ("forward", "backward")
 ACTIVATIONS = {"geglu": F.gelu, "swiglu": F.silu}
 
 
@@ -45,6 +50,30 @@ def test_derivatives_of_both_orders_and_transforms(name):
     assert torch.autograd.gradgradcheck(lambda x: gated(x, GATES[name]), joined)
     found = torch.func.vmap(torch.func.grad(lambda x: gated(x, GATES[name]).sum()))(joined.detach())
     torch.testing.assert_close(found, torch.autograd.grad(plain(joined, name).sum(), joined)[0])
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_several_gradients_at_once(name):
+    torch.manual_seed(4)
+    joined = torch.randn(3, 2 * 5, requires_grad=True)
+    cotangents = torch.randn(7, 3, 5)
+    found, expected = (
+        torch.autograd.grad(output, joined, cotangents, is_grads_batched=True)[0]
+        for output in (gated(joined, GATES[name]), plain(joined, name))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("is_counted", ["forward", "backward"])
+def test_checkpointing_with_a_dispatch_mode_around_one_of_the_passes(is_counted):
+    joined = torch.randn(3, 2 * 5, requires_grad=True)
+    counting = {each: FlopCounterMode(display=False) if each == is_counted else nullcontext() for each in PASSES}
+    with counting["forward"]:
+        output = checkpoint(lambda x: gated(x, GATES["geglu"]), joined, use_reentrant=False)
+    with counting["backward"]:
+        output.sum().backward()
+    expected = torch.autograd.grad(plain(joined, "geglu").sum(), joined)[0]
+    assert torch.equal(joined.grad, expected)
 
 
 def test_the_input_alone_is_kept():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from typing import Any
 
@@ -249,3 +250,12 @@ def test_a_pass_in_inference_mode_leaves_later_training_alone():
         packed_attention(query, key, value, rows)
     packed_attention(query, key, value, rows).sum().backward()
     assert query.grad is not None
+
+
+def test_segments_may_be_made_anew_of_their_fields():
+    """As torch's FSDP does with the dataclasses that a module is given, where it casts their tensors."""
+    segments = Segments.of([2, 3, 5])
+    fields = {field.name: getattr(segments, field.name) for field in dataclasses.fields(segments)}
+    again = dataclasses.replace(segments, **fields)
+    assert (again.total, again.longest, again.longest_block) == (10, 5, 128)
+    assert torch.equal(again.row_numbers(), segments.row_numbers())
