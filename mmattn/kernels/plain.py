@@ -16,7 +16,8 @@ def is_plain_call(*tensors: Tensor) -> bool:
     False within a dispatch mode too (fake tensors, counting, selective checkpoints). The names of torch that are not
     public are all here.
     """
-    return not torch._C._len_torch_dispatch_stack() and is_eager_call(*tensors)
+    # In this order: torch.compile is asked first, for it cannot trace the other.
+    return is_eager_call(*tensors) and not torch._C._len_torch_dispatch_stack()
 
 
 def is_eager_call(*tensors: Tensor) -> bool:
