@@ -46,7 +46,8 @@ def test_torch_is_pinned_only_without_a_gpu(listing: str, pinned: bool, tmp_path
     fake = tmp_path / "nvidia-smi"
     fake.write_text(f"#!/bin/sh\necho '{listing}'\n")
     fake.chmod(0o755)
-    done = _bash("source scripts/install.sh; pip_constraints", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    words = "source scripts/install.sh; set_pip_options; echo ${options[*]}"
+    done = _bash(words, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert ("constraints-cpu.txt" in done.stdout) == pinned
 
 
