@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from mmattn.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 GENERATION_FILE = "generation_config.json"
 
@@ -44,6 +46,9 @@ def open_image_processor(folder: Path) -> BlipImageProcessorPil:
     Raises:
         CheckpointError: no image processor there, or a damaged one.
     """
+    # It loads all that transformers' models are made of, for which a translator has no use.
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise CheckpointError(f"{folder}: no image processor: the folder needs preprocessor_config.json")
     try:

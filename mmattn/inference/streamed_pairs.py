@@ -14,7 +14,7 @@ from mmattn.data.sentence_pairs import SentencePair
 from mmattn.data.stream_pairs import StreamedPairs, measure_pairs
 from mmattn.data.translation_tokens import PairTokenizer
 from mmattn.errors import ConfigError
-from mmattn.inference.diffusion.text_fingerprints import encoders_fingerprint
+from mmattn.inference.text_fingerprints import encoders_fingerprint
 
 
 class StreamedTraining(NamedTuple):

@@ -51,6 +51,15 @@ def test_inference_loads_no_optional_package():
     assert loaded.isdisjoint(["diffusers", "peft", "sacrebleu", "matplotlib", "wandb"])
 
 
+def test_training_a_translator_loads_nothing_that_only_pictures_need():
+    """Every process of a run waits for what it loads."""
+    code = "from mmattn.config import load_recipe; load_recipe('translate')"
+    code += (
+        "\nimport sys; assert 'transformers' in sys.modules\nassert 'transformers.modeling_utils' not in sys.modules"
+    )
+    assert _loaded(code).isdisjoint(["diffusers", "peft", "sacrebleu", "matplotlib", "wandb"])
+
+
 def test_every_public_name_exists():
     code = "import mmattn\nfor name in mmattn.__all__: getattr(mmattn, name)"
     assert "mmattn" in _loaded(code)

@@ -29,8 +29,8 @@ from mmattn.inference.diffusion.prompt_tokens import cut_message
 from mmattn.inference.diffusion.sd_text_encoding import sd_text_encodings
 from mmattn.inference.diffusion.setup import Trained
 from mmattn.inference.diffusion.text_encoding import PromptEncoder, TextEncoding
-from mmattn.inference.diffusion.text_fingerprints import encoders_fingerprint
 from mmattn.inference.frozen_parts import placed
+from mmattn.inference.text_fingerprints import encoders_fingerprint
 from mmattn.inference.text_to_image import TextToImage
 
 _log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import torch
 from mmattn.errors import CheckpointError
 from mmattn.inference.diffusion.prompt_tokens import check_prompts, cut_text
 from mmattn.inference.diffusion.text_encoding import EncodedText
-from mmattn.inference.diffusion.text_fingerprints import encoders_fingerprint
+from mmattn.inference.text_fingerprints import encoders_fingerprint
 
 
 class PipelineTextEncoding:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mmattn.errors import CheckpointError, UsageError
 from mmattn.inference.diffusion.prompt_tokens import check_prompts, cut_message, cut_text, token_limit
-from mmattn.inference.diffusion.text_fingerprints import encoders_fingerprint
+from mmattn.inference.text_fingerprints import encoders_fingerprint
 
 _log = logging.getLogger(__name__)
 
