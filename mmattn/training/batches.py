@@ -100,15 +100,32 @@ def step_batches(
         for step in steps:
             batches: list[Batch] = []
             for _ in range(sampler.num_micro_batches(step)):
-                batch = next(loaded)
+                batch = _next(loaded, num_workers)
                 if isinstance(batch, MmattnError):
                     raise batch
                 batches.append(batch)
             yield batches
     finally:
-        del loaded  # ends the workers, even where somebody holds the error that came out of here
+        _end_workers(loaded)
 
 
 def _begin_worker(number: int) -> None:
     ignore_stop_signals(number)
     stop_keeping_memory()
+
+
+def _next(loaded: Iterator[Batch | MmattnError], num_workers: int) -> Batch | MmattnError:
+    try:
+        return next(loaded)
+    except (ConnectionError, EOFError) as error:
+        if num_workers == 0 or "in DataLoader worker process" in str(error):  # the task's own
+            raise
+        # It handed a batch over, and torch, whose words these are, does not see yet that it has ended.
+        raise RuntimeError(f"DataLoader worker exited unexpectedly while it handed over a batch: {error!r}") from error
+
+
+def _end_workers(loaded: Any) -> None:
+    # They end with `loaded`, which the traceback of an error that came out of there may keep alive. The interpreter's
+    # exit would then wait for them for ever: it asks them by a signal that they ignore.
+    if hasattr(loaded, "_workers"):
+        loaded._shutdown_workers()

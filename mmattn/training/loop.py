@@ -104,14 +104,12 @@ def train(
     ):
         on_main(accelerator, lock.check)
         run = _Run(task, config, accelerator, stop)
-        said = functools.partial(deaths_said, accelerator.num_processes, config.output_dir, lambda: run.state.step)
-        with said():
+        with deaths_said(accelerator.num_processes, config.output_dir, lambda: run.state.step):
             run.start(resume, command, resolved_config)
-        try:
-            with said():
+            try:
                 return run.run()
-        finally:
-            run.close()
+            finally:  # where torch may still tell of a data worker that has died
+                run.close()
 
 
 def _shown(metrics: dict[str, float], is_best: bool) -> str:

@@ -1,6 +1,6 @@
 """A model of repeated layers with all that sharding may stumble over, and runs of it in several processes.
 
-`python -m tests.training.layered_toy JSON` trains each of a list of runs: folder, settings, and what `_run` takes out.
+A run is a folder and settings, and what `_run` takes out of them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from mmattn.errors import MmattnError
 from mmattn.training import Batch, Loss, launcher_sharding, loop, sharding, train
 from mmattn.training.state import LoopState
+from tests.ranks import Ranks
 from tests.training.toy import VOCAB, WIDTH, ToyTask, toy_config
 
 
@@ -94,7 +93,7 @@ def _run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     full_at = options.pop("full_at_step", None)
     if options.pop("through_accelerate", False):
         _let_accelerate_shard()
-    own = options.pop("task", {})
+    own = dict(options.pop("task", {}))
     dtype = getattr(torch, own.pop("dtype", "float64"))
     task = LayeredTask(**own, dtype=dtype) if not own.pop("goes_around", False) else GoesAround(dtype=dtype)
     if kill_at is not None:
@@ -152,40 +151,27 @@ def _full_disk(step: int | None) -> Iterator[None]:
         loop.write_state = write_state
 
 
-def run_all(runs: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+def run_all(runs: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Train one after the other; what each gave, or the error that it ended in."""
     results = []
     for folder, options in runs:
         try:
-            results.append(_run(Path(folder), dict(options)))
+            results.append(_run(folder, dict(options)))
         except MmattnError as error:
             results.append({"error": str(error)})
     return results
 
 
 def launch(
-    runs: list[tuple[Path, dict[str, Any]]], processes: int, *, is_whole: bool = True, **environment: str
+    runs: list[tuple[Path, dict[str, Any]]], processes: int, *, killed: int | None = None, **environment: str
 ) -> list[list[dict[str, Any]]]:
-    """Train in several processes: for each process what `run_all` gave. Not `is_whole`: it may die in between."""
-    process = subprocess.Popen(
-        [
-            *[sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"],
-            *["-m", "tests.training.layered_toy", json.dumps([(str(folder), options) for folder, options in runs])],
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert (process.returncode == 0) == is_whole, err[-3000:]
-    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    return [line["results"] for line in sorted(lines, key=lambda line: line["rank"])]
+    """Train in several processes: what `run_all` gave in each, but for the one that is to be killed in between."""
+    where = runs[0][0].parent / "said"
+    ended = Ranks(where, _train_all, runs, processes=processes, ACCELERATE_USE_CPU="true", **environment).end()
+    codes = [-signal.SIGKILL if rank == killed else 0 for rank in range(processes)]
+    assert [one.code for one in ended] == codes, [one.err[-3000:] for one in ended]
+    return [json.loads(line) for one in ended for line in one.out.splitlines() if line.startswith("[")]
 
 
-if __name__ == "__main__":
-    found = run_all(json.loads(sys.argv[1]))
-    # In one piece, for all processes write to one pipe.
-    sys.stdout.write(json.dumps({"rank": int(os.environ["RANK"]), "results": found}) + "\n")
+def _train_all(runs: list[tuple[Path, dict[str, Any]]]) -> None:
+    print(json.dumps(run_all(runs)))

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from mmattn.errors import RunError
-from mmattn.training import read_metrics, train
+from mmattn.training import batches, read_metrics, train
 from mmattn.training.metrics import MetricsLog, Progress
+from tests.ranks import Ranks
 from tests.training.toy import ToyTask, toy_config
 
 
@@ -151,6 +152,37 @@ def test_a_dead_data_worker_is_said(tmp_path):
 
     with pytest.raises(RunError, match=r"a data worker died at step 0: DataLoader worker .* exited unexpectedly"):
         train(Dying(), toy_config(tmp_path, num_workers=1))
+
+
+def test_a_data_worker_that_dies_while_it_hands_over_a_batch_is_said(tmp_path, monkeypatch):
+    def lost(loader):
+        raise ConnectionResetError(104, "Connection reset by peer")
+        yield
+
+    monkeypatch.setattr(batches.DataLoader, "__iter__", lost)
+    with pytest.raises(RunError, match=r"a data worker died at step 0: DataLoader worker .* ConnectionResetError\(104"):
+        train(ToyTask(), toy_config(tmp_path, num_workers=1))
+
+
+class CutTask(ToyTask):
+    def collate(self, draws):
+        raise ConnectionResetError("the shard's server")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_connection_that_the_task_has_lost_is_no_dead_data_worker(tmp_path, num_workers):
+    with pytest.raises(ConnectionResetError, match="the shard's server"):
+        train(CutTask(), toy_config(tmp_path, num_workers=num_workers))
+
+
+def _train_cut(folder):
+    train(CutTask(), toy_config(folder, num_workers=2))
+
+
+def test_an_error_in_a_data_worker_does_not_keep_a_process_from_ending(tmp_path):
+    (ended,) = Ranks(tmp_path, _train_cut, tmp_path / "run", processes=1).end(60)
+    assert ended.code == 1
+    assert "ConnectionResetError: Caught ConnectionResetError in DataLoader worker process" in ended.err
 
 
 def test_tensorboard_receives_the_figures(tmp_path):

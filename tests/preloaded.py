@@ -1,0 +1,8 @@
+"""What the server of `tests/ranks.py` loads before it forks."""
+
+import pytest  # noqa: F401 (the modules of tests need it)
+
+from mmattn.config import load_recipe
+
+for name in ("translate", "vlm", "diffusion"):
+    load_recipe(name)
