@@ -16,101 +16,37 @@ from safetensors.torch import load_file
 
 from mmattn.training import latest_checkpoint, read_metrics
 from mmattn.training.token_sampler import TokenSampler
+from tests.ranks import Ranks
 from tests.training.pieces import assert_whole
+from tests.training.ranked_toy import train_toy
 from tests.training.toy import RaggedTask
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = """
-import json, os, signal, sys, time, torch
-from pathlib import Path
-from accelerate import PartialState
-from mmattn.errors import MmattnError
-from mmattn.training import train
-from tests.training.toy import RaggedTask, ToyTask, toy_config
 
-folder, options = sys.argv[1], json.loads(sys.argv[2])
-extra = {"bad": (), "resume": False, "sleep": 0, "fill_at": 0, "dies": None}
-extra |= {"stop_in_evaluation": False, "stop_other_at": 0, "batch_norm": False}
-extra = {key: options.pop(key, default) for key, default in extra.items()}
-saves = calls = 0
-
-class Task(ToyTask if extra["batch_norm"] else RaggedTask):
-    def loss(self, model, batch):
-        global calls
-        calls += 1
-        if calls == extra["stop_other_at"] and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(extra["sleep"])
-        return super().loss(model, batch)
-
-    def collate(self, draws):
-        if int(os.environ.get("RANK", "0")) == 1 and extra["dies"] in [example for _, example in draws]:
-            os._exit(3)
-        return super().collate(draws)
-
-    def evaluate(self, model):
-        if extra["stop_in_evaluation"]:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(100)
-        return super().evaluate(model)
-
-    def save(self, model, where):
-        global saves
-        saves += 1
-        if saves == extra["fill_at"]:
-            with open(Path(folder).parent / "filler", "wb", buffering=0) as file:
-                for size in (4096, 1):
-                    try:
-                        while file.write(bytes(size)):
-                            pass
-                    except OSError:
-                        pass
-        super().save(model, where)
-
-task = Task(dropout_p=0.0, dtype=torch.float64, has_batch_norm=extra["batch_norm"], bad=extra["bad"])
-try:
-    result = train(task, toy_config(folder, **options), resume=extra["resume"])
-except MmattnError as error:
-    print(f"rank {PartialState().process_index}: {error}", file=sys.stderr, flush=True)
-    sys.exit(error.exit_code)
-line = json.dumps({"rank": PartialState().process_index, "losses": result.losses, "best": result.best})
-sys.stdout.write(line + "\\n")  # in one piece: both ranks write to one pipe
-"""
+def start(tmp_path, folder, processes, **options):
+    return Ranks(tmp_path / "said", train_toy, folder, options, processes=processes)
 
 
-def start(tmp_path, folder, processes, *, before=(), **options):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    launcher = [*before, sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.Popen(
-        [*launcher, str(script), str(folder), json.dumps(options)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-def finish(process):
-    out, err = process.communicate(timeout=240)
-    return [json.loads(line) for line in out.splitlines() if line.startswith("{")], err, process.returncode
+def finish(ranks, *, is_whole=True):
+    """What each process came to, and all that was said on stderr. Not `is_whole`: every process has to fail."""
+    ended = ranks.end()
+    err = "".join(one.err for one in ended)
+    assert all((one.code == 0) == is_whole for one in ended), err
+    return [json.loads(line) for one in ended for line in one.out.splitlines() if line.startswith("{")], err
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path):
     options = {"eval_every": 10, "ema_decay": 0.9, "max_steps": 12, "save_every": 4}
-    (one,), err, code = finish(start(tmp_path, tmp_path / "one", 1, **options))
-    assert code == 0, err
-    both, err, code = finish(start(tmp_path, tmp_path / "two", 2, micro_batch_size=2, **options))
-    assert code == 0, err
+    (one,), err = finish(start(tmp_path, tmp_path / "one", 1, **options))
+    both, err = finish(start(tmp_path, tmp_path / "two", 2, micro_batch_size=2, **options))
     assert "batch of 6 over 2 processes in 2 micro-batches of up to 2" in err
     assert sorted(result["rank"] for result in both) == [0, 1]
     for result in both:
         assert result["losses"] == pytest.approx(one["losses"], rel=1e-9)
         assert result["best"]["value"] == pytest.approx(one["best"]["value"], rel=1e-9)
     assert_whole(tmp_path / "two")
-    resumed, err, code = finish(start(tmp_path, tmp_path / "one", 2, resume=True, **{**options, "max_steps": 14}))
-    assert code == 0, err
+    resumed, err = finish(start(tmp_path, tmp_path / "one", 2, resume=True, **{**options, "max_steps": 14}))
     assert len(resumed[0]["losses"]) == 2
     assert "changed, so losses agree to rounding only: num_processes: 1 -> 2" in err
 
@@ -118,10 +54,8 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
 @pytest.mark.parametrize("micro_batch_tokens", [None, 8])
 def test_batches_by_tokens_and_the_average_do_not_depend_on_the_processes(tmp_path, micro_batch_tokens):
     options = {"batch_tokens": 9, "max_steps": 12, "save_every": 3, "average_last": 2, "eval_every": 6}
-    (one,), err, code = finish(start(tmp_path, tmp_path / "one", 1, **options))
-    assert code == 0, err
-    both, err, code = finish(start(tmp_path, tmp_path / "two", 2, **options, micro_batch_tokens=micro_batch_tokens))
-    assert code == 0, err
+    (one,), err = finish(start(tmp_path, tmp_path / "one", 1, **options))
+    both, err = finish(start(tmp_path, tmp_path / "two", 2, **options, micro_batch_tokens=micro_batch_tokens))
     assert "batches of up to 9 tokens over 2 processes" in err
     for result in both:
         assert result["losses"] == pytest.approx(one["losses"], rel=1e-9)
@@ -134,8 +68,7 @@ def test_batches_by_tokens_and_the_average_do_not_depend_on_the_processes(tmp_pa
 
 
 def test_a_bad_example_on_one_rank_is_skipped_by_both(tmp_path):
-    results, err, code = finish(start(tmp_path, tmp_path / "run", 2, bad=[3], max_steps=8, micro_batch_size=1))
-    assert code == 0, err
+    results, _ = finish(start(tmp_path, tmp_path / "run", 2, bad=[3], max_steps=8, micro_batch_size=1))
     skipped = read_metrics(tmp_path / "run/metrics.jsonl", kind="skipped")
     assert skipped
     assert all([example for _, example in line["draws"]] == [3] for line in skipped)
@@ -145,8 +78,7 @@ def test_a_bad_example_on_one_rank_is_skipped_by_both(tmp_path):
 def test_a_failure_of_the_main_process_ends_both_with_its_line(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/thesis.tex").write_text("x")
-    _, err, code = finish(start(tmp_path, tmp_path / "run", 2))
-    assert code != 0
+    _, err = finish(start(tmp_path, tmp_path / "run", 2), is_whole=False)
     for rank in (0, 1):
         assert f"rank {rank}: output_dir {tmp_path / 'run'} is not empty" in err
 
@@ -157,25 +89,21 @@ def test_losses_of_4_processes_are_those_of_one_and_go_on_with_two_and_one(tmp_p
     for processes, max_steps in ((4, 4), (2, 8), (1, 12)):
         options["resume"] = processes != 4
         changed = {"schedule": "constant", "warmup_steps": 12}  # the rate does not depend on max_steps
-        results, err, code = finish(
-            start(tmp_path, tmp_path / "several", processes, max_steps=max_steps, **options, **changed)
-        )
-        assert code == 0, err
+        results, _ = finish(start(tmp_path, tmp_path / "several", processes, max_steps=max_steps, **options, **changed))
         assert len(results) == processes
         losses += results[0]["losses"]
     options.pop("resume")
-    (one,), err, code = finish(start(tmp_path, tmp_path / "plain", 1, max_steps=12, **options, **changed))
+    (one,), _ = finish(start(tmp_path, tmp_path / "plain", 1, max_steps=12, **options, **changed))
     assert losses == pytest.approx(one["losses"], rel=1e-9)
 
 
 def test_batch_norm_is_over_the_examples_of_all_processes(tmp_path):
     options = {"batch_norm": True, "max_steps": 9, "eval_every": 3, "bad": [5]}
     runs = [finish(start(tmp_path, tmp_path / str(number), number, **options)) for number in (1, 2, 3)]
-    assert [code for _, _, code in runs] == [0, 0, 0], runs[-1][1]
     (one,) = runs[0][0]
     assert len(one["losses"]) < 9  # one with the bad example was skipped
     tensors = [load_file(tmp_path / f"{number}/final/model.safetensors") for number in (1, 2, 3)]
-    for (results, _, _), theirs in zip(runs[1:], tensors[1:], strict=True):
+    for (results, _), theirs in zip(runs[1:], tensors[1:], strict=True):
         assert results[0]["losses"] == pytest.approx(one["losses"], rel=1e-9)
         assert results[0]["best"]["value"] == pytest.approx(one["best"]["value"], rel=1e-9)
         for name, tensor in tensors[0].items():
@@ -183,18 +111,16 @@ def test_batch_norm_is_over_the_examples_of_all_processes(tmp_path):
 
 
 def test_too_many_bad_steps_stop_all_with_one_reason(tmp_path):
-    _, err, code = finish(start(tmp_path, tmp_path / "run", 2, bad=list(range(23)), max_bad_steps=3))
-    assert code != 0
+    _, err = finish(start(tmp_path, tmp_path / "run", 2, bad=list(range(23)), max_bad_steps=3), is_whole=False)
     for rank in (0, 1):
         assert f"rank {rank}: stopped at step 3: 3 steps in a row were not finite, the last because the loss is" in err
 
 
 def test_a_dead_data_worker_of_one_process_ends_all(tmp_path):
-    process = start(tmp_path, tmp_path / "run", 2, dies=11, num_workers=1, max_steps=2000)
+    ranks = start(tmp_path, tmp_path / "run", 2, dies=11, num_workers=1, max_steps=2000)
     started = time.monotonic()
-    _, err, code = finish(process)
+    _, err = finish(ranks, is_whole=False)
     assert time.monotonic() - started < 60
-    assert code != 0
     assert "rank 1: a data worker died at step" in err
     assert "rank 0: lost another of the 2 processes after step" in err
 
@@ -205,13 +131,11 @@ def test_a_dead_data_worker_of_one_process_ends_all(tmp_path):
     ids=["in the evaluation", "the other process in the step before"],
 )
 def test_a_signal_in_an_evaluation_or_the_step_before_stops_all(tmp_path, stop, when):
-    _, err, code = finish(start(tmp_path, tmp_path / "run", 2, **stop, eval_every=3, max_steps=9))
-    assert code != 0
+    _, err = finish(start(tmp_path, tmp_path / "run", 2, **stop, eval_every=3, max_steps=9), is_whole=False)
     for rank in (0, 1):
         assert f"rank {rank}: stopped by SIGTERM {when} step 3, saved in" in err
     assert not read_metrics(tmp_path / "run/metrics.jsonl", kind="eval")
-    _, err, code = finish(start(tmp_path, tmp_path / "run", 2, resume=True, eval_every=3, max_steps=9))
-    assert code == 0, err
+    _, err = finish(start(tmp_path, tmp_path / "run", 2, resume=True, eval_every=3, max_steps=9))
     assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl", kind="eval")] == [3, 6, 9]
 
 
@@ -231,9 +155,15 @@ def test_a_full_disk_ends_all_and_keeps_the_checkpoint(tmp_path):
         rm {small}/filler
         cp -r {small}/run {tmp_path}/kept"""
     options = {"fill_at": 3, "save_every": 5, "max_steps": 20}
-    shell = ["unshare", "-Urm", "bash", "-euc", inside, "bash"]
-    _, err, code = finish(start(tmp_path, small / "run", 2, before=shell, **options))
-    assert code == 0, err
+    command = [
+        *["unshare", "-Urm", "bash", "-euc", inside, "bash"],
+        *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+        *["-m", "tests.training.ranked_toy", str(small / "run"), json.dumps(options)],
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    err = done.stderr
+    assert done.returncode == 0, err
     said = (
         f"cannot save {small}/run/checkpoints/step-00000015: the disk is full; the checkpoint of step 10 is kept; "
         "make room, then go on with --resume"
@@ -242,19 +172,16 @@ def test_a_full_disk_ends_all_and_keeps_the_checkpoint(tmp_path):
         assert f"rank {rank}: {said}" in err
     assert err.splitlines()[-2:] == ["step-00000005", "step-00000010"]
     assert_whole(tmp_path / "kept")
-    both, err, code = finish(start(tmp_path, tmp_path / "kept", 2, resume=True, save_every=5, max_steps=20))
-    assert code == 0, err
+    both, err = finish(start(tmp_path, tmp_path / "kept", 2, resume=True, save_every=5, max_steps=20))
     assert len(both[0]["losses"]) == 10
 
 
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path):
-    process = start(tmp_path, tmp_path / "run", 2, max_steps=2000, save_every=0, sleep=0.02)
-    while process.poll() is None and len(_lines(tmp_path / "run/metrics.jsonl")) < 3:
+    ranks = start(tmp_path, tmp_path / "run", 2, max_steps=2000, save_every=0, sleep=0.02)
+    while ranks.are_running() and len(_lines(tmp_path / "run/metrics.jsonl")) < 3:
         time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
-    os.kill(int(children.split()[-1]), signal.SIGTERM)
-    _, err, code = finish(process)
-    assert code != 0
+    ranks.send_signal(1, signal.SIGTERM)
+    _, err = finish(ranks, is_whole=False)
     checkpoint = latest_checkpoint(tmp_path / "run")
     assert checkpoint is not None
     for rank in (0, 1):

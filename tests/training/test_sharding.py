@@ -107,7 +107,9 @@ def test_killed_inside_a_sharded_save(tmp_path):
     for rank, number in ((0, 1), (1, 2), (0, 5)):
         folder = shutil.copytree(tmp_path / "base", tmp_path / f"{rank}-{number}")
         again.append((folder, {**options, "resume": True}))
-        launch([(folder, {**options, "resume": True, "kill_at_fsync": [rank, number]})], 2, is_whole=False)
+        killing = {**options, "resume": True, "kill_at_fsync": [rank, number]}
+        ((left,),) = launch([(folder, killing)], 2, killed=rank)
+        assert "lost another of the 2 processes after step" in left["error"]
         assert_whole(folder)
         assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-00000004"]
     for (folder, _), resumed in zip(again, launch(again, 2)[0], strict=True):
