@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ def run_in_child(function: Callable[[], Any]) -> int | None:
     """Call a function in a forked child; its exit code as the command line would give it, negative when killed."""
     child = multiprocessing.get_context("fork").Process(target=_call, args=(function,))
     child.start()
-    child.join(120)
-    if child.is_alive():
-        child.kill()
-        raise AssertionError("the child hangs")
+    until = time.monotonic() + 120
+    # `join` would wait for the data workers of a killed one too, which notice after seconds.
+    while child.is_alive():
+        if time.monotonic() > until:
+            child.kill()
+            raise AssertionError("the child hangs")
+        time.sleep(0.01)
     return child.exitcode
 
 
