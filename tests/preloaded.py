@@ -1,6 +1,7 @@
 """What the server of `tests/ranks.py` loads before it forks."""
 
 import pytest  # noqa: F401 (the modules of tests need it)
+import sacremoses  # noqa: F401 (tokenizers of Marian import it late)
 
 from mmattn.config import load_recipe
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,30 +10,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmattn.cli.recipe_main import run_recipe
+from mmattn.config import load_recipe
 from mmattn.training import read_metrics
 from tests.inference.tiny_pipelines import stable_diffusion
+from tests.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 
 STEPS = ["training.max_steps=3", "training.eval_every=3", "evaluation.num_inference_steps=2", "evaluation.limit=2"]
 
 
+def _train(words: list[str]) -> None:
+    sys.exit(run_recipe(load_recipe("diffusion"), words))
+
+
 def _losses(config: str, folder: Path, processes: int, *overrides: str) -> list[float]:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [
-        *launcher,
-        "recipes/diffusion.py",
-        "--config",
-        config,
-        f"training.output_dir={folder}",
-        *STEPS,
-        *overrides,
-    ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = ["--config", config, f"training.output_dir={folder}", *STEPS, *overrides]
+    ended = Ranks(folder.parent / "said", _train, words, processes=processes, ACCELERATE_USE_CPU="true").end(240)
+    assert [one.code for one in ended] == [0] * processes, [one.err[-3000:] for one in ended]
     return [line["loss"] for line in read_metrics(folder / "metrics.jsonl", kind="train")]
 
 

@@ -4,18 +4,16 @@ scored."""
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmattn.cli.main import main
 from mmattn.config import load_config, load_recipe
 from mmattn.models.translator import open_network
-from mmattn.training import read_metrics
+from mmattn.training import loop, read_metrics
+from tests.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 
@@ -37,25 +35,6 @@ RUNS = {
     "fsdp2": ["training.sharding=fsdp2"],
     "pieces": ["training.sharding=fsdp2", "training.sharded_checkpoints=true"],
 }
-SCRIPT = """
-import json, sys
-import torch
-from tests.recipes import test_sharded
-from mmattn.training import loop
-
-run_step, kinds = loop.run_step, set()
-
-def seen(task, model, *arguments, **options):
-    kinds.update(type(parameter).__name__ for parameter in model.parameters())
-    assert torch.distributed.get_world_size() == 2
-    return run_step(task, model, *arguments, **options)
-
-loop.run_step = seen
-for name, folder, overrides in json.loads(sys.argv[1]):
-    kinds.clear()
-    test_sharded.train_and_resume(name, folder, overrides)
-    assert kinds == {"Parameter" if "none" in overrides[0] else "DTensor"}, kinds
-"""
 
 
 def train_and_resume(name: str, folder: str, overrides: list[str]) -> None:
@@ -66,24 +45,19 @@ def train_and_resume(name: str, folder: str, overrides: list[str]) -> None:
         recipe.train(load_config(recipe.Config, f"{name}/debug", words), resume=steps > 2)
 
 
-def _in_two_processes(tmp_path: Path, name: str) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    runs = [(name, str(tmp_path / run), overrides) for run, overrides in RUNS.items()]
-    process = subprocess.Popen(
-        [
-            *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-            *[str(tmp_path / "script.py"), json.dumps(runs)],
-        ],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        _, err = process.communicate(timeout=400)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, err[-3000:]
-    assert "sharded by FSDP2 over 2 processes in" in err
+def _in_each_process(name: str, folder: Path) -> None:
+    run_step, kinds = loop.run_step, set()
+
+    def seen(task, model, *arguments, **options):
+        kinds.update(type(parameter).__name__ for parameter in model.parameters())
+        assert torch.distributed.get_world_size() == 2
+        return run_step(task, model, *arguments, **options)
+
+    loop.run_step = seen
+    for run, overrides in RUNS.items():
+        kinds.clear()
+        train_and_resume(name, str(folder / run), overrides)
+        assert kinds == {"Parameter" if run == "ddp" else "DTensor"}, kinds
 
 
 def _losses(folder: Path) -> list[float]:
@@ -93,7 +67,9 @@ def _losses(folder: Path) -> list[float]:
 @pytest.mark.parametrize("name", ["translate", "vlm", "diffusion"])
 def test_two_processes(tmp_path, capsys, name):
     train_and_resume(name, str(tmp_path / "one"), ["training.sharding=none"])
-    _in_two_processes(tmp_path, name)
+    ended = Ranks(tmp_path / "said", _in_each_process, name, tmp_path, processes=2, ACCELERATE_USE_CPU="true").end(400)
+    assert [one.code for one in ended] == [0, 0], [one.err[-3000:] for one in ended]
+    assert "sharded by FSDP2 over 2 processes in" in ended[0].err
     one = _losses(tmp_path / "one")
     assert len(one) == 4
     assert one[0] != one[3]
