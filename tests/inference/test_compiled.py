@@ -46,6 +46,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         "marian": save_stock_translator(new("marian"), "marian", files=new("files"), **sizes),
         "m2m100": save_stock_translator(new("m2m100"), "m2m100", files=new("files"), **sizes),
         "own": save_own_translator(new("own"), files=new("files"), max_positions=POSITIONS),
+        "one layer": save_own_translator(
+            new("one-layer"), files=new("files"), max_positions=POSITIONS, decoder_layers=1
+        ),
         "learned": save_own_translator(
             new("learned"), files=new("files"), max_positions=POSITIONS, positions="learned", norm_first=False
         ),
@@ -266,7 +269,7 @@ def test_a_chosen_backend_is_compiled_in(pairs):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_further(folders, backend):
-    pair = Pair(folders["own"], backend=backend)
+    pair = Pair(folders["one layer"], backend=backend)
     for texts in (ENGLISH[:2], ENGLISH, [*ENGLISH, " ".join(ENGLISH)]):
         pair.check(texts, num_beams=3)
     pair.check(ENGLISH[:3], num_beams=3, **LONG)

@@ -53,7 +53,7 @@ def test_decoding_steps_are_compiled_for_it(monkeypatch, is_captured):
         seen.append(is_replayed())
         return graph
 
-    decoder = CompiledDecoder(tiny_network(tiny_config()), backend=backend, idle_bytes=0)
+    decoder = CompiledDecoder(tiny_network(tiny_config(decoder_layers=1)), backend=backend, idle_bytes=0)
     monkeypatch.setattr(decoder, "_captures", lambda device: is_captured)
     monkeypatch.setattr(compiled_decoder, "captured", lambda step, tensors, _: functools.partial(step, *tensors))
     decoder.lend(StepShape(2, 1, 64, 64, is_masked=True)).run()
@@ -71,7 +71,7 @@ def steps(monkeypatch):
         logits, weights = step(*tensors)
         return lambda: (logits, weights)
 
-    network = tiny_network(tiny_config()).eval()
+    network = tiny_network(tiny_config(decoder_layers=2)).eval()
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     inject_adapter_in_model(config, network.decoder)
     made = CompiledDecoder(network, backend="eager", idle_bytes=2**24)
@@ -124,7 +124,7 @@ def test_what_was_captured_is_left_after_a_change(steps, change):
 def test_another_backend_of_a_layer_or_mode_of_a_part_is_captured_anew(steps):
     _, buffers = taken(steps)
     for change in (
-        functools.partial(setattr, steps.decoder.layers[2].self_attn, "backend", "eager"),
+        functools.partial(setattr, steps.decoder.layers[1].self_attn, "backend", "eager"),
         steps.decoder.layers[0].train,
         steps.decoder.bfloat16,
     ):
