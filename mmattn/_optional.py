@@ -20,6 +20,7 @@ _EXTRA_OF = {
     "triton": "triton",
     "torchmetrics": "metrics",
     "gradio": "ui",
+    "deepspeed": "deepspeed",
 }
 
 

@@ -10,7 +10,7 @@ from mmattn.errors import ConfigError
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 DEVICES = ("auto", "cpu")
-SHARDINGS = ("auto", "none", "fsdp2")
+SHARDINGS = ("auto", "none", "fsdp2", "zero3")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 TRACKER_FOLDER = "trackers"
 SAMPLES_FOLDER = "samples"  # pictures drawn at evaluations
@@ -61,7 +61,7 @@ class TrainingConfig:
     max_grad_norm: float | None = 1.0
     mixed_precision: str = "auto"  # auto: bf16 on a GPU that has it, else none
     device: str = "auto"  # or "cpu"
-    sharding: str = "auto"  # auto: as the launcher says; none: whole models (DDP); fsdp2: each process holds a part
+    sharding: str = "auto"  # as the launcher says; none: whole models (DDP); fsdp2, zero3: each process holds a part
     sharded_checkpoints: bool = False  # every process writes its part; the model is then made by `mmattn export`
     activation_checkpointing: bool = False  # layers run again in the backward pass: less memory, the forward pass twice
     torch_compile: bool = False  # the repeated layers by torch.compile; the first steps take long
@@ -133,10 +133,7 @@ class TrainingConfig:
                 self.sharded_checkpoints and last > 0,
                 f"average_last {last} averages whole checkpoints, and sharded_checkpoints writes none: set one of them",
             ),
-            (
-                self.sharding == "fsdp2" and self.mixed_precision == "fp16",
-                "mixed_precision fp16 is not for sharding fsdp2: use bf16, or no",
-            ),
+            *((True, text) for text in sharding_problems(self, self.sharding, self.mixed_precision)),
             (
                 self.batch_tokens is not None and self.micro_batch_size is not None,
                 "micro_batch_size counts examples, and batch_tokens is set: use micro_batch_tokens",
@@ -164,6 +161,20 @@ class TrainingConfig:
                 f"in max_steps {self.max_steps}",
             ),
         ]
+
+
+def sharding_problems(config: TrainingConfig, sharding: str, precision: str) -> list[str]:
+    """What of the settings does not go with a sharding and a precision, a line each."""
+    is_sharded, is_zero3 = sharding in ("fsdp2", "zero3"), sharding == "zero3"
+    rules = [
+        (is_sharded and precision == "fp16", f"mixed_precision fp16 is not for sharding {sharding}: use bf16, or no"),
+        (
+            is_zero3 and config.sharded_checkpoints,
+            "sharded_checkpoints are not for sharding zero3: use fsdp2, or whole checkpoints",
+        ),
+        (is_zero3 and config.torch_compile, "torch_compile is not for sharding zero3: use fsdp2, or set it to false"),
+    ]
+    return [text for is_wrong, text in rules if is_wrong]
 
 
 def _not_one_of(key: str, value: str, allowed: tuple[str, ...]) -> tuple[bool, str]:

@@ -15,8 +15,14 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather
 
 from mmattn._optional import require
 from mmattn.errors import MmattnError, RunError, UsageError
-from mmattn.training.config import PRECISIONS, TRACKER_FOLDER, TrainingConfig
-from mmattn.training.launcher_sharding import fsdp_plugin, resolve_sharding, unchanged_environment
+from mmattn.training.config import PRECISIONS, TRACKER_FOLDER, TrainingConfig, sharding_problems
+from mmattn.training.deepspeed_package import open_deepspeed
+from mmattn.training.launcher_sharding import (
+    fsdp_plugin,
+    resolve_sharding,
+    unchanged_environment,
+    without_deepspeed,
+)
 
 T = TypeVar("T")
 PROCESSES_VARIABLE = "MMATTN_PROCESSES"  # how many processes `mmattn train -n` was asked for
@@ -36,14 +42,18 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     # Accelerate reads this variable only after the processes have been joined, or not; and without an accelerator it
     # lets processes that were not told to use the CPU run as strangers.
     cpu = config.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    joined = PartialState(cpu=cpu, timeout=_COLLECTIVE_TIMEOUT)
+    if sharding == "zero3":
+        found = None if cpu else torch.accelerator.current_accelerator()
+        open_deepspeed("cpu" if found is None else found.type)
+    with without_deepspeed():
+        joined = PartialState(cpu=cpu, timeout=_COLLECTIVE_TIMEOUT)
     # A run that shards writes FSDP over the way in which the processes have joined, and a later one needs that.
     joined.distributed_type = PartialState._shared_state.setdefault("mmattn_joined_as", joined.distributed_type)
     device = joined.device
     precision = resolve_precision(_asked_precision(config.mixed_precision), torch.device(device or "cpu"))
     # Accelerate keeps one precision for the life of the process; a second run may want another.
     AcceleratorState._reset_state()
-    with unchanged_environment():
+    with unchanged_environment(), without_deepspeed():
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=precision,
@@ -111,12 +121,12 @@ def _check_sharding(accelerator: Accelerator, config: TrainingConfig, sharding: 
         return
     if not torch.distributed.is_initialized():
         raise UsageError(
-            "training.sharding=fsdp2 needs several processes, and this is one: launch with mmattn train -n, torchrun "
-            "or accelerate launch, or set training.sharding=none"
+            f"training.sharding={sharding} needs several processes, and this is one: launch with mmattn train -n, "
+            "torchrun or accelerate launch, or set training.sharding=none"
         )
-    if accelerator.mixed_precision == "fp16":
-        raise UsageError("mixed_precision fp16 is not for sharding fsdp2: use bf16, or no")
-    if accelerator.device.type != "cpu" and not accelerator.is_fsdp2:
+    for problem in sharding_problems(config, sharding, accelerator.mixed_precision):
+        raise UsageError(problem)
+    if sharding == "fsdp2" and accelerator.device.type != "cpu" and not accelerator.is_fsdp2:
         raise UsageError(f"sharding fsdp2 was asked for, but Accelerate set up {accelerator.distributed_type.value}")
 
 

@@ -1,4 +1,5 @@
-"""What the launcher asks for: sharding by FSDP2, and settings of it that this loop takes from elsewhere or lacks.
+"""What the launcher asks for: sharding by FSDP2 or DeepSpeed's ZeRO-3, and settings of them that this loop takes from
+elsewhere or lacks.
 
 Launchers say it in the environment: `accelerate launch` with a config file, or its flags.
 """
@@ -7,16 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
 
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 
 from mmattn.errors import UsageError
 
-_USE_FSDP = "ACCELERATE_USE_FSDP"
+_USE_FSDP, _USE_DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 _OTHER_ENGINES = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
@@ -26,33 +25,64 @@ _REFUSED_FLAGS = {
     "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing: set it to false, and "
     "training.activation_checkpointing to true, which works without sharding too",
 }
+# Settings of DeepSpeed: what is the same as leaving them out, and what to do instead of others.
+_DEEPSPEED_SETTINGS = {
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": ((), "deepspeed_config_file is not supported: training.* says what is in it"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (("none",), "offload_optimizer_device: set it to none"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": (("none",), "offload_param_device: set it to none"),
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": (
+        ("false",),
+        "zero3_init_flag: set it to false, for every process opens the model",
+    ),
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": (
+        ("false",),
+        "zero3_save_16bit_model: set it to false, for checkpoints are the loop's and in float32",
+    ),
+    "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": ((), "deepspeed_moe_layer_cls_names is not supported: leave it out"),
+    "ACCELERATE_GRADIENT_CLIPPING": (
+        ("none",),
+        "gradient_clipping: leave it out, and set training.max_grad_norm",
+    ),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        ("1",),
+        "gradient_accumulation_steps: leave it out, and set training.micro_batch_size",
+    ),
+}
 
 
 def resolve_sharding(wanted: str) -> str:
-    """`auto` is fsdp2 where the launcher shards, else none.
+    """`auto` is fsdp2 or zero3 where the launcher asks for it, else none.
 
     Args:
         wanted: `TrainingConfig.sharding`.
 
     Raises:
-        UsageError: for DeepSpeed and other engines, torch.compile, version 1 of FSDP, settings of it that are not
-            supported, or a launcher that shards where `wanted` is none.
+        UsageError: for other engines, torch.compile, version 1 of FSDP, other stages of ZeRO, settings of them that
+            are not supported, or a launcher that shards otherwise than `wanted`.
     """
     for variable, name in _OTHER_ENGINES.items():
         if parse_flag_from_env(variable):
             raise UsageError(
                 f"the launcher asks for {name}, which would take over what the training loop does itself: launch with "
-                "FSDP2 (use_fsdp, fsdp_version: 2), which shards parameters, gradients and optimiser as ZeRO-3 does"
+                "FSDP2 (use_fsdp, fsdp_version: 2) or DeepSpeed's ZeRO-3 (zero_stage: 3)"
             )
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() not in ("", "no"):
         raise UsageError(
             f"the launcher asks for dynamo_backend {compiler}, which renames what a checkpoint holds: set it to no"
         )
-    if not parse_flag_from_env(_USE_FSDP):
-        return "fsdp2" if wanted == "fsdp2" else "none"
-    if wanted == "none":
-        raise UsageError("the launcher asks for FSDP and training.sharding is none: launch without it, or say auto")
+    asked = {"FSDP": "fsdp2"} if parse_flag_from_env(_USE_FSDP) else {}
+    asked |= {"DeepSpeed": "zero3"} if parse_flag_from_env(_USE_DEEPSPEED) else {}
+    for name, sharding in asked.items():
+        if wanted not in ("auto", sharding):
+            raise UsageError(
+                f"the launcher asks for {name} and training.sharding is {wanted}: launch without it, or say auto"
+            )
+        (_check_fsdp if name == "FSDP" else _check_deepspeed)()
+    return next(iter(asked.values()), "none" if wanted == "auto" else wanted)
+
+
+def _check_fsdp() -> None:
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UsageError("the launcher asks for version 1 of FSDP: set fsdp_version to 2 in its config")
     if os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP":
@@ -62,7 +92,18 @@ def resolve_sharding(wanted: str) -> str:
     for variable, text in _REFUSED_FLAGS.items():
         if parse_flag_from_env(variable):
             raise UsageError(text)
-    return "fsdp2"
+
+
+def _check_deepspeed() -> None:
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")  # Accelerate's own default
+    if stage != "3":
+        raise UsageError(
+            f"the launcher asks for stage {stage} of DeepSpeed's ZeRO: set zero_stage to 3 in its config, or use DDP"
+        )
+    for variable, (same, text) in _DEEPSPEED_SETTINGS.items():
+        value = os.environ.get(variable, "").lower()
+        if value and value not in same:
+            raise UsageError(f"the launcher's DeepSpeed settings: {text}")
 
 
 def fsdp_plugin() -> FullyShardedDataParallelPlugin:
@@ -73,11 +114,22 @@ def fsdp_plugin() -> FullyShardedDataParallelPlugin:
     return FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False, auto_wrap_policy="no_wrap")
 
 
-@contextmanager
-def unchanged_environment() -> Iterator[None]:
+def unchanged_environment() -> AbstractContextManager[None]:
     """Inside, Accelerate may set variables for the plugin that it was given; a later run shall not find them."""
-    names = (_USE_FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING")
-    before: dict[str, Any] = {name: os.environ.get(name) for name in names}
+    return _restored(_USE_FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING")
+
+
+@contextmanager
+def without_deepspeed() -> Iterator[None]:
+    """Inside, Accelerate does not see that the launcher asks for DeepSpeed, which the loop sets up by itself."""
+    with _restored(_USE_DEEPSPEED):
+        os.environ.pop(_USE_DEEPSPEED, None)
+        yield
+
+
+@contextmanager
+def _restored(*names: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in names}
     try:
         yield
     finally:

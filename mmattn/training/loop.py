@@ -28,19 +28,18 @@ from mmattn.training.lock import OutputLock
 from mmattn.training.metrics import RunLog
 from mmattn.training.optim import learning_rate, set_learning_rate
 from mmattn.training.peers import deaths_said
-from mmattn.training.prepared import WholeModel
 from mmattn.training.publish import how_to_export, is_better, publish_best
 from mmattn.training.rates import Rates
 from mmattn.training.recipe_settings import recipe_changes
 from mmattn.training.sharded_state import save_sharded
 from mmattn.training.sharding import ShardedModel
+from mmattn.training.shardings import prepare_model
 from mmattn.training.signals import EvaluationInterrupted, StopSignal, TrainingStoppedError
 from mmattn.training.start import Start, check_continuation, find_start
 from mmattn.training.state import (
     FullState,
     LoopState,
     read_facts,
-    read_state,
     stored_buffers,
     write_run_facts,
     write_state,
@@ -126,7 +125,7 @@ class _Run:
         self.sampler = make_sampler(task, config, accelerator.num_processes)
         self.last_checkpoints = LastCheckpoints(self.store, config) if config.average_last else None
         self.sharding = resolve_sharding(config.sharding)
-        self.prepared = (ShardedModel if self.sharding == "fsdp2" else WholeModel)(task, config, accelerator)
+        self.prepared = prepare_model(self.sharding, task, config, accelerator)
         self.model, self.optimizer, self.average = self.prepared.model, self.prepared.optimizer, self.prepared.average
         self.losses: list[float] = []
         self.batches: Generator[Sequence[Batch], None, None] | None = None
@@ -154,7 +153,8 @@ class _Run:
         on_main(self.accelerator, self.store.prepare)
         self.log = RunLog(self.accelerator, self.config, self.state, unit=self.task.unit)
         self.buffers = BufferGuard(stored_buffers(self.prepared.inner))
-        for remark in [*remarks, *self._announcement()]:
+        # On the main process, which says them: elsewhere the task's model may be in pieces.
+        for remark in [*remarks, *self._announcement()] if self.accelerator.is_main_process else []:
             self.log.say(remark)
 
     def _load(self, start: Start) -> list[str]:
@@ -162,7 +162,7 @@ class _Run:
         saved = read_facts(start.checkpoint)
         recipe = recipe_changes(start.checkpoint, self.resolved_config, self.task.free_settings)
         remarks = check_continuation(start, saved, self.facts, self.config, recipe)
-        self.state = read_state(start.checkpoint, self.prepared.inner, self.optimizer.optimizer, self.average)
+        self.state = self.prepared.load(start.checkpoint)
         if self.accelerator.scaler is not None and self.state.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         if start.is_continued:
@@ -174,7 +174,7 @@ class _Run:
         return [*remarks, f"resumed from {start.checkpoint}"]
 
     def _announcement(self) -> list[str]:
-        parameters = list(self.prepared.inner.parameters())
+        parameters = list(self.prepared.plain.parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         accelerator = self.accelerator
         return [
@@ -231,6 +231,7 @@ class _Run:
             self.accelerator,
             micro_batches,
             max_grad_norm=self.config.max_grad_norm,
+            gradients=self.prepared.gradients,
             num_scored=self.sampler.num_scored(step, self.accelerator.process_index),
             stop_signal=lambda: self.stop.received,
         )

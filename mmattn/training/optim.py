@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,23 @@ _UNDECAYED_MODULES = (
     nn.GroupNorm,
     nn.modules.batchnorm._NormBase,
 )
+
+
+class StepOptimizer(Protocol):
+    """What a step needs of an optimiser: torch's, Accelerate's or another one's."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Settings by group."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        ...
+
+    def step(self) -> None:
+        """Change the parameters by their gradients."""
+        ...
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -71,7 +89,7 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+def set_learning_rate(optimizer: StepOptimizer, value: float) -> None:
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value

@@ -1,21 +1,22 @@
-"""The model and the optimiser as a run uses them; here whole in every process, in pieces in `sharding.py`."""
+"""The model and the optimiser as a run uses them; here whole in every process, in pieces in `sharding.py`
+and `zero3.py`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from typing import cast
+from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from mmattn.training.activation_checkpointing import ActivationCheckpointing
 from mmattn.training.config import TrainingConfig
 from mmattn.training.ema import ParameterAverage, replaced
+from mmattn.training.gradients import Gradients
 from mmattn.training.layer_compilation import LayerCompilation
-from mmattn.training.optim import make_optimizer, optimizer_tensors, trainable_parameters
-from mmattn.training.state import FullState, frozen_checksum, trained_tensors
+from mmattn.training.optim import StepOptimizer, make_optimizer, optimizer_tensors, trainable_parameters
+from mmattn.training.state import FullState, LoopState, frozen_checksum, read_state, trained_tensors
 from mmattn.training.task import Task
 
 
@@ -27,6 +28,7 @@ class PreparedModel(ABC):
         inner: The module in it whose parameters are trained, by the task's names for them.
         plain: The task's own module, which the main process evaluates and saves.
         optimizer: Of the trained parameters.
+        gradients: Theirs.
         average: Their moving average, where this process keeps one.
         frozen_checksum: Of the model before the first step.
     """
@@ -34,13 +36,22 @@ class PreparedModel(ABC):
     model: nn.Module
     inner: nn.Module
     plain: nn.Module
-    optimizer: AcceleratedOptimizer
+    optimizer: StepOptimizer
+    gradients: Gradients
     average: ParameterAverage | None = None
     frozen_checksum: str
 
     @abstractmethod
     def full_state(self, *, has_optimizer: bool = True) -> FullState:
         """Whole tensors by name, on the main process; every process has to call it."""
+
+    @abstractmethod
+    def load(self, checkpoint: Path) -> LoopState:
+        """Put a checkpoint's tensors in place; the loop's state beside them. Every process has to call it.
+
+        Raises:
+            CheckpointError: as `read_state` does.
+        """
 
     @abstractmethod
     def to_hold(self, full: FullState) -> dict[str, Tensor]:
@@ -66,9 +77,10 @@ class WholeModel(PreparedModel):
         self._had_own_forward = "forward" in vars(task.model)
         self._compilation = LayerCompilation(task, task.model) if config.torch_compile else None
         self._checkpointing = ActivationCheckpointing(task, task.model) if config.activation_checkpointing else None
-        optimizer = make_optimizer(task.model, config, accelerator.device)
-        self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
-        self.inner = self.plain = cast(nn.Module, accelerator.unwrap_model(self.model))
+        self._adamw = make_optimizer(task.model, config, accelerator.device)
+        self.model, self.optimizer = accelerator.prepare(task.model, self._adamw)
+        self.inner = self.plain = task.model  # Accelerate's unwrap_model would import DeepSpeed where it is installed
+        self.gradients = Gradients(self.model, accelerator)
         self.frozen_checksum = frozen_checksum(self.inner)
         self.average = None
         if config.ema_decay is not None and accelerator.is_main_process:
@@ -77,8 +89,12 @@ class WholeModel(PreparedModel):
     def full_state(self, *, has_optimizer: bool = True) -> FullState:
         """The tensors themselves, not copies."""
         averages = None if self.average is None else self.average.averages
-        optimizer = optimizer_tensors(self.optimizer.optimizer, trainable_parameters(self.inner))
+        optimizer = optimizer_tensors(self._adamw, trainable_parameters(self.inner))
         return FullState(trained_tensors(self.inner), optimizer if has_optimizer else {}, averages)
+
+    def load(self, checkpoint: Path) -> LoopState:
+        """In place."""
+        return read_state(checkpoint, self.inner, self._adamw, self.average)
 
     def to_hold(self, full: FullState) -> dict[str, Tensor]:
         """Averages only: the module has the rest."""

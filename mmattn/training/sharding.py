@@ -6,10 +6,9 @@ model, on a CPU torch's `fully_shard` does, since Accelerate would train with DD
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -20,22 +19,20 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
 from mmattn.errors import UsageError
-from mmattn.training.activation_checkpointing import ActivationCheckpointing
 from mmattn.training.config import TrainingConfig
-from mmattn.training.ema import ParameterAverage, assign
+from mmattn.training.ema import ParameterAverage
+from mmattn.training.gradients import Gradients
 from mmattn.training.launcher_sharding import fsdp_plugin
-from mmattn.training.layer_compilation import LayerCompilation
-from mmattn.training.optim import make_optimizer, optimizer_tensors, trainable_parameters
-from mmattn.training.prepared import PreparedModel
+from mmattn.training.optim import StepOptimizer, make_optimizer, optimizer_tensors, trainable_parameters
 from mmattn.training.repeated_layers import repeated_layers
-from mmattn.training.state import FullState, frozen_checksum, trained_tensors
+from mmattn.training.spread import SpreadModel
+from mmattn.training.state import FullState, LoopState, read_state, trained_tensors
 from mmattn.training.task import Task
 from mmattn.training.tensor_rows import Rows, own_rows, whole
 
 
-class ShardedModel(PreparedModel):
-    """A sharded copy of the task's model is trained. The main process keeps the task's own module, on the CPU, and
-    fills it before evaluations and saves; the others shard theirs in place.
+class ShardedModel(SpreadModel):
+    """A copy of the task's model, sharded by rows, is trained.
 
     Args:
         task: Its `repeated_layers` are sharded one by one, what remains of the model together.
@@ -47,17 +44,15 @@ class ShardedModel(PreparedModel):
     """
 
     def __init__(self, task: Task, config: TrainingConfig, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self.plain = task.model.cpu()
-        self.frozen_checksum = frozen_checksum(self.plain)
-        model = copy.deepcopy(self.plain) if accelerator.is_main_process else self.plain
-        self._compilation = LayerCompilation(task, model) if config.torch_compile else None
-        self._checkpointing = ActivationCheckpointing(task, model) if config.activation_checkpointing else None
+        super().__init__(task, config, accelerator)
+        model = self._to_cut
         self._layers = layers_to_shard(task, model)
         _require_dimensions(model)
         prepare = _by_torch if accelerator.device.type == "cpu" else _by_accelerate
-        model, self.optimizer = prepare(model, self._layers, config, accelerator)
+        model, optimizer = prepare(model, self._layers, config, accelerator)
+        self.optimizer, self._adamw = cast(StepOptimizer, optimizer), optimizer.optimizer
         self.model = self.inner = model
+        self.gradients = Gradients(self.model, accelerator)
         require_sharded(self.inner, accelerator.num_processes)
         self.average = None
         if config.ema_decay is not None:
@@ -67,18 +62,18 @@ class ShardedModel(PreparedModel):
     def full_state(self, *, has_optimizer: bool = True) -> FullState:
         """Copies on the CPU."""
         trained = trained_tensors(self.inner)
-        state = optimizer_tensors(self.optimizer.optimizer, trainable_parameters(self.inner)) if has_optimizer else {}
-        average = None if self.average is None else self._gathered(self.average.averages, trained)
-        return FullState(self._gathered(trained, trained), self._gathered(state, state), average)
+        state = optimizer_tensors(self._adamw, trainable_parameters(self.inner)) if has_optimizer else {}
+        average = None if self.average is None else self._whole(self.average.averages, trained)
+        return FullState(self._whole(trained, trained), self._whole(state, state), average)
 
-    def to_hold(self, full: FullState) -> dict[str, Tensor]:
-        """All that is trained."""
-        return full.trained | (full.average or {})
+    def load(self, checkpoint: Path) -> LoopState:
+        """Each process its own rows."""
+        return read_state(checkpoint, self.inner, self._adamw, self.average)
 
     def own_state(self) -> dict[str, dict[str, Rows]]:
         """By the kind of a checkpoint's tensors, the rows that this process has to write."""
         trained = trained_tensors(self.inner)
-        state = optimizer_tensors(self.optimizer.optimizer, trainable_parameters(self.inner))
+        state = optimizer_tensors(self._adamw, trainable_parameters(self.inner))
         found = {"trained": self._own(trained), "optimizer": self._own(state)}
         if self.average is not None:
             places = {name: own_rows(trained[name]) for name in self.average.averages}
@@ -97,36 +92,12 @@ class ShardedModel(PreparedModel):
         # Buffers and counters are whole in every process.
         return isinstance(tensor, DTensor) or self._accelerator.is_main_process
 
-    def _gathered(self, tensors: dict[str, Tensor], likes: dict[str, Tensor]) -> dict[str, Tensor]:
-        gathered = {}
-        for name, tensor in tensors.items():
-            value = whole(tensor, likes[name])
-            if self._accelerator.is_main_process:
-                gathered[name] = value.to("cpu", copy=True)
-        return gathered
-
-    @contextmanager
-    def holding(self, tensors: dict[str, Tensor]) -> Iterator[None]:
-        """Afterwards the module is on the CPU again, with the tensors that it was given."""
-        targets = trained_tensors(self.plain)
-        assign({name: targets[name] for name in tensors}, tensors)
-        self.plain.to(self._accelerator.device)
-        try:
-            yield
-        finally:
-            self.plain.cpu()
+    def _whole(self, tensors: dict[str, Tensor], likes: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self._on_main((name, whole(tensor, likes[name])) for name, tensor in tensors.items())
 
     def describe(self) -> str:
         """In a few words."""
         return f"sharded by FSDP2 over {self._accelerator.num_processes} processes in {len(self._layers) + 1} parts"
-
-    def close(self) -> None:
-        """The sharded copy stays as it is."""
-        # In this order: the one that is put on last is taken off first.
-        if self._checkpointing is not None:
-            self._checkpointing.undo()
-        if self._compilation is not None:
-            self._compilation.undo()
 
 
 def layers_to_shard(task: Task, model: nn.Module) -> dict[str, nn.Module]:

@@ -122,6 +122,17 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return content
 
 
+def read_loop_state(folder: Path) -> LoopState:
+    """A checkpoint's state but for its tensors.
+
+    Raises:
+        CheckpointError: when it was written in another format.
+    """
+    content = read_facts(folder)
+    known = {field.name for field in dataclasses.fields(LoopState)}
+    return LoopState(**{name: value for name, value in content.items() if name in known})
+
+
 def read_state(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: ParameterAverage | None
 ) -> LoopState:
@@ -130,9 +141,7 @@ def read_state(
     Raises:
         CheckpointError: when the checkpoint's trained tensors are not those of the model, or a piece is missing.
     """
-    content = read_facts(folder)
-    known = {field.name for field in dataclasses.fields(LoopState)}
-    state = LoopState(**{name: value for name, value in content.items() if name in known})
+    state = read_loop_state(folder)
     trained, parameters = trained_tensors(model), trainable_parameters(model)
     read_trained(folder, trained)
     with TensorFiles(folder, OPTIMIZER) as files:
@@ -164,7 +173,7 @@ def read_trained(folder: Path, targets: dict[str, Tensor], kind: str = TRAINED) 
     with TensorFiles(folder, kind) as files:
         if kind == AVERAGE:
             targets = {name: target for name, target in targets.items() if target.is_floating_point()}
-        _require_same(targets, files.shapes, folder)
+        require_same_shapes({name: tuple(target.shape) for name, target in targets.items()}, files.shapes, folder)
         for name, target in targets.items():
             files.read_into(target, name)
 
@@ -195,12 +204,22 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)
 
 
-def _require_same(targets: dict[str, Tensor], found: dict[str, tuple[int, ...]], folder: Path) -> None:
-    missing, extra = sorted(targets.keys() - found.keys()), sorted(found.keys() - targets.keys())
+def require_same_shapes(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Check that a checkpoint's tensors are those of the model.
+
+    Args:
+        wanted: Shapes by name of what the model trains.
+        found: Those of the checkpoint.
+        folder: The checkpoint.
+
+    Raises:
+        CheckpointError: when the names or shapes differ.
+    """
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     shapes = [
-        f"{name} {found[name]} instead of {tuple(target.shape)}"
-        for name, target in targets.items()
-        if name in found and found[name] != tuple(target.shape)
+        f"{name} {found[name]} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
     ]
     if missing or extra or shapes:
         raise CheckpointError(

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from mmattn.errors import UsageError
 from mmattn.training.devices import sum_over_processes
+from mmattn.training.gradients import Gradients
+from mmattn.training.optim import StepOptimizer
 from mmattn.training.task import Batch, Loss, Task
 
 _SMALLEST_SCALE = 1.0  # of an fp16 loss
@@ -62,11 +61,12 @@ def seed_draws(seed: int, step: int, rank: int, device: torch.device, *, is_eval
 def run_step(
     task: Task,
     model: nn.Module,
-    optimizer: AcceleratedOptimizer,
+    optimizer: StepOptimizer,
     accelerator: Accelerator,
     micro_batches: Sequence[Batch],
     *,
     max_grad_norm: float | None,
+    gradients: Gradients | None = None,
     num_scored: int | None = None,
     stop_signal: Callable[[], int] = lambda: 0,
 ) -> StepResult:
@@ -82,6 +82,7 @@ def run_step(
         accelerator: Of the run.
         micro_batches: This process's; each process has as many.
         max_grad_norm: Larger gradients are scaled down to it.
+        gradients: The model's; None where they lie in its parameters.
         num_scored: How many micro-batches count; those after are fill-ins, whose losses and gradients are set to 0.
         stop_signal: The stop signal that this process has received, or 0.
     """
@@ -91,19 +92,21 @@ def run_step(
     optimizer.zero_grad()
     # DDP averages gradients over processes: times their number gives the sum.
     scale = accelerator.num_processes / max(count, 1)
-    losses = _accumulate(task, model, accelerator, micro_batches, counts, scale)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norm = _clip(model, parameters, accelerator, max_grad_norm or math.inf)
+    gradients = gradients or Gradients(model, accelerator)
+    losses = _accumulate(task, model, gradients, accelerator, micro_batches, counts, scale)
+    norm = gradients.clip(max_grad_norm or math.inf)
     figures = _gather(accelerator, losses, norm.item(), stop_signal())
     loss = sum(figures.totals) / max(count, 1)
     grad_norm, is_scaled = figures.grad_norm, accelerator.scaler is not None
     reason = _skip_reason(loss, grad_norm, count)
     if reason is None:
         optimizer.step()
-    elif accelerator.scaler is not None:
-        accelerator.scaler.update()
-        # A scale that is down to this is not what makes gradients overflow.
-        is_scaled = accelerator.scaler.get_scale() > _SMALLEST_SCALE
+    else:
+        gradients.discard()
+        if accelerator.scaler is not None:
+            accelerator.scaler.update()
+            # A scale that is down to this is not what makes gradients overflow.
+            is_scaled = accelerator.scaler.get_scale() > _SMALLEST_SCALE
     return StepResult(
         loss=loss,
         count=count,
@@ -116,32 +119,10 @@ def run_step(
     )
 
 
-def _clip(model: nn.Module, parameters: list[nn.Parameter], accelerator: Accelerator, max_norm: float) -> Tensor:
-    if isinstance(model, FSDPModule):  # Accelerate knows only those that it has sharded itself
-        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_norm))
-    accelerator.unscale_gradients()
-    return clip_whole_gradients(parameters, max_norm)
-
-
-def clip_whole_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """As `torch.nn.utils.clip_grad_norm_`, finite gradients bit for bit, but those that are within the bound are left
-    alone, where that multiplies them all by 1.
-
-    Returns:
-        The norm before clipping.
-    """
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if not norm + 1e-6 <= max_norm:  # torch's own allowance
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
-
-
 def _accumulate(
     task: Task,
     model: nn.Module,
+    gradients: Gradients,
     accelerator: Accelerator,
     micro_batches: Sequence[Batch],
     counts: Sequence[int | None],
@@ -149,9 +130,7 @@ def _accumulate(
 ) -> list[Loss]:
     losses: list[Loss] = []
     for index, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
-        # Gradients that wait to be summed over processes are whole ones, which sharding is there to avoid.
-        is_summed = index == len(micro_batches) - 1 or isinstance(model, FSDPModule)
-        with nullcontext() if is_summed else accelerator.no_sync(model):
+        with gradients.micro_batch(is_last=index == len(micro_batches) - 1):
             batch = cast(Batch, send_to_device(batch, accelerator.device, non_blocking=True))
             with accelerator.autocast(), _through_forward(task, model, accelerator):
                 loss = task.loss(model, batch)
@@ -162,7 +141,7 @@ def _accumulate(
                     f"{type(task).__name__}.loss scored {loss.count} tokens where count(batch) said {count}: "
                     "they must agree, for the loss is divided by the latter"
                 )
-            accelerator.backward(loss.total * scale)
+            gradients.backward(loss.total * scale)
         parts = {name: (total.detach(), number) for name, (total, number) in loss.parts.items()}
         losses.append(Loss(loss.total.detach(), loss.count, parts))
     return losses

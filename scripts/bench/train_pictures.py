@@ -46,8 +46,8 @@ from vlm_inference import observed_backends, pictures, save_random
 import mmattn
 from mmattn.config import load_config, load_recipe
 from mmattn.inference.vlm_setup import make_collator
+from mmattn.training.gradients import clip_whole_gradients
 from mmattn.training.kept_memory import kept_memory
-from mmattn.training.step import clip_whole_gradients
 
 VLM_GOAL, UNET_GOAL = 1.2, 1.0
 MEAN_WORDS, SPREAD = 11.0, 0.3  # of a caption's length, lognormal: that of COCO's

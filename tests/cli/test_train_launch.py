@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -101,13 +102,22 @@ def wait_for_steps(process, folder, number=3):
             ],
             "on cpu, 2 processes (gloo)",
         ),
+        pytest.param(
+            [
+                *["accelerate", "launch", "--config_file", "configs/accelerate/zero3-8.yaml", "--num_processes=2"],
+                *["--mixed_precision=no", "--main_process_port=0"],
+                *["recipes/translate.py", "--config", "translate/debug"],
+            ],
+            "cut by DeepSpeed's ZeRO-3 over 2 processes",
+            marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+        ),
     ],
-    ids=["plain", "-n 2", "torchrun", "accelerate launch"],
+    ids=["plain", "-n 2", "torchrun", "accelerate launch", "accelerate launch with DeepSpeed"],
 )
 def test_each_way_says_how_many_processes_there_are(command, said, tmp_path):
-    process = start(
-        [BIN / command[0], *command[1:]], f"training.output_dir={tmp_path}/run", "training.max_steps=2", *SMALL
-    )
+    overrides = [f"training.output_dir={tmp_path}/run", "training.max_steps=2", *SMALL]
+    # Accelerate's launcher lets DeepSpeed look for a GPU by itself, which says on stdout what it found.
+    process = start([BIN / command[0], *command[1:]], *overrides, DS_ACCELERATOR="cpu")
     code, out, err = finish(process)
     assert code == 0, err
     assert err.count(said) == 1

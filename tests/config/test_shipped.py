@@ -43,6 +43,7 @@ def test_accelerate_reads_its_configs(name: str, tmp_path, capsys):
     assert config.num_processes == int(name.rpartition("-")[2]) * (8 if name.startswith("accelerate/nodes") else 1)
     assert config.mixed_precision == ("no" if "cpu" in name else "bf16")
     assert config.fsdp_config.get("fsdp_version") == (2 if "fsdp2" in name else None)
+    assert config.deepspeed_config.get("zero_stage") == (3 if "zero3" in name else None)
 
 
 @pytest.mark.parametrize("recipe", list_recipes())

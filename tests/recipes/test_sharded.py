@@ -1,9 +1,10 @@
-"""Each recipe in two real processes, by DDP and by FSDP2: it trains, saves, resumes, exports, and what is exported is
-scored."""
+"""Each recipe in two real processes, by DDP, FSDP2 and DeepSpeed's ZeRO-3: it trains, saves, resumes, exports, and what
+is exported is scored."""
 
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from mmattn.cli.main import main
 from mmattn.config import load_config, load_recipe
 from mmattn.models.translator import open_network
-from mmattn.training import loop, read_metrics
+from mmattn.training import loop, read_metrics, zero3
 from tests.ranks import Ranks
 
 pytestmark = pytest.mark.slow
@@ -35,6 +36,8 @@ RUNS = {
     "fsdp2": ["training.sharding=fsdp2"],
     "pieces": ["training.sharding=fsdp2", "training.sharded_checkpoints=true"],
 }
+if find_spec("deepspeed") is not None:
+    RUNS["zero3"] = ["training.sharding=zero3"]
 
 
 def train_and_resume(name: str, folder: str, overrides: list[str]) -> None:
@@ -49,15 +52,16 @@ def _in_each_process(name: str, folder: Path) -> None:
     run_step, kinds = loop.run_step, set()
 
     def seen(task, model, *arguments, **options):
-        kinds.update(type(parameter).__name__ for parameter in model.parameters())
+        kinds.update("cut" if hasattr(p, "ds_tensor") else type(p).__name__ for p in model.parameters())
         assert torch.distributed.get_world_size() == 2
         return run_step(task, model, *arguments, **options)
 
     loop.run_step = seen
+    zero3.KEPT_GATHERED = 0
     for run, overrides in RUNS.items():
         kinds.clear()
         train_and_resume(name, str(folder / run), overrides)
-        assert kinds == {"Parameter" if run == "ddp" else "DTensor"}, kinds
+        assert kinds == {{"ddp": "Parameter", "zero3": "cut"}.get(run, "DTensor")}, kinds
 
 
 def _losses(folder: Path) -> list[float]:

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from mmattn.errors import MmattnError
-from mmattn.training import Batch, Loss, launcher_sharding, loop, sharding, train
+from mmattn.training import Batch, Loss, launcher_sharding, loop, rates, sharding, train, zero3
 from mmattn.training.state import LoopState
 from tests.ranks import Ranks
 from tests.training.toy import VOCAB, WIDTH, ToyTask, toy_config
+
+_KEPT_GATHERED = zero3.KEPT_GATHERED
 
 
 class ToyLayer(nn.Module):
@@ -61,6 +64,7 @@ class LayeredModel(nn.Module):
 
 class LayeredTask(ToyTask):
     repeated_layers = (ToyLayer,)
+    model_class: type[LayeredModel] = LayeredModel
 
     def __init__(
         self,
@@ -72,13 +76,63 @@ class LayeredTask(ToyTask):
     ) -> None:
         super().__init__(**options)
         torch.manual_seed(7)
-        self.model = LayeredModel(dropout_p, dtype, has_batch_norm)
+        self.model = self.model_class(dropout_p, dtype, has_batch_norm)
         self.models: list[nn.Module] = []
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         if not self.models:
             self.models.append(model)
         return super().loss(model, batch)
+
+
+@dataclass(frozen=True)
+class Scores:
+    logits: Tensor
+
+
+class ScoringModel(LayeredModel):
+    """Uses parameters of its own and of others, a view of them too, in a pass that gives a dataclass."""
+
+    def __init__(self, dropout_p: float, dtype: torch.dtype, has_batch_norm: bool) -> None:
+        super().__init__(dropout_p, dtype, has_batch_norm)
+        self.sizes = nn.Parameter(torch.linspace(0.5, 1.5, VOCAB, dtype=dtype))
+
+    def forward(self, input_ids: Tensor, scale: Tensor) -> Scores:  # type: ignore[override]
+        return Scores(super().forward(input_ids, scale).tanh() * self.sizes)
+
+
+class ScoringTask(LayeredTask):
+    model_class = ScoringModel
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        if not self.models:
+            self.models.append(model)
+        return ToyTask.loss(self, lambda *inputs: model(*inputs).logits, batch)  # type: ignore[arg-type]
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return {}
+
+
+class UnusedModel(LayeredModel):
+    def __init__(self, dropout_p: float, dtype: torch.dtype, has_batch_norm: bool) -> None:
+        super().__init__(dropout_p, dtype, has_batch_norm)
+        self.spare = nn.Linear(3, 3, dtype=dtype)
+
+
+class UnusedTask(LayeredTask):
+    """Has a parameter that takes no part."""
+
+    model_class = UnusedModel
+
+
+class ScalarModel(LayeredModel):
+    def __init__(self, dropout_p: float, dtype: torch.dtype, has_batch_norm: bool) -> None:
+        super().__init__(dropout_p, dtype, has_batch_norm)
+        self.temperature = nn.Parameter(torch.tensor(1.0, dtype=dtype))
+
+
+class ScalarTask(LayeredTask):
+    model_class = ScalarModel
 
 
 class GoesAround(LayeredTask):
@@ -88,23 +142,31 @@ class GoesAround(LayeredTask):
         return super().loss(self.model, batch)
 
 
+TASKS = {kind.__name__: kind for kind in (LayeredTask, GoesAround, ScoringTask, UnusedTask, ScalarTask)}
+
+
 def _run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     resume, kill_at = options.pop("resume", False), options.pop("kill_at_fsync", None)
     full_at = options.pop("full_at_step", None)
     if options.pop("through_accelerate", False):
         _let_accelerate_shard()
+    if options.pop("counts_operations", False):
+        rates.Rates._find_peak = lambda self: (1e9, None)
+    zero3.KEPT_GATHERED = options.pop("kept_gathered", _KEPT_GATHERED)
     own = dict(options.pop("task", {}))
     dtype = getattr(torch, own.pop("dtype", "float64"))
-    task = LayeredTask(**own, dtype=dtype) if not own.pop("goes_around", False) else GoesAround(dtype=dtype)
+    task = TASKS[own.pop("kind", "LayeredTask")](**own, dtype=dtype)
     if kill_at is not None:
         _kill_at_fsync(*kill_at)
     with _full_disk(full_at):
         result = train(task, toy_config(folder, **options), resume=resume)
+    is_cut = options.get("sharding") == "zero3" and bool(task.models)
     if options.get("sharding") == "fsdp2" and task.models:
         sharding.require_sharded(task.models[0], torch.distributed.get_world_size())
+    held = [(p.ds_status.name, p.ds_tensor.numel(), p.ds_numel) for p in task.models[0].parameters()] if is_cut else []
     kinds = sorted({type(p).__name__ for p in task.models[0].parameters()}) if task.models else []
     dtypes = sorted({str(p.dtype) for p in task.models[0].parameters()}) if task.models else []
-    return {"losses": result.losses, "metrics": result.metrics, "kinds": kinds, "dtypes": dtypes}
+    return {"losses": result.losses, "metrics": result.metrics, "kinds": kinds, "dtypes": dtypes, "held": held}
 
 
 def _let_accelerate_shard() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from mmattn.errors import MmattnError
 from mmattn.training import read_metrics, train, verify_checkpoint
@@ -93,3 +94,18 @@ def assert_whole(folder: Path) -> None:
     """Nothing that has a checkpoint's name is half there."""
     for checkpoint in folder.glob("checkpoints/step-*"):
         verify_checkpoint(checkpoint)
+
+
+def assert_same_files(one: Path, two: Path, **tolerance: float) -> None:
+    """The models of two runs of 12 steps, in all the places where they are, are the same to rounding."""
+    assert_whole(two)
+    for part in ("final/model", "best/model", "checkpoints/step-00000012/model/model"):
+        assert_same(one / f"{part}.safetensors", two / f"{part}.safetensors", **tolerance)
+
+
+def assert_same(one: Path, two: Path, *, rtol: float = 1e-8, atol: float = 1e-10) -> None:
+    """Two files hold the same tensors, to rounding."""
+    ours, theirs = load_file(one), load_file(two)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=rtol, atol=atol)

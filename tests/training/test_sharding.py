@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mmattn.training import read_metrics
 from mmattn.training.export import export_model, exported_part
 from tests.training.layered_toy import LayeredTask, launch, run_all
-from tests.training.pieces import assert_whole
+from tests.training.pieces import assert_same, assert_same_files, assert_whole
 
 pytestmark = pytest.mark.slow
 
@@ -38,23 +37,10 @@ def test_two_sharded_processes_train_as_one_process_does(tmp_path):
             assert result["losses"] == pytest.approx(expected[name]["losses"], rel=1e-9), name
             assert result["metrics"] == pytest.approx(expected[name]["metrics"], rel=1e-9), name
     for name in settings:
-        _assert_same_files(tmp_path / f"one-{name}", tmp_path / f"two-{name}")
+        assert_same_files(tmp_path / f"one-{name}", tmp_path / f"two-{name}")
     skipped = read_metrics(tmp_path / "two-skipping/metrics.jsonl", kind="skipped")
     assert skipped
     assert all([example for _, example in line["draws"]] == [3] for line in skipped)
-
-
-def _assert_same_files(one, two):
-    assert_whole(two)
-    for part in ("final/model", "best/model", "checkpoints/step-00000012/model/model"):
-        _assert_same(one / f"{part}.safetensors", two / f"{part}.safetensors")
-
-
-def _assert_same(one, two):
-    ours, theirs = load_file(one), load_file(two)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(theirs[name], tensor, rtol=1e-8, atol=1e-10)
 
 
 def test_resume_with_another_number_of_processes(tmp_path):
@@ -78,7 +64,7 @@ def test_resume_with_another_number_of_processes(tmp_path):
         assert result["losses"] == pytest.approx(unbroken["losses"][10:], rel=1e-9)
         assert result["metrics"] == pytest.approx(unbroken["metrics"], rel=1e-9)
     for name in ("to-two", "to-one", "pieces-to-one"):
-        _assert_same(tmp_path / "unbroken/final/model.safetensors", tmp_path / name / "final/model.safetensors")
+        assert_same(tmp_path / "unbroken/final/model.safetensors", tmp_path / name / "final/model.safetensors")
     assert not (tmp_path / "pieces/final").exists()
     (newest,) = (tmp_path / "pieces/checkpoints").glob("step-00000018")
     assert_whole(tmp_path / "pieces")
@@ -86,7 +72,7 @@ def test_resume_with_another_number_of_processes(tmp_path):
         f"{kind}-{part:05d}-of-00002.safetensors" for kind in ("average", "optimizer", "trained") for part in (0, 1)
     ]
     export_model(exported_part(newest), tmp_path / "exported", LayeredTask)
-    _assert_same(tmp_path / "unbroken/final/model.safetensors", tmp_path / "exported/model.safetensors")
+    assert_same(tmp_path / "unbroken/final/model.safetensors", tmp_path / "exported/model.safetensors")
 
 
 def test_dropout_and_batch_norm_are_those_of_ddp(tmp_path):
@@ -95,7 +81,7 @@ def test_dropout_and_batch_norm_are_those_of_ddp(tmp_path):
     ddp, sharded = launch([(tmp_path / "ddp", options), (tmp_path / "sharded", {**options, **FSDP2})], 2)[0]
     assert sharded["losses"] == pytest.approx(ddp["losses"], rel=1e-9)
     assert sharded["metrics"] == pytest.approx(ddp["metrics"], rel=1e-9)
-    _assert_same_files(tmp_path / "ddp", tmp_path / "sharded")
+    assert_same_files(tmp_path / "ddp", tmp_path / "sharded")
 
 
 def test_killed_inside_a_sharded_save(tmp_path):
@@ -142,7 +128,7 @@ def test_a_finished_run_goes_on_with_whole_checkpoints(tmp_path):
     assert exported_part(tmp_path / "by-one").parent.name == "checkpoints"
     run_all([(tmp_path / "by-one", {**options, "resume": True})])
     for name in ("by-one", "by-two"):
-        _assert_same_files(tmp_path / "plain", tmp_path / name)
+        assert_same_files(tmp_path / "plain", tmp_path / name)
         assert exported_part(tmp_path / name) == tmp_path / name / "best"
         assert not list((tmp_path / name / "checkpoints").glob("*.replaced"))
 
@@ -162,7 +148,7 @@ def test_models_published_before_checkpoints_were_sharded_are_not_exported(tmp_p
 
 def test_bf16_keeps_weights_in_float32_and_what_goes_around_is_refused(tmp_path):
     options = {**BASE, "mixed_precision": "bf16", "task": {"dtype": "float32"}}
-    around = {**BASE, "task": {"goes_around": True}}
+    around = {**BASE, "task": {"kind": "GoesAround"}}
     runs = [
         (tmp_path / "ddp", options),
         (tmp_path / "sharded", {**options, **FSDP2}),
@@ -188,7 +174,7 @@ def test_accelerate_shards_alike(tmp_path):
     ):
         assert result["kinds"] == ["DTensor"]
         assert result["losses"] == pytest.approx(one["losses"], rel=1e-9)
-        _assert_same_files(tmp_path / "one", tmp_path / folder)
+        assert_same_files(tmp_path / "one", tmp_path / folder)
 
 
 def test_the_launcher_is_asked(tmp_path):

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from mmattn.errors import UsageError
 from mmattn.training import Loss, read_metrics, train
 from mmattn.training.batches import make_sampler
-from mmattn.training.step import BufferGuard, clip_whole_gradients, run_step, seed_draws
+from mmattn.training.gradients import clip_whole_gradients
+from mmattn.training.step import BufferGuard, run_step, seed_draws
 from tests.training.toy import LENGTH, VOCAB, RaggedTask, ToyTask, toy_config
 
 FLOAT64 = {"dropout_p": 0.0, "dtype": torch.float64, "has_batch_norm": False}

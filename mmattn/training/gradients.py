@@ -1,0 +1,63 @@
+"""How a step's gradients come about: backward passes, their sum over micro-batches and processes, their norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+class Gradients:
+    """Gradients that lie in the parameters, as autograd, DDP and FSDP2 leave them.
+
+    Args:
+        model: The task's model as it was prepared for the run.
+        accelerator: Of the run.
+    """
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator) -> None:
+        self._model, self._accelerator = model, accelerator
+
+    def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Around the forward and backward pass of a micro-batch; `is_last` of its step."""
+        # Gradients that wait to be summed over processes are whole ones, which sharding is there to avoid.
+        if is_last or isinstance(self._model, FSDPModule):
+            return nullcontext()
+        return self._accelerator.no_sync(self._model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss, which is averaged over processes."""
+        self._accelerator.backward(loss)
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale gradients of a larger norm down to `max_norm`; the norm before that, a scalar."""
+        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        if isinstance(self._model, FSDPModule):  # Accelerate knows only those that it has sharded itself
+            norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+            return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self._accelerator.distributed_type == DistributedType.FSDP:
+            return torch.as_tensor(self._accelerator.clip_grad_norm_(parameters, max_norm))
+        self._accelerator.unscale_gradients()
+        return clip_whole_gradients(parameters, max_norm)
+
+    def discard(self) -> None:
+        """Leave the step out: called in place of the optimiser's. Here the next step's `zero_grad` is enough."""
+
+
+def clip_whole_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """As `torch.nn.utils.clip_grad_norm_`, finite gradients bit for bit, but those that are within the bound are left
+    alone, where that multiplies them all by 1.
+
+    Returns:
+        The norm before clipping.
+    """
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if not norm + 1e-6 <= max_norm:  # torch's own allowance
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
