@@ -23,6 +23,7 @@ from mmattn.training.rank_report import is_first, is_launched, read_report
 
 _POLL_S = 0.1
 _GRACE_S = 10.0
+_FIRST_S = 3.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # The context sets handlers for these too.
 _OTHER_SIGNALS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGQUIT") if hasattr(signal, name))
@@ -72,6 +73,8 @@ def watch_launcher() -> None:
             time.sleep(1)
         if is_first():
             print("mmattn: the launcher has gone: stopping", file=sys.stderr, flush=True)
+        else:  # the first one says it and stops them all, so it must not find itself stopped by another
+            time.sleep(_FIRST_S)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="watch-launcher", daemon=True).start()

@@ -19,6 +19,7 @@ PARTS = {
     "translator": "import time; print('begun', flush=True); time.sleep(60)",
     "vlm": f"{ADD}; print('FAILED tests/a.py::test_b[1] - wrong'); print('1 failed, 3 passed')",
 }
+LIMITS = {"tests": 2, "attention": 2, "translator": 1, "vlm": 30}  # seconds; the translator gets what others leave
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def unchanged(monkeypatch):
 @pytest.fixture
 def runner(unchanged, monkeypatch, tmp_path):
     module = unchanged
-    monkeypatch.setattr(module, "PARTS", {part: module.Part(f"{part}.py", 1.5) for part in PARTS})
+    monkeypatch.setattr(module, "PARTS", {part: module.Part(f"{part}.py", LIMITS[part]) for part in PARTS})
     monkeypatch.setattr(module, "PAGE", tmp_path / "docs" / "gpu.md")
     monkeypatch.setattr(module, "command", lambda part, options, rows: [sys.executable, "-c", PARTS[part], str(rows)])
     return module
@@ -45,7 +46,7 @@ def runner(unchanged, monkeypatch, tmp_path):
 
 def test_a_full_page_even_if_parts_fail(runner, monkeypatch, tmp_path, capsys):
     output = tmp_path / "new" / "gpu.md"
-    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", "--output", str(output), "--seconds", "6"])
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", "--output", str(output), "--seconds", "35"])
     assert runner.main() == 1
     printed = capsys.readouterr().out
     assert "== attention: FAILED (exit status 1)" in printed

@@ -232,8 +232,10 @@ def launch(
     ended = Ranks(where, _train_all, runs, processes=processes, ACCELERATE_USE_CPU="true", **environment).end()
     codes = [-signal.SIGKILL if rank == killed else 0 for rank in range(processes)]
     assert [one.code for one in ended] == codes, [one.err[-3000:] for one in ended]
-    return [json.loads(line) for one in ended for line in one.out.splitlines() if line.startswith("[")]
+    # DeepSpeed and Accelerate write there too.
+    said = [line for one in ended for line in one.out.splitlines() if line.startswith('{"results"')]
+    return [json.loads(line)["results"] for line in said]
 
 
 def _train_all(runs: list[tuple[Path, dict[str, Any]]]) -> None:
-    print(json.dumps(run_all(runs)))
+    print(json.dumps({"results": run_all(runs)}))

@@ -102,7 +102,8 @@ def test_killed_and_resumed_as_whatever_else(tmp_path):
     for name in ("killed", "to-ddp", "to-fsdp2", "to-one", "to-three"):
         shutil.copytree(tmp_path / "base", tmp_path / name)
     resumed = {**longer, "resume": True}
-    launch([(tmp_path / "killed", {**resumed, **ZERO3, "kill_at_fsync": [0, 3]})], 2, is_whole=False)
+    ((left,),) = launch([(tmp_path / "killed", {**resumed, **ZERO3, "kill_at_fsync": [0, 3]})], 2, killed=0)
+    assert "lost another of the 2 processes after step" in left["error"]
     assert_whole(tmp_path / "killed")
     assert CheckpointStore(tmp_path / "killed").steps()[-1] == 10
     results = launch(
