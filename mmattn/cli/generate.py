@@ -19,7 +19,10 @@ FileOption = Annotated[Path | None, typer.Option("--file", "-f", metavar="TXT", 
 OutputOption = Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="A folder, or FILE.png for one.")]
 NegativeOption = Annotated[str | None, typer.Option("--negative", metavar="TEXT", help="What to lead away from.")]
 StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Steps of denoising.")]
-GuidanceOption = Annotated[float, typer.Option("--guidance", min=0.0, help="Guidance scale, 1: off.")]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option("--guidance", min=0.0, help="Guidance scale, 1: off; the model's own by default.", show_default=False),
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the first picture.")]
 NumOption = Annotated[int, typer.Option("--num-images", "-n", min=1, help="Of each prompt.")]
 SizeOption = Annotated[str | None, typer.Option("--size", metavar="HxW", help="Height and width in pixels.")]
@@ -44,7 +47,7 @@ def generate(
     output: OutputOption = Path("."),
     negative: NegativeOption = None,
     steps: StepsOption = 25,
-    guidance: GuidanceOption = 5.0,
+    guidance: GuidanceOption = None,
     seed: SeedOption = 0,
     num_images: NumOption = 1,
     size: SizeOption = None,
@@ -77,6 +80,7 @@ def generate(
         t2i.load_lora(name, scale)
     if kv is not None:
         t2i.load_cross_attention_kv(kv)
+    guidance = t2i.guidance_scale if guidance is None else guidance
     facts: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "model": model}
     facts |= {"scheduler": type(t2i.pipeline.scheduler).__name__, "mmattn": __version__}
     extras = {"negative_prompt": negative, "lora": ", ".join(lora or ()) or None, "kv": kv}

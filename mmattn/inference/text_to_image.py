@@ -25,7 +25,7 @@ from mmattn.inference.diffusion.checks import (
 )
 from mmattn.inference.diffusion.context_once import context_projected_once
 from mmattn.inference.diffusion.pipeline_folder import PIPELINES, open_pipeline
-from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
+from mmattn.inference.diffusion.pixel_pipeline import GUIDANCE_SCALE, PixelPipeline
 from mmattn.inference.diffusion.prompts import EncodedPrompts, check_encoded, encode_prompts
 from mmattn.inference.diffusion.schedulers import check_seeded, make_scheduler
 from mmattn.inference.diffusion.seeds import make_generators, noise_sources
@@ -159,6 +159,12 @@ class TextToImage:
         return height * self._size_factor, width * self._size_factor
 
     @property
+    def guidance_scale(self) -> float:
+        """Of pictures where none is asked for: what a pixel-space model was made with, else 5."""
+        is_pixels = isinstance(self._pipeline, PixelPipeline)
+        return float(self._pipeline.config["guidance_scale"]) if is_pixels else GUIDANCE_SCALE
+
+    @property
     def _size_factor(self) -> int:
         is_pixels = isinstance(self._pipeline, PixelPipeline)
         return self._pipeline.config.pixel_unshuffle if is_pixels else self._pipeline.vae_scale_factor
@@ -232,7 +238,7 @@ class TextToImage:
         *,
         negative_prompts: Prompts | None = None,
         num_inference_steps: int = 25,
-        guidance_scale: float = 5.0,
+        guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         num_images_per_prompt: int = 1,
         height: int | None = None,
@@ -253,7 +259,8 @@ class TextToImage:
             negative_prompts: what guidance leads away from, one for all or one for each prompt.
             num_inference_steps: steps of denoising.
             guidance_scale: how far guidance goes beyond the prompt's own prediction; 1 or 0: no guidance, and half the
-                work. A distilled U-Net (`time_cond_proj_dim`) takes it as an input instead.
+                work; None: the model's own (`guidance_scale`). A distilled U-Net (`time_cond_proj_dim`) takes it as an
+                input instead.
             guidance_rescale: how much of the prediction's spread is brought back after guidance (arXiv 2305.08891).
             num_images_per_prompt: pictures of each prompt.
             height: of the pictures in pixels; None: the model's own.
@@ -277,6 +284,7 @@ class TextToImage:
         if encoded is not None and negative_prompts is not None:
             raise UsageError("negative_prompts belongs to encode(): these prompts are encoded already")
         has_negative = negative_prompts is not None if encoded is None else encoded.has_negative
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         scale = check_guidance(guidance_scale, pipeline.unet, has_negative=has_negative)
         size = check_size(height, width, self.size, self._size_factor)
         settings = {

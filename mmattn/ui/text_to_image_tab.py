@@ -43,7 +43,9 @@ def text_to_image_tab(t2i: TextToImage) -> None:
             prompt = gr.Textbox(label="Prompt", placeholder="a red circle left of a blue square", lines=2, max_lines=5)
             with gr.Row():
                 steps = gr.Slider(1, _MOST_STEPS, value=25, step=1, label="Steps", min_width=140)
-                guidance = gr.Slider(1, 20, value=5, step=0.5, label="Guidance (1: off)", min_width=140)
+                guidance = gr.Slider(
+                    1, 20, value=t2i.guidance_scale, step=0.5, label="Guidance (1: off)", min_width=140
+                )
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100)
             go = gr.Button("Generate", variant="primary")
             with gr.Accordion("Steer", open=False):

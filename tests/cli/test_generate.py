@@ -30,6 +30,19 @@ def command(run):
     return ["generate", "--model", str(run), "--steps", "2"]
 
 
+def test_guidance_is_the_models_own_by_default(tmp_path, capsys):
+    PixelPipeline(**pixel_parts(), guidance_scale=2).save_pretrained(tmp_path / "model")
+    asked = ["generate", "--model", str(tmp_path / "model"), "--steps", "2", "a red circle"]
+    assert main([*asked, "-o", str(tmp_path / "a.png")]) == 0
+    assert main([*asked, "-o", str(tmp_path / "b.png"), "--guidance", "2"]) == 0
+    assert main([*asked, "-o", str(tmp_path / "c.png"), "--guidance", "5"]) == 0
+    capsys.readouterr()
+    a, b, c = (Image.open(tmp_path / f"{name}.png") for name in "abc")
+    assert a.text["guidance_scale"] == "2.0"
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert (np.asarray(a) != np.asarray(c)).any()
+
+
 def test_pictures_of_several_prompts(command, run, tmp_path, capsys):
     out = tmp_path / "new" / "pictures"
     asked = ["a red circle", "a blue square", "-o", str(out), "-n", "2", "--seed", "5", "--guidance", "3"]

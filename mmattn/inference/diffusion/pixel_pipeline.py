@@ -34,6 +34,7 @@ from mmattn.inference.diffusion.text_encoding import EncodedText, TextEncoding
 from mmattn.models.unet import UNet, UNetContext
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+GUIDANCE_SCALE = 5.0  # where neither a call nor a model says another
 _COLOURS = 3
 
 
@@ -50,9 +51,11 @@ class PixelPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         tokenizer: the text encoder's.
         scheduler: any of diffusers', for epsilon, v-prediction or samples; its config says whether it clips.
         pixel_unshuffle: side of the squares of pixels that become one place of the U-Net's; 1: none.
+        guidance_scale: of calls that give none; it is saved with the folder.
 
     Raises:
         CheckpointError: parts that do not fit together.
+        UsageError: a guidance scale that would be ignored or is none.
     """
 
     model_cpu_offload_seq = "text_encoder->unet"
@@ -70,12 +73,14 @@ class PixelPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         tokenizer: PreTrainedTokenizerBase,
         scheduler: SchedulerMixin,
         pixel_unshuffle: int = 1,
+        guidance_scale: float = GUIDANCE_SCALE,
     ) -> None:
         super().__init__()
         _check_parts(unet, pixel_unshuffle)
+        check_guidance(guidance_scale, unet, has_negative=False)
         check_text_width(unet, [text_encoder])
         self.register_modules(unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
-        self.register_to_config(pixel_unshuffle=pixel_unshuffle)
+        self.register_to_config(pixel_unshuffle=pixel_unshuffle, guidance_scale=guidance_scale)
         self.image_processor = VaeImageProcessor(vae_scale_factor=pixel_unshuffle)
 
     @classmethod
@@ -118,7 +123,7 @@ class PixelPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
+        guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         num_images_per_prompt: int = 1,
         height: int | None = None,
@@ -141,7 +146,7 @@ class PixelPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
             negative_prompt: what guidance leads away from, one for all or one for each prompt; None: the empty text.
             num_inference_steps: steps of denoising.
             guidance_scale: how far guidance goes beyond the prompt's own prediction; 1 or 0: no guidance, and half the
-                work.
+                work; None: the model's own (`config.guidance_scale`).
             guidance_rescale: how much of the prediction's spread is brought back after guidance (arXiv 2305.08891).
             num_images_per_prompt: pictures of each prompt; they share its keys and values.
             height: of the pictures in pixels, a multiple of `pixel_unshuffle`; None: the U-Net's `sample_size`.
@@ -163,6 +168,8 @@ class PixelPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         """
         size = check_size(height, width, self.default_size, self.config["pixel_unshuffle"])
         steps = check_steps(num_inference_steps, self.scheduler)
+        if guidance_scale is None:
+            guidance_scale = self.config["guidance_scale"]
         scale = check_guidance(guidance_scale, self.unet, has_negative=_given(negative_prompt, negative_prompt_embeds))
         _check_output(output_type, callback_on_step_end_tensor_inputs)
         self._guidance_scale = scale

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from mmattn.errors import CheckpointError, ConfigError
 from mmattn.inference.diffusion.denoising import DenoisingNetwork
 from mmattn.inference.diffusion.new_token import NewTokenEmbedding, add_new_token
-from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
+from mmattn.inference.diffusion.pixel_pipeline import GUIDANCE_SCALE, PixelPipeline
 from mmattn.inference.diffusion.text_encoder_setup import TextEncoderConfig, make_text_encoding
 from mmattn.inference.diffusion.unet_files import save_unet_lora
 from mmattn.inference.text_to_image import TextToImage
@@ -78,6 +78,7 @@ class ModelConfig:
         image_size: Of a new model, in pixels.
         pixel_unshuffle: Of a new model: its U-Net sees squares of so many pixels as one place.
         text_encoder: Of a new model; of an opened pixel-space model only `frozen` counts.
+        guidance_scale: Of a new model: what its pictures are drawn with where nothing else is asked for.
         unet: Of a new model.
         schedule: Of a new model.
     """
@@ -87,6 +88,7 @@ class ModelConfig:
     variant: Optional[str] = None  # noqa: UP045
     image_size: int = 32
     pixel_unshuffle: int = 2
+    guidance_scale: float = GUIDANCE_SCALE
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -135,16 +137,15 @@ def make_text_to_image(config: ModelConfig, captions: Iterable[str]) -> TextToIm
         text = make_text_encoding(captions, config.text_encoder)
         unet = _new_unet(config, text.width)
         text.tokenizer.model_max_length = text.max_length or text.tokenizer.model_max_length
-        opened = TextToImage(
-            PixelPipeline(unet, text.encoder, text.tokenizer, _new_scheduler(config.schedule), config.pixel_unshuffle)
-        )
+        parts = (unet, text.encoder, text.tokenizer, _new_scheduler(config.schedule))
+        opened = TextToImage(PixelPipeline(*parts, config.pixel_unshuffle, config.guidance_scale))
     return opened
 
 
 def _require_defaults(config: ModelConfig) -> None:
     """Of an opened model, settings of a new one would be ignored."""
     plain = ModelConfig(text_encoder=TextEncoderConfig(frozen=config.text_encoder.frozen))
-    names = ("image_size", "pixel_unshuffle", "text_encoder", "unet", "schedule")
+    names = ("image_size", "pixel_unshuffle", "guidance_scale", "text_encoder", "unet", "schedule")
     given = [name for name in names if getattr(config, name) != getattr(plain, name)]
     if given:
         raise ConfigError(

@@ -188,6 +188,19 @@ def test_folder_opens_here_and_its_parts_in_stock_classes(ours, folder, caplog):
     assert issubclass(PixelPipeline, DiffusionPipeline)
 
 
+def test_the_guidance_scale_of_its_own_is_saved(ours, tmp_path):
+    parts = ours.components | {"guidance_scale": 2}
+    quiet(PixelPipeline(**parts, pixel_unshuffle=2)).save_pretrained(tmp_path)
+    opened = PixelPipeline.from_pretrained(tmp_path)
+    drawn = draw(opened)
+    assert opened.do_classifier_free_guidance
+    torch.testing.assert_close(drawn, draw(ours, guidance_scale=2), rtol=0, atol=0)
+    assert not torch.equal(drawn, draw(ours))
+    torch.testing.assert_close(draw(ours), draw(ours, guidance_scale=5), rtol=0, atol=0)
+    with pytest.raises(UsageError, match="guidance_scale is 0.5, which would be ignored"):
+        PixelPipeline(**parts | {"guidance_scale": 0.5}, pixel_unshuffle=2)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
