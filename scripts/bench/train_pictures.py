@@ -13,7 +13,9 @@ The same weights, pictures, captions and scored tokens in both; float32; whole s
 gradient, AdamW (fused; the U-Net without the last two). Pictures are opened before. Ours runs as `mmattn train` does
 on a CPU, with freed memory kept for the next step (`mmattn.training.kept_memory`), stock as a script of its own would;
 what stock takes when it is given that too stands beside it (`stock_kept_ms`). A turn is one step that is not timed and
-one that is. A row is the ratio of medians, stock's by ours; `difference` is that of the first losses (U-Net: of any
+one that is. Every row has a process of its own: what earlier rows have left in the heap would serve stock, too, and it
+would find the memory that a script has to ask the system for. `faults` counts the pages that each had to ask for in its
+last timed step. A row is the ratio of medians, stock's by ours; `difference` is that of the first losses (U-Net: of any
 gradient), relative.
 """
 
@@ -22,11 +24,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import multiprocessing
+import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -188,19 +193,25 @@ def timed(
     """Time both in turn, and stock's with memory kept as ours is."""
     turns = {"stock": (steps["stock"], False), "ours": (steps["ours"], True), "stock, kept": (steps["stock"], True)}
     times: dict[str, list[float]] = {kind: [] for kind in turns}
+    faults = {}
     for _ in range(repeats):
         for kind, (step, is_kept) in turns.items():
             with kept_memory(torch.device("cpu")) if is_kept else nullcontext():
                 step()
-                begin = time.perf_counter()
+                before, begin = _faults(), time.perf_counter()
                 step()
                 times[kind].append(1000 * (time.perf_counter() - begin))
+                faults[kind] = _faults() - before
     stock, ours, alike = (statistics.median(times[kind]) for kind in turns)
     spreads = [(max(times[kind]) - min(times[kind])) / statistics.median(times[kind]) for kind in ("stock", "ours")]
-    facts = {**facts, "stock_kept_ms": round(alike, 1), "ratio_both_kept": round(alike / ours, 3)}
+    facts = {**facts, "stock_kept_ms": round(alike, 1), "ratio_both_kept": round(alike / ours, 3), "faults": faults}
     row = Row(name, stock / ours, goal, stock, ours, *spreads, difference, backends, facts)
     show(row)
     return row
+
+
+def _faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def show(row: Row) -> None:
@@ -235,9 +246,23 @@ def unet_row(size: str, side: int, repeats: int) -> Row:
 
 def all_rows(size: str, repeats: int, *, is_quick: bool = False) -> list[Row]:
     """Every row; quick leaves out the case of several captions, and the larger latents."""
-    print(f"{'':<48} {'stock ms':>9} {'ours ms':>9} {'ratio':>7} {'goal':>6}")
-    rows = [vlm_row(case, size, repeats) for case in (CASES[:2] if is_quick else CASES)]
-    return rows + [unet_row(size, side, repeats) for side in ([32] if is_quick else [64, 32])]
+    print(f"{'':<48} {'stock ms':>9} {'ours ms':>9} {'ratio':>7} {'goal':>6}", flush=True)
+    rows: list[Callable[[], Row]] = [
+        *(functools.partial(vlm_row, case, size, repeats) for case in (CASES[:2] if is_quick else CASES)),
+        *(functools.partial(unet_row, size, side, repeats) for side in ([32] if is_quick else [64, 32])),
+    ]
+    return [_in_a_process_of_its_own(row) for row in rows]
+
+
+def _in_a_process_of_its_own(row: Callable[[], Row]) -> Row:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=_begin, initargs=(torch.get_num_threads(),)) as pool:
+        return pool.submit(row).result()
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
 
 
 def main() -> int:
@@ -251,7 +276,6 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    transformers.logging.set_verbosity_error()
     about = facts(mmattn, torch, transformers, diffusers, size=arguments.size, repeats=arguments.repeats)
     print(json.dumps(about))
     return finish(all_rows(arguments.size, arguments.repeats, is_quick=arguments.quick), about, arguments.json)
