@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from packaging.specifiers import SpecifierSet
 
 from mmattn._optional import require
 from mmattn.errors import UsageError
+from mmattn.training.environment import restored
 
 # Attributes of its parameters and of its optimiser are used (`zero3_pieces.py`, `zero3_steps.py`).
 VERSIONS = SpecifierSet(">=0.19.8,<0.20")
-_ACCELERATOR = "DS_ACCELERATOR"
+_ACCELERATOR, _LOCAL_SIZE = "DS_ACCELERATOR", "LOCAL_SIZE"
 
 
 def open_deepspeed(device_type: str) -> ModuleType:
@@ -24,17 +27,11 @@ def open_deepspeed(device_type: str) -> ModuleType:
         OptionalPackageError: it is not installed.
         UsageError: it is of another version, or has been set up for another kind of device.
     """
-    before = os.environ.get(_ACCELERATOR)
-    if device_type == "cpu":  # it would take a GPU that is there
-        os.environ[_ACCELERATOR] = "cpu"
-    try:
+    with restored(_ACCELERATOR):
+        if device_type == "cpu":  # it would take a GPU that is there
+            os.environ[_ACCELERATOR] = "cpu"
         deepspeed = require("deepspeed", "training.sharding=zero3")
         found = importlib.import_module("deepspeed.accelerator").get_accelerator().device_name()
-    finally:
-        if device_type == "cpu":
-            os.environ.pop(_ACCELERATOR)
-            if before is not None:
-                os.environ[_ACCELERATOR] = before
     if not VERSIONS.contains(deepspeed.__version__.split("+")[0], prereleases=True):
         raise UsageError(
             f"training.sharding=zero3 works with deepspeed{VERSIONS}, this is {deepspeed.__version__}: install one of "
@@ -45,8 +42,18 @@ def open_deepspeed(device_type: str) -> ModuleType:
             f"DeepSpeed was imported for {found}, and this run is on {device_type}: set {_ACCELERATOR}={device_type}"
         )
     if device_type == "cpu":
-        # It would be compiled at the first use, and nothing here calls it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # It would be compiled at the first use, and nothing here calls it. Past the module's own `__getattr__`, which
+        # would try the compilers for each of its operations.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     # Said once elsewhere, and at every call under DeepSpeed, which calls the old names itself.
     warnings.filterwarnings("ignore", r"`?torch\.distributed\.[\w.]+`? is deprecated", FutureWarning)
     return deepspeed
+
+
+@contextmanager
+def told_local_size() -> Iterator[None]:
+    """Inside, DeepSpeed knows how many processes this machine has: on a CPU it would start `numactl` to count its nodes
+    at every sum of gradients."""
+    with restored(_LOCAL_SIZE):
+        os.environ.setdefault(_LOCAL_SIZE, os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        yield

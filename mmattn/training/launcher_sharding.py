@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 
 from mmattn.errors import UsageError
+from mmattn.training.environment import restored
 
 _USE_FSDP, _USE_DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 _OTHER_ENGINES = {
@@ -25,9 +26,9 @@ _REFUSED_FLAGS = {
     "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing: set it to false, and "
     "training.activation_checkpointing to true, which works without sharding too",
 }
+_DEEPSPEED_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 # Settings of DeepSpeed: what is the same as leaving them out, and what to do instead of others.
 _DEEPSPEED_SETTINGS = {
-    "ACCELERATE_DEEPSPEED_CONFIG_FILE": ((), "deepspeed_config_file is not supported: training.* says what is in it"),
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (("none",), "offload_optimizer_device: set it to none"),
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": (("none",), "offload_param_device: set it to none"),
     "ACCELERATE_DEEPSPEED_ZERO3_INIT": (
@@ -95,6 +96,11 @@ def _check_fsdp() -> None:
 
 
 def _check_deepspeed() -> None:
+    if os.environ.get(_DEEPSPEED_FILE):  # before the stage, which the file says and the launcher then does not
+        raise UsageError(
+            "the launcher's DeepSpeed settings: deepspeed_config_file is not supported: leave it out, set zero_stage "
+            "to 3, and training.* to what is in it"
+        )
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")  # Accelerate's own default
     if stage != "3":
         raise UsageError(
@@ -116,25 +122,12 @@ def fsdp_plugin() -> FullyShardedDataParallelPlugin:
 
 def unchanged_environment() -> AbstractContextManager[None]:
     """Inside, Accelerate may set variables for the plugin that it was given; a later run shall not find them."""
-    return _restored(_USE_FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return restored(_USE_FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING")
 
 
 @contextmanager
 def without_deepspeed() -> Iterator[None]:
     """Inside, Accelerate does not see that the launcher asks for DeepSpeed, which the loop sets up by itself."""
-    with _restored(_USE_DEEPSPEED):
+    with restored(_USE_DEEPSPEED):
         os.environ.pop(_USE_DEEPSPEED, None)
         yield
-
-
-@contextmanager
-def _restored(*names: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

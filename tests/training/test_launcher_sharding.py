@@ -60,13 +60,23 @@ def test_auto_is_zero3_where_the_launcher_asks_for_deepspeed(environment, values
     ("values", "wanted", "message"),
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "auto", r"asks for stage 2 of DeepSpeed's ZeRO: set zero_stage to 3"),
+        *[
+            (
+                {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json", **stage},
+                "auto",
+                message,
+            )
+            for stage in ({}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "None"}, ZERO3)
+            for message in (
+                r"DeepSpeed settings: deepspeed_config_file is not supported: .* zero_stage to 3, and train",
+            )
+        ],
         (ZERO3, "none", r"asks for DeepSpeed and training\.sharding is none: launch without it, or say auto"),
         (ZERO3, "fsdp2", r"asks for DeepSpeed and training\.sharding is fsdp2"),
         (FSDP2, "zero3", r"asks for FSDP and training\.sharding is zero3"),
         *[
             (ZERO3 | {f"ACCELERATE_{variable}": value}, "auto", f"DeepSpeed settings: {message}")
             for variable, value, message in (
-                ("DEEPSPEED_CONFIG_FILE", "ds.json", r"deepspeed_config_file is not supported: training\.\*"),
                 ("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu", "offload_optimizer_device: set it to none"),
                 ("DEEPSPEED_OFFLOAD_PARAM_DEVICE", "nvme", "offload_param_device: set it to none"),
                 ("DEEPSPEED_ZERO3_INIT", "true", "zero3_init_flag: set it to false, for every process opens the model"),
