@@ -1,4 +1,7 @@
-"""Modules that give dataclasses, for hooks that see tensors in tuples, lists and dicts only."""
+"""Modules that give dataclasses, for hooks that see tensors in tuples, lists and dicts only.
+
+A dataclass that is a dict too, as the outputs of transformers and diffusers are, is left to them.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class _Fields(dict):
 
 
 def _open(module: nn.Module, args: Any, output: Any) -> Any:
-    if not dataclasses.is_dataclass(output) or isinstance(output, type):
+    if not dataclasses.is_dataclass(output) or isinstance(output, type | dict):
         return None
     fields = _Fields({field.name: getattr(output, field.name) for field in dataclasses.fields(output)})
     fields.source = output

@@ -32,13 +32,14 @@ from mmattn.training.state import (
 )
 from mmattn.training.task import Task
 from mmattn.training.tensor_rows import TensorFiles
+from mmattn.training.zero3_leftovers import Leftovers
 from mmattn.training.zero3_pieces import Moments, Piece, own_piece, read_piece, require_cut, whole_tensor
 from mmattn.training.zero3_steps import PartitionedGradients, PartitionedOptimizer
 
 # Smaller parameters (norms, biases) stay gathered between their uses: DeepSpeed's own bound.
 KEPT_GATHERED = 100_000
-_BUCKET = 50_000_000  # elements that are summed, or gathered ahead, in one call
-_GATHERED = 100_000_000  # elements at most, of larger parameters
+BUCKET = 50_000_000  # elements that are summed, or gathered ahead, in one call
+MAX_GATHERED = 100_000_000  # elements at most, of larger parameters
 
 
 class PartitionedModel(SpreadModel):
@@ -56,12 +57,14 @@ class PartitionedModel(SpreadModel):
     def __init__(self, task: Task, config: TrainingConfig, accelerator: Accelerator) -> None:
         _require_plain_parameters(task.model)
         super().__init__(task, config, accelerator)
-        self.inner = self._to_cut.to(accelerator.device)
+        self.inner = self._to_cut
         self._outputs = OpenedOutputs(self.inner)
         self._engine = _initialize(self.inner, config, accelerator)
         self._outputs.close_again(self._engine)
         self.model = self._engine
-        self._gradients = PartitionedGradients(self._engine, trainable_parameters(self.inner), accelerator)
+        self._leftovers = Leftovers(self._engine)
+        trained = trainable_parameters(self.inner)
+        self._gradients = PartitionedGradients(self._engine, trained, accelerator, self._leftovers)
         self.gradients = self._gradients
         self.optimizer = PartitionedOptimizer(self._engine)
         self._moments = Moments(self._engine.optimizer)
@@ -146,9 +149,10 @@ class PartitionedModel(SpreadModel):
         return f"cut by DeepSpeed's ZeRO-3 over {self._accelerator.num_processes} processes"
 
     def close(self) -> None:
-        """DeepSpeed's hooks are taken off too."""
+        """DeepSpeed's hooks are taken off too, and what it would keep in memory is given back."""
         self._gradients.close()
         self._engine.destroy()
+        self._leftovers.give_back()
         self._outputs.undo()
         super().close()
 
@@ -178,6 +182,10 @@ def _require_plain_parameters(model: nn.Module) -> None:
 def _initialize(model: nn.Module, config: TrainingConfig, accelerator: Accelerator) -> Any:
     deepspeed = open_deepspeed(accelerator.device.type)
     optimizer = make_optimizer(model, config, accelerator.device)  # now, while parameters have their shapes
+    deepspeed.init_distributed(dist_init_required=False)
+    # One parameter after the other goes to the device and is cut there: no device ever holds the whole model.
+    deepspeed.zero.Init(module=model, config_dict_or_path=_settings(accelerator))
+    model.to(accelerator.device)  # buffers; of parameters nothing is left to move
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=_settings(accelerator), dist_init_required=False
     )
@@ -191,14 +199,15 @@ def _settings(accelerator: Accelerator) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice in every micro-batch
         "zero_optimization": {
             "stage": 3,
             "memory_efficient_linear": False,  # it replaces torch.nn.functional.linear, for the life of the process
             "overlap_comm": accelerator.device.type != "cpu",
-            "reduce_bucket_size": _BUCKET,
-            "stage3_prefetch_bucket_size": _BUCKET,
-            "stage3_max_live_parameters": _GATHERED,
-            "stage3_max_reuse_distance": _GATHERED,
+            "reduce_bucket_size": BUCKET,
+            "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_max_live_parameters": MAX_GATHERED,
+            "stage3_max_reuse_distance": MAX_GATHERED,
             "stage3_param_persistence_threshold": KEPT_GATHERED,
         },
     }

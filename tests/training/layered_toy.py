@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from mmattn.errors import MmattnError
 from mmattn.training import Batch, Loss, launcher_sharding, loop, rates, sharding, train, zero3
@@ -25,7 +26,8 @@ from mmattn.training.state import LoopState
 from tests.ranks import Ranks
 from tests.training.toy import VOCAB, WIDTH, ToyTask, toy_config
 
-_KEPT_GATHERED = zero3.KEPT_GATHERED
+# Of how much DeepSpeed gathers; the toy is smaller than all of them.
+_GATHERING = {name: getattr(zero3, name) for name in ("KEPT_GATHERED", "MAX_GATHERED", "BUCKET")}
 
 
 class ToyLayer(nn.Module):
@@ -44,13 +46,24 @@ class ToyLayer(nn.Module):
         return hidden + self.gate * self.dropout(self.out_proj(inner))
 
 
+class EndingLayer(ToyLayer):
+    """Ends in a product, as layers of transformers do: computed anew it is left inside of it, where the last tensor has
+    been saved."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gated = self.gate * hidden
+        return gated + self.out_proj(self.frozen_proj(self.inner_proj(hidden).tanh()))
+
+
 class LayeredModel(nn.Module):
     """Layers under a vocabulary table that is also the head; `unused` buffers are not stored."""
+
+    layer_class: type[ToyLayer] = ToyLayer
 
     def __init__(self, dropout_p: float, dtype: torch.dtype, has_batch_norm: bool) -> None:
         super().__init__()
         self.words = nn.Embedding(VOCAB, WIDTH, dtype=dtype)
-        self.layers = nn.ModuleList(ToyLayer(dropout_p, dtype) for _ in range(3))
+        self.layers = nn.ModuleList(self.layer_class(dropout_p, dtype) for _ in range(3))
         self.batch_norm = nn.BatchNorm1d(WIDTH, dtype=dtype) if has_batch_norm else nn.Identity()
         self.register_buffer("factor", torch.tensor(1.5, dtype=dtype), persistent=False)
 
@@ -98,7 +111,10 @@ class ScoringModel(LayeredModel):
         self.sizes = nn.Parameter(torch.linspace(0.5, 1.5, VOCAB, dtype=dtype))
 
     def forward(self, input_ids: Tensor, scale: Tensor) -> Scores:  # type: ignore[override]
-        return Scores(super().forward(input_ids, scale).tanh() * self.sizes)
+        return Scores(super().forward(input_ids, scale).tanh() * self.used_sizes())
+
+    def used_sizes(self) -> Tensor:
+        return self.sizes
 
 
 class ScoringTask(LayeredTask):
@@ -107,10 +123,22 @@ class ScoringTask(LayeredTask):
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         if not self.models:
             self.models.append(model)
-        return ToyTask.loss(self, lambda *inputs: model(*inputs).logits, batch)  # type: ignore[arg-type]
+        return ToyTask.loss(self, lambda *inputs: self.logits(model(*inputs)), batch)  # type: ignore[arg-type]
+
+    def logits(self, outputs: Any) -> Tensor:
+        return outputs.logits
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return {}
+
+
+class EndingModel(LayeredModel):
+    layer_class = EndingLayer
+
+
+class EndingTask(LayeredTask):
+    repeated_layers = (EndingLayer,)
+    model_class = EndingModel
 
 
 class UnusedModel(LayeredModel):
@@ -123,6 +151,36 @@ class UnusedTask(LayeredTask):
     """Has a parameter that takes no part."""
 
     model_class = UnusedModel
+
+
+@dataclass
+class Outputs(ModelOutput):
+    logits: Tensor | None = None
+
+
+class OutputsModel(ScoringModel):
+    """Gives what models of transformers give."""
+
+    def forward(self, input_ids: Tensor, scale: Tensor) -> Outputs:  # type: ignore[override]
+        return Outputs(logits=super().forward(input_ids, scale).logits)
+
+
+class OutputsTask(ScoringTask):
+    model_class = OutputsModel
+
+    def logits(self, outputs: Any) -> Tensor:
+        return outputs[0]
+
+
+class PartlyUsedModel(ScoringModel):
+    """One of its parameters takes part in the first process only."""
+
+    def used_sizes(self) -> Tensor:
+        return self.sizes if os.environ["RANK"] == "0" else self.sizes.detach()
+
+
+class PartlyUsedTask(ScoringTask):
+    model_class = PartlyUsedModel
 
 
 class ScalarModel(LayeredModel):
@@ -142,7 +200,13 @@ class GoesAround(LayeredTask):
         return super().loss(self.model, batch)
 
 
-TASKS = {kind.__name__: kind for kind in (LayeredTask, GoesAround, ScoringTask, UnusedTask, ScalarTask)}
+TASKS = {
+    kind.__name__: kind
+    for kind in (
+        *(LayeredTask, GoesAround, EndingTask, ScoringTask, OutputsTask),
+        *(PartlyUsedTask, UnusedTask, ScalarTask),
+    )
+}
 
 
 def _run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +216,8 @@ def _run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         _let_accelerate_shard()
     if options.pop("counts_operations", False):
         rates.Rates._find_peak = lambda self: (1e9, None)
-    zero3.KEPT_GATHERED = options.pop("kept_gathered", _KEPT_GATHERED)
+    for name, value in _GATHERING.items():
+        setattr(zero3, name, options.pop(name.lower(), value))
     own = dict(options.pop("task", {}))
     dtype = getattr(torch, own.pop("dtype", "float64"))
     task = TASKS[own.pop("kind", "LayeredTask")](**own, dtype=dtype)
@@ -225,11 +290,20 @@ def run_all(runs: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def launch(
-    runs: list[tuple[Path, dict[str, Any]]], processes: int, *, killed: int | None = None, **environment: str
-) -> list[list[dict[str, Any]]]:
-    """Train in several processes: what `run_all` gave in each, but for the one that is to be killed in between."""
+    runs: list[tuple[Path, dict[str, Any]]],
+    processes: int,
+    *,
+    killed: int | None = None,
+    function: Callable[[list[tuple[Path, dict[str, Any]]]], None] | None = None,
+    **environment: str,
+) -> list[Any]:
+    """Train in several processes: what `function` has said in each, but for the one that is to be killed in between.
+
+    Without a function that is what `run_all` gave.
+    """
     where = runs[0][0].parent / "said"
-    ended = Ranks(where, _train_all, runs, processes=processes, ACCELERATE_USE_CPU="true", **environment).end()
+    own = {"ACCELERATE_USE_CPU": "true", **environment}
+    ended = Ranks(where, function or _train_all, runs, processes=processes, **own).end()
     codes = [-signal.SIGKILL if rank == killed else 0 for rank in range(processes)]
     assert [one.code for one in ended] == codes, [one.err[-3000:] for one in ended]
     # DeepSpeed and Accelerate write there too.
@@ -238,4 +312,9 @@ def launch(
 
 
 def _train_all(runs: list[tuple[Path, dict[str, Any]]]) -> None:
-    print(json.dumps({"results": run_all(runs)}))
+    say(run_all(runs))
+
+
+def say(results: Any) -> None:
+    """To the process that has launched this one."""
+    print(json.dumps({"results": results}))

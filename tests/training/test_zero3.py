@@ -74,11 +74,12 @@ def test_dropout_batch_norm_and_bf16_are_those_of_ddp(tmp_path):
         "bf16": {**BASE, "mixed_precision": "bf16", "kept_gathered": 0},
         "recomputed": {**BASE, "mixed_precision": "bf16", "activation_checkpointing": True, "kept_gathered": 0},
         "scoring": {"max_steps": 12, "task": {**FLOAT32, "kind": "ScoringTask"}, "kept_gathered": 0},
+        "outputs": {"max_steps": 12, "task": {**FLOAT32, "kind": "OutputsTask"}, "kept_gathered": 0},
     }
     runs = [(tmp_path / f"ddp-{name}", options) for name, options in settings.items()]
     runs += [(tmp_path / f"zero3-{name}", {**options, **ZERO3}) for name, options in settings.items()]
     (results, _) = launch(runs, 2)
-    for name, ddp, result in zip(settings, results[:4], results[4:], strict=True):
+    for name, ddp, result in zip(settings, results[:5], results[5:], strict=True):
         assert result["losses"] == pytest.approx(ddp["losses"], rel=1e-6), name
         assert result["dtypes"] == ["torch.float32"]
     for name in ("drawn", "bf16", "recomputed"):
@@ -138,13 +139,17 @@ def test_what_cannot_be_cut_or_stepped_is_refused(tmp_path):
         (tmp_path / "float64", {**base, "task": {}}),
         (tmp_path / "scalar", {**base, "task": {**FLOAT32, "kind": "ScalarTask"}}),
         (tmp_path / "unused", {**base, "task": {**FLOAT32, "kind": "UnusedTask"}}),
+        (tmp_path / "partly", {**base, "task": {**FLOAT32, "kind": "PartlyUsedTask"}}),
         (tmp_path / "run", {**base, "resume": True}),
         (tmp_path / "after", {**base, "max_steps": 2, "counts_operations": True, "kept_gathered": 0}),
     ]
-    for float64, scalar, unused, counters, after in launch(runs, 2):
+    for float64, scalar, unused, partly, counters, after in launch(runs, 2):
         assert float64["error"].startswith("training.sharding=zero3 keeps all weights in float32, and words.weight is")
         assert "cannot cut temperature, which has no dimension: give it the shape [1]" in scalar["error"]
         assert unused["error"].startswith("spare.bias, spare.weight took no part in a step, and DeepSpeed would decay")
+        assert partly["error"].startswith(
+            "parameters took part in a micro-batch on some processes only: sizes (1 of 2); DeepSpeed would mix up"
+        )
         assert "has taken 4 steps and layers.0.gate 5, and DeepSpeed counts them together" in counters["error"]
         assert len(after["losses"]) == 2
     assert read_metrics(tmp_path / "after/metrics.jsonl", kind="train")[1]["time"]["mfu"] > 0
