@@ -53,7 +53,7 @@ def test_decoding_steps_are_compiled_for_it(monkeypatch, is_captured):
         seen.append(is_replayed())
         return graph
 
-    decoder = CompiledDecoder(tiny_network(tiny_config(decoder_layers=1)), backend=backend, idle_bytes=0)
+    decoder = CompiledDecoder(tiny_network(tiny_config(decoder_layers=2)), backend=backend, idle_bytes=0)
     monkeypatch.setattr(decoder, "_captures", lambda device: is_captured)
     monkeypatch.setattr(compiled_decoder, "captured", lambda step, tensors, _: functools.partial(step, *tensors))
     decoder.lend(StepShape(2, 1, 64, 64, is_masked=True)).run()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 
 from mmattn.config import load_config, load_recipe
 from mmattn.training import Task, TrainingResult, read_metrics
@@ -27,6 +28,7 @@ OVERRIDES = {
 
 def _train_all(folder: Path, dtype: torch.dtype, recipes: dict[str, list[str]]) -> None:
     """In each process: every recipe, its model and its batches in `dtype`."""
+    assert constants.HF_HUB_OFFLINE  # `tests/preloaded.py`
     for name, overrides in recipes.items():
         recipe = load_recipe(name)
         recipe.run_loop = functools.partial(_widened, recipe.run_loop, dtype)
