@@ -10,6 +10,7 @@ from lines import BIN, ROOT, RUNS, Checks, benchmark, kills, main, relayed, repo
 KILLS = {"translate": 34, "vlm": 33, "diffusion": 33}
 KILLED = ("training.max_steps=120", "training.save_every=5", "training.eval_every=30")
 MFU_GOAL = 0.40
+ZERO3 = ("", "_memory", "_parts")
 RECIPES = ("translate", "vlm", "diffusion")
 
 
@@ -33,9 +34,10 @@ def exact() -> None:
 
 
 def sharded() -> None:
-    """2: DDP and FSDP2 of all three recipes."""
+    """2: DDP and FSDP2 of all three recipes, and DeepSpeed's ZeRO-3."""
     tests(2, "sharding: FSDP2 gives the losses of one process", "tests/training/test_sharding.py")
-    tests(2, "recipes in DDP and FSDP2: train, save, resume, export, evaluate", "tests/recipes/test_sharded.py")
+    tests(2, "sharding: ZeRO-3 gives the losses of DDP", *(f"tests/training/test_zero3{part}.py" for part in ZERO3))
+    tests(2, "recipes in DDP, FSDP2 and ZeRO-3: train, save, resume, export, evaluate", "tests/recipes/test_sharded.py")
     tests(2, "mmattn export", "tests/cli/test_export.py")
 
 
