@@ -63,7 +63,7 @@ def benchmark(number: int, script: str, name: str, *arguments: str) -> None:
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
     for row in rows:
         if row["goal"] is not None:
-            report(f"{number} {row['name']}", f"{row['value']:.2f}", f"{row['goal']:g}", row["ok"])
+            report(f"{number} {row['name']}", f"{row['value']:.3f}", f"{row['goal']:g}", row["ok"])
     report(f"{number} {' '.join([script, *arguments])}", f"exit code {code}", "0", code == 0)
 
 
