@@ -6,7 +6,7 @@ import functools
 import signal
 import time
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -104,8 +104,8 @@ def train(
         on_main(accelerator, lock.check)
         run = _Run(task, config, accelerator, stop)
         with deaths_said(accelerator.num_processes, config.output_dir, lambda: run.state.step):
-            run.start(resume, command, resolved_config)
             try:
+                run.start(resume, command, resolved_config)
                 return run.run()
             finally:  # where torch may still tell of a data worker that has died
                 run.close()
@@ -128,7 +128,8 @@ class _Run:
         self.prepared = prepare_model(self.sharding, task, config, accelerator)
         self.model, self.optimizer, self.average = self.prepared.model, self.prepared.optimizer, self.prepared.average
         self.losses: list[float] = []
-        self.batches: Generator[Sequence[Batch], None, None] | None = None
+        self.closing = ExitStack()
+        self.closing.callback(self.prepared.close)
         self.saved_step: int | None = None
 
     def start(self, resume: bool | str | Path, command: str, resolved_config: dict[str, Any] | None) -> None:
@@ -152,6 +153,7 @@ class _Run:
             on_main(self.accelerator, functools.partial(self.last_checkpoints.require, self.first_step))
         on_main(self.accelerator, self.store.prepare)
         self.log = RunLog(self.accelerator, self.config, self.state, unit=self.task.unit)
+        self.closing.callback(self.log.close)
         self.buffers = BufferGuard(stored_buffers(self.prepared.inner))
         # On the main process, which says them: elsewhere the task's model may be in pieces.
         for remark in [*remarks, *self._announcement()] if self.accelerator.is_main_process else []:
@@ -190,7 +192,10 @@ class _Run:
     def run(self) -> TrainingResult:
         """Do the steps, then publish `final/` and `best/`."""
         self.model.train()
-        self.batches = self._batches()
+        batches = self._batches()
+        # Workers ignore the signals that stop a run. Left to the interpreter's exit, which only terminates and waits
+        # for them, they would keep it for ever: an error that somebody holds keeps them alive until then.
+        self.closing.callback(batches.close)
         self.rates = Rates(self.accelerator, self.first_step, self.config.max_steps)
         if self.rates.remark is not None:
             self.log.say(self.rates.remark)
@@ -198,7 +203,7 @@ class _Run:
             self._finish_step(stop_signal=0)
         while self.state.step < self.config.max_steps:
             waiting = time.perf_counter()
-            micro_batches = next(self.batches)
+            micro_batches = next(batches)
             working = time.perf_counter()
             with self.rates.counted():
                 result = self._step(micro_batches)
@@ -400,11 +405,6 @@ class _Run:
             self.log.say(remark)
 
     def close(self) -> None:
-        """End the data workers, close the logs and take Accelerate's wrapping off the model."""
-        # Workers ignore the signals that stop a run. Left to the interpreter's exit, which only terminates and waits
-        # for them, they would keep it for ever: an error that somebody holds keeps them alive until then.
-        if self.batches is not None:
-            self.batches.close()
-        self.log.close()
-        self.prepared.close()
+        """End the data workers, close the logs and take Accelerate's wrapping off the model, where it came to them."""
+        self.closing.close()
         self.accelerator.free_memory()

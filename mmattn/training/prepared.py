@@ -119,3 +119,4 @@ class WholeModel(PreparedModel):
         if not self._had_own_forward:
             vars(self.inner).pop("forward", None)
             vars(self.inner).pop("_original_forward", None)
+        vars(self.inner).pop("_is_accelerate_prepared", None)

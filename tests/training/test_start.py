@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from mmattn.errors import CheckpointError, ConfigError, OptionalPackageError, UsageError
 from mmattn.training import TrainingConfig, train
 from mmattn.training.lock import OutputLock
+from tests.training.layered_toy import LayeredTask
 from tests.training.pieces import run_in_child
 from tests.training.toy import RaggedTask, ToyTask, toy_config
 
@@ -54,6 +55,14 @@ def test_resume_needs_a_checkpoint(tmp_path, finished):
         "nothing to resume: .* holds no complete checkpoint; start without --resume", toy_config(tmp_path), resume=True
     )
     refuse("is no complete checkpoint and no folder of a run", toy_config(tmp_path), resume=tmp_path / "absent")
+
+
+def test_a_refused_start_leaves_the_model_as_it_was(tmp_path):
+    task = LayeredTask()
+    before = [dict(vars(module)) for module in task.model.modules()]
+    config = toy_config(tmp_path, mixed_precision="bf16", activation_checkpointing=True)
+    refuse("nothing to resume", config, task, resume=True)
+    assert [dict(vars(module)) for module in task.model.modules()] == before
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
