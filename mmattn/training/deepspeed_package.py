@@ -5,19 +5,18 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
+from accelerate.utils import patch_environment
 from packaging.specifiers import SpecifierSet
 
 from mmattn._optional import require
 from mmattn.errors import UsageError
-from mmattn.training.environment import restored
 
 # Attributes of its parameters and of its optimiser are used (`zero3_pieces.py`, `zero3_steps.py`).
 VERSIONS = SpecifierSet(">=0.19.8,<0.20")
-_ACCELERATOR, _LOCAL_SIZE = "DS_ACCELERATOR", "LOCAL_SIZE"
+_ACCELERATOR = "DS_ACCELERATOR"
 
 
 def open_deepspeed(device_type: str) -> ModuleType:
@@ -27,9 +26,8 @@ def open_deepspeed(device_type: str) -> ModuleType:
         OptionalPackageError: it is not installed.
         UsageError: it is of another version, or has been set up for another kind of device.
     """
-    with restored(_ACCELERATOR):
-        if device_type == "cpu":  # it would take a GPU that is there
-            os.environ[_ACCELERATOR] = "cpu"
+    # On a CPU it would take a GPU that is there.
+    with patch_environment(**{_ACCELERATOR: "cpu"}) if device_type == "cpu" else nullcontext():
         deepspeed = require("deepspeed", "training.sharding=zero3")
         found = importlib.import_module("deepspeed.accelerator").get_accelerator().device_name()
     if not VERSIONS.contains(deepspeed.__version__.split("+")[0], prereleases=True):
@@ -50,10 +48,8 @@ def open_deepspeed(device_type: str) -> ModuleType:
     return deepspeed
 
 
-@contextmanager
-def told_local_size() -> Iterator[None]:
+def told_local_size() -> AbstractContextManager[None]:
     """Inside, DeepSpeed knows how many processes this machine has: on a CPU it would start `numactl` to count its nodes
     at every sum of gradients."""
-    with restored(_LOCAL_SIZE):
-        os.environ.setdefault(_LOCAL_SIZE, os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        yield
+    known = os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return patch_environment(LOCAL_SIZE=known)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
-from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env, patch_environment
 
 from mmattn.errors import UsageError
-from mmattn.training.environment import restored
 
 _USE_FSDP, _USE_DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 _OTHER_ENGINES = {
@@ -120,14 +119,23 @@ def fsdp_plugin() -> FullyShardedDataParallelPlugin:
     return FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False, auto_wrap_policy="no_wrap")
 
 
-def unchanged_environment() -> AbstractContextManager[None]:
+@contextmanager
+def unchanged_environment() -> Iterator[None]:
     """Inside, Accelerate may set variables for the plugin that it was given; a later run shall not find them."""
-    return restored(_USE_FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    before = {name: os.environ.get(name) for name in (_USE_FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
 def without_deepspeed() -> Iterator[None]:
     """Inside, Accelerate does not see that the launcher asks for DeepSpeed, which the loop sets up by itself."""
-    with restored(_USE_DEEPSPEED):
-        os.environ.pop(_USE_DEEPSPEED, None)
+    with patch_environment(**{_USE_DEEPSPEED: "false"}):
+        del os.environ[_USE_DEEPSPEED]
         yield
