@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from mmattn.errors import UsageError
-from mmattn.training.repeated_layers import required_layers
+from mmattn.training.repeated_layers import OwnForwards, required_layers
 from mmattn.training.task import Task
 
 
@@ -38,18 +38,13 @@ class ActivationCheckpointing:
                     f"training.activation_checkpointing runs layers twice, and {name} has a batch norm, which would "
                     "count its batch twice: leave it out, or name layers without one in repeated_layers"
                 )
-        self._layers = list(layers.values())
-        self._own_forwards = [vars(layer).get("forward") for layer in self._layers]
-        for layer in self._layers:
+        self._own = OwnForwards(layers.values())
+        for layer in layers.values():
             layer.forward = _Recomputed(layer.forward)
 
     def undo(self) -> None:
         """Give the layers their own `forward` back."""
-        for layer, own in zip(self._layers, self._own_forwards, strict=True):
-            if own is None:
-                del vars(layer)["forward"]
-            else:
-                layer.forward = own
+        self._own.give_back()
 
 
 class _Recomputed:

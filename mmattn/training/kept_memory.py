@@ -50,6 +50,12 @@ def kept_memory(device: torch.device) -> Iterator[bool]:
             _restore(libc)
 
 
+def memory_remarks(device: torch.device) -> list[str]:
+    """What the log says where the environment is why memory is not kept."""
+    chosen = _chosen() if device.type == "cpu" and _has_glibc() else []
+    return [f"freed memory goes back to the system in every step, as {chosen[0]} is set"] if chosen else []
+
+
 def stop_keeping_memory() -> None:
     """In a process that was forked inside `kept_memory`, data workers for one, whose blocks are of any size: freed
     memory goes back to the system from here on."""
@@ -60,16 +66,19 @@ def stop_keeping_memory() -> None:
 
 
 def _is_possible(device: torch.device) -> bool:
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
-        return False
-    return threading.current_thread() is threading.main_thread() and not any(map(_is_set, _SETTINGS))
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    return device.type == "cpu" and _has_glibc() and is_main_thread and not _chosen()
+
+
+def _has_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
+
+
+def _chosen() -> list[str]:
+    return sorted(name for name, value in os.environ.items() if name.startswith(_SETTINGS) and value)
 
 
 def _restore(libc: ctypes.CDLL) -> None:
     for name, value in _DEFAULTS.items():
         libc.mallopt(name, value)
     libc.malloc_trim(0)
-
-
-def _is_set(setting: str) -> bool:
-    return any(name.startswith(setting) and value for name, value in os.environ.items())

@@ -15,7 +15,7 @@ from mmattn.errors import RunError
 from mmattn.ops.observe import OBSERVERS, STEER
 from mmattn.ops.own_code import with_own_code
 from mmattn.ops.registry import selected
-from mmattn.training.repeated_layers import required_layers
+from mmattn.training.repeated_layers import OwnForwards, required_layers
 from mmattn.training.task import Task
 
 BACKEND = "inductor"
@@ -40,19 +40,14 @@ class LayerCompilation:
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         layers = required_layers(task, model, "torch_compile")
-        self._layers = list(layers.values())
-        self._own_forwards = [vars(layer).get("forward") for layer in self._layers]
+        self._own = OwnForwards(layers.values())
         compiled: dict[Hashable, Callable[..., Any]] = {}
         for name, layer in layers.items():
             layer.forward = _Compiled(layer.forward, name, compiled)
 
     def undo(self) -> None:
         """Give the layers their own `forward` back."""
-        for layer, own in zip(self._layers, self._own_forwards, strict=True):
-            if own is None:
-                del vars(layer)["forward"]
-            else:
-                layer.forward = own
+        self._own.give_back()
 
 
 class _Compiled:

@@ -22,7 +22,7 @@ from mmattn.training.batches import make_sampler, step_batches
 from mmattn.training.checkpoint import CheckpointStore, model_folder
 from mmattn.training.config import TrainingConfig, config_dict
 from mmattn.training.devices import describe_processes, make_accelerator, on_main
-from mmattn.training.kept_memory import kept_memory
+from mmattn.training.kept_memory import kept_memory, memory_remarks
 from mmattn.training.launcher_sharding import resolve_sharding
 from mmattn.training.lock import OutputLock
 from mmattn.training.metrics import RunLog
@@ -125,11 +125,11 @@ class _Run:
         self.sampler = make_sampler(task, config, accelerator.num_processes)
         self.last_checkpoints = LastCheckpoints(self.store, config) if config.average_last else None
         self.sharding = resolve_sharding(config.sharding)
-        self.prepared = prepare_model(self.sharding, task, config, accelerator)
+        with ExitStack() as closing:  # a refusal takes off what stands already
+            self.prepared = prepare_model(self.sharding, task, config, accelerator, closing)
+            self.closing = closing.pop_all()
         self.model, self.optimizer, self.average = self.prepared.model, self.prepared.optimizer, self.prepared.average
         self.losses: list[float] = []
-        self.closing = ExitStack()
-        self.closing.callback(self.prepared.close)
         self.saved_step: int | None = None
 
     def start(self, resume: bool | str | Path, command: str, resolved_config: dict[str, Any] | None) -> None:
@@ -186,6 +186,7 @@ class _Run:
             f"precision {accelerator.mixed_precision}, {self.sampler.describe()}",
             *([self.prepared.describe()] if self.prepared.describe() else []),
             *self.sampler.remarks(),
+            *memory_remarks(accelerator.device),
             *([f"final/ will hold {self.last_checkpoints.describe()}"] if self.last_checkpoints is not None else []),
         ]
 

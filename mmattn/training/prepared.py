@@ -4,7 +4,7 @@ and `zero3.py`."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from mmattn.training.ema import ParameterAverage, replaced
 from mmattn.training.gradients import Gradients
 from mmattn.training.layer_compilation import LayerCompilation
 from mmattn.training.optim import StepOptimizer, make_optimizer, optimizer_tensors, trainable_parameters
+from mmattn.training.repeated_layers import OwnForwards
 from mmattn.training.state import FullState, LoopState, frozen_checksum, read_state, trained_tensors
 from mmattn.training.task import Task
 
@@ -65,18 +66,20 @@ class PreparedModel(ABC):
     def describe(self) -> str:
         """How the model is spread, for the log; empty when it is whole."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """Take off the model what the run has put around it."""
-
 
 class WholeModel(PreparedModel):
-    """Every process has the whole model (DDP where there are several): `plain` is what is trained."""
+    """Every process has the whole model (DDP where there are several): `plain` is what is trained.
 
-    def __init__(self, task: Task, config: TrainingConfig, accelerator: Accelerator) -> None:
-        self._had_own_forward = "forward" in vars(task.model)
-        self._compilation = LayerCompilation(task, task.model) if config.torch_compile else None
-        self._checkpointing = ActivationCheckpointing(task, task.model) if config.activation_checkpointing else None
+    Args:
+        task: Of the run.
+        config: The settings.
+        accelerator: Of the run.
+        closing: What the run puts around the model is taken off it as this closes.
+    """
+
+    def __init__(self, task: Task, config: TrainingConfig, accelerator: Accelerator, closing: ExitStack) -> None:
+        wrap_layers(task, task.model, config, closing)
+        _give_back_later(task.model, closing)
         self._adamw = make_optimizer(task.model, config, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(task.model, self._adamw)
         self.inner = self.plain = task.model  # Accelerate's unwrap_model would import DeepSpeed where it is installed
@@ -109,14 +112,33 @@ class WholeModel(PreparedModel):
         """Nothing."""
         return ""
 
-    def close(self) -> None:
-        """Take Accelerate's `forward`, an autocasting one over the class's, off the model again."""
-        # In this order: the one that is put on last is taken off first.
-        if self._checkpointing is not None:
-            self._checkpointing.undo()
-        if self._compilation is not None:
-            self._compilation.undo()
-        if not self._had_own_forward:
-            vars(self.inner).pop("forward", None)
-            vars(self.inner).pop("_original_forward", None)
-        vars(self.inner).pop("_is_accelerate_prepared", None)
+
+def wrap_layers(task: Task, model: nn.Module, config: TrainingConfig, closing: ExitStack) -> None:
+    """Compile the repeated layers, and compute their activations anew, as the settings say, until `closing`.
+
+    Args:
+        task: Says which layers.
+        model: The task's model, or a copy of it.
+        config: The settings.
+        closing: Takes both off again, also when something later is refused.
+
+    Raises:
+        UsageError: when the layers do not allow it.
+    """
+    if config.torch_compile:
+        closing.callback(LayerCompilation(task, model).undo)
+    if config.activation_checkpointing:
+        closing.callback(ActivationCheckpointing(task, model).undo)
+
+
+def _give_back_later(model: nn.Module, closing: ExitStack) -> None:
+    """Accelerate puts an autocasting `forward` over the model's, and marks it as prepared: then a second run would go
+    without."""
+    own, marks = OwnForwards([model]), {"_original_forward", "_is_accelerate_prepared"} - vars(model).keys()
+
+    def give_back() -> None:
+        own.give_back()
+        for mark in marks:
+            vars(model).pop(mark, None)
+
+    closing.callback(give_back)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -34,6 +34,25 @@ def required_layers(task: Task, model: nn.Module, setting: str) -> dict[str, nn.
             f"{type(task).__name__}.repeated_layers ({named}): name them there, or leave it out"
         )
     return layers
+
+
+class OwnForwards:
+    """What modules have as their `forward` now, to be given back when a run that puts others over it ends.
+
+    Args:
+        modules: Whose.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._own = [(module, vars(module).get("forward")) for module in modules]
+
+    def give_back(self) -> None:
+        """The class's, where a module had none of its own."""
+        for module, own in self._own:
+            if own is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = own
 
 
 def _outermost(module: nn.Module, name: str, kinds: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module]]:

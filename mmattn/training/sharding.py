@@ -7,6 +7,7 @@ model, on a CPU torch's `fully_shard` does, since Accelerate would train with DD
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
 
@@ -38,13 +39,14 @@ class ShardedModel(SpreadModel):
         task: Its `repeated_layers` are sharded one by one, what remains of the model together.
         config: The settings.
         accelerator: With FSDP2 on a GPU.
+        closing: Of what is put around the layers.
 
     Raises:
         UsageError: when a parameter cannot be sharded, or is whole afterwards.
     """
 
-    def __init__(self, task: Task, config: TrainingConfig, accelerator: Accelerator) -> None:
-        super().__init__(task, config, accelerator)
+    def __init__(self, task: Task, config: TrainingConfig, accelerator: Accelerator, closing: ExitStack) -> None:
+        super().__init__(task, config, accelerator, closing)
         model = self._to_cut
         self._layers = layers_to_shard(task, model)
         _require_dimensions(model)

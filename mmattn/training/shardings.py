@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from accelerate import Accelerator
 
 from mmattn.training.config import TrainingConfig
@@ -11,11 +13,13 @@ from mmattn.training.task import Task
 from mmattn.training.zero3 import PartitionedModel
 
 
-def prepare_model(sharding: str, task: Task, config: TrainingConfig, accelerator: Accelerator) -> PreparedModel:
-    """As `resolve_sharding` says.
+def prepare_model(
+    sharding: str, task: Task, config: TrainingConfig, accelerator: Accelerator, closing: ExitStack
+) -> PreparedModel:
+    """As `resolve_sharding` says; what is put around the model is taken off it as `closing` closes.
 
     Raises:
         UsageError: when the model cannot be prepared so.
     """
     kinds = {"none": WholeModel, "fsdp2": ShardedModel, "zero3": PartitionedModel}
-    return kinds[sharding](task, config, accelerator)
+    return kinds[sharding](task, config, accelerator, closing)

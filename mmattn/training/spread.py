@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mmattn.training.activation_checkpointing import ActivationCheckpointing
 from mmattn.training.config import TrainingConfig
 from mmattn.training.ema import assign
-from mmattn.training.layer_compilation import LayerCompilation
-from mmattn.training.prepared import PreparedModel
+from mmattn.training.prepared import PreparedModel, wrap_layers
 from mmattn.training.state import FullState, frozen_checksum, trained_tensors
 from mmattn.training.task import Task
 
@@ -26,15 +24,15 @@ class SpreadModel(PreparedModel):
         task: Of the run.
         config: The settings.
         accelerator: Of the run.
+        closing: What the run puts around the layers is taken off them as this closes; the pieces stay as they are.
     """
 
-    def __init__(self, task: Task, config: TrainingConfig, accelerator: Accelerator) -> None:
+    def __init__(self, task: Task, config: TrainingConfig, accelerator: Accelerator, closing: ExitStack) -> None:
         self._accelerator = accelerator
         self.plain = task.model.cpu()
         self.frozen_checksum = frozen_checksum(self.plain)
         self._to_cut: nn.Module = copy.deepcopy(self.plain) if accelerator.is_main_process else self.plain
-        self._compilation = LayerCompilation(task, self._to_cut) if config.torch_compile else None
-        self._checkpointing = ActivationCheckpointing(task, self._to_cut) if config.activation_checkpointing else None
+        wrap_layers(task, self._to_cut, config, closing)
 
     def _on_main(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Copies on the CPU, on the main process; every process goes through all of them, as they are gathered."""
@@ -58,11 +56,3 @@ class SpreadModel(PreparedModel):
             yield
         finally:
             self.plain.cpu()
-
-    def close(self) -> None:
-        """The pieces stay as they are."""
-        # In this order: the one that is put on last is taken off first.
-        if self._checkpointing is not None:
-            self._checkpointing.undo()
-        if self._compilation is not None:
-            self._compilation.undo()

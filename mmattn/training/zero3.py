@@ -6,6 +6,7 @@ here and not by Accelerate, which would step in every backward pass, and would n
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,23 +50,26 @@ class PartitionedModel(SpreadModel):
         task: Of the run.
         config: The settings.
         accelerator: Without DeepSpeed.
+        closing: DeepSpeed's hooks are taken off as this closes, and what it would keep in memory is given back.
 
     Raises:
         UsageError: when a parameter is not float32 or has no dimension, or is whole afterwards.
     """
 
-    def __init__(self, task: Task, config: TrainingConfig, accelerator: Accelerator) -> None:
+    def __init__(self, task: Task, config: TrainingConfig, accelerator: Accelerator, closing: ExitStack) -> None:
         _require_plain_parameters(task.model)
-        super().__init__(task, config, accelerator)
+        super().__init__(task, config, accelerator, closing)
         self.inner = self._to_cut
-        self._outputs = OpenedOutputs(self.inner)
-        self._engine = _initialize(self.inner, config, accelerator)
-        self._outputs.close_again(self._engine)
-        self.model = self._engine
-        self._leftovers = Leftovers(self._engine)
+        outputs = OpenedOutputs(self.inner)
+        closing.callback(outputs.undo)
+        self.model = self._engine = _initialize(self.inner, config, accelerator)
+        leftovers = Leftovers(self._engine)
+        closing.callback(leftovers.give_back)
+        closing.callback(self._engine.destroy)
+        outputs.close_again(self._engine)
         trained = trainable_parameters(self.inner)
-        self._gradients = PartitionedGradients(self._engine, trained, accelerator, self._leftovers)
-        self.gradients = self._gradients
+        self.gradients = gradients = PartitionedGradients(self._engine, trained, accelerator, leftovers)
+        closing.callback(gradients.close)
         self.optimizer = PartitionedOptimizer(self._engine)
         self._moments = Moments(self._engine.optimizer)
         require_cut(self.inner, accelerator.num_processes)
@@ -147,14 +151,6 @@ class PartitionedModel(SpreadModel):
     def describe(self) -> str:
         """In a few words."""
         return f"cut by DeepSpeed's ZeRO-3 over {self._accelerator.num_processes} processes"
-
-    def close(self) -> None:
-        """DeepSpeed's hooks are taken off too, and what it would keep in memory is given back."""
-        self._gradients.close()
-        self._engine.destroy()
-        self._leftovers.give_back()
-        self._outputs.undo()
-        super().close()
 
 
 def _read(files: TensorFiles, targets: dict[str, Tensor | Piece]) -> None:

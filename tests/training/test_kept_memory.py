@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmattn.training import kept_memory as module
-from mmattn.training.kept_memory import kept_memory
+from mmattn.training.kept_memory import kept_memory, memory_remarks
 
 IS_GLIBC = platform.libc_ver()[0] == "glibc"
 PROGRAM = """
@@ -35,7 +35,7 @@ def resident():
 
 found = {"before": [faults() for _ in range(3)]}
 def many():
-    return [torch.ones(10_000_000) for _ in range(60)]  # 2.4 GB
+    return [torch.ones(10_000_000) for _ in range(30)]  # 1.2 GB
 
 with kept_memory(torch.device("cpu")) as found["is_kept"]:
     with kept_memory(torch.device("cpu")):
@@ -76,7 +76,7 @@ def test_freed_memory_is_found_again_and_given_back_at_the_end() -> None:
     # Pages of 4 KiB, cleared by the system; what is given back by and by may serve one more.
     assert min(*found["before"], *found["after"][:2], *worker[:2]) > 5000
     assert max(found["inside"][1:]) < 100
-    assert found["many"] < 1000
+    assert found["many"] < 500
     assert found["given_back"] > 30_000_000
 
 
@@ -88,6 +88,9 @@ def test_an_allocator_that_somebody_has_chosen_is_left_alone(environment, monkey
         monkeypatch.setenv(name, value)
     with kept_memory(torch.device("cpu")) as is_kept:
         assert not is_kept
+    said = [f"freed memory goes back to the system in every step, as {min(environment)} is set"]
+    assert memory_remarks(torch.device("cpu")) == (said if IS_GLIBC else [])
+    assert memory_remarks(torch.device("meta")) == []
 
 
 def test_other_devices_and_other_libraries_are_left_alone(monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import re
 import pytest
 import yaml
 from safetensors.torch import load_file
+from torch import nn
 
 from mmattn.errors import CheckpointError, ConfigError, OptionalPackageError, UsageError
 from mmattn.training import TrainingConfig, train
@@ -57,12 +59,40 @@ def test_resume_needs_a_checkpoint(tmp_path, finished):
     refuse("is no complete checkpoint and no folder of a run", toy_config(tmp_path), resume=tmp_path / "absent")
 
 
+def stands(model):
+    """What a run could leave behind, hooks and parameters included."""
+    own = [vars(module) for module in model.modules()]
+    return [{name: dict(value) if isinstance(value, dict) else value for name, value in of.items()} for of in own]
+
+
 def test_a_refused_start_leaves_the_model_as_it_was(tmp_path):
     task = LayeredTask()
-    before = [dict(vars(module)) for module in task.model.modules()]
+    before = stands(task.model)
     config = toy_config(tmp_path, mixed_precision="bf16", activation_checkpointing=True)
     refuse("nothing to resume", config, task, resume=True)
-    assert [dict(vars(module)) for module in task.model.modules()] == before
+    assert stands(task.model) == before
+
+
+def test_a_model_that_cannot_be_prepared_is_left_as_it_was(tmp_path):
+    config = toy_config(tmp_path, torch_compile=True, activation_checkpointing=True)
+    task = LayeredTask()
+    task.model.requires_grad_(False)
+    before = stands(task.model)
+    refuse("nothing to train", config, task)
+    assert stands(task.model) == before
+    task = LayeredTask()
+    task.model.layers[1].norm = nn.BatchNorm1d(3)
+    before = stands(task.model)
+    refuse("layers.1 has a batch norm", config, task)
+    assert stands(task.model) == before
+
+
+def test_a_forward_of_the_models_own_computes_as_before(tmp_path):
+    task = LayeredTask()
+    task.model.forward = own = functools.partial(type(task.model).forward, task.model)
+    train(task, toy_config(tmp_path, max_steps=2, mixed_precision="bf16"))
+    assert vars(task.model)["forward"] is own
+    assert not {"_original_forward", "_is_accelerate_prepared"} & vars(task.model).keys()
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
