@@ -72,7 +72,8 @@ def watch_launcher() -> None:
         while os.getppid() == launcher:
             time.sleep(1)
         if is_first():
-            print("mmattn: the launcher has gone: stopping", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # whoever reads it may have gone with the launcher
+                print("mmattn: the launcher has gone: stopping", file=sys.stderr, flush=True)
         else:  # the first one says it and stops them all, so it must not find itself stopped by another
             time.sleep(_FIRST_S)
         os.kill(os.getpid(), signal.SIGTERM)

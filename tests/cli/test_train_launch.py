@@ -193,6 +193,18 @@ def test_processes_whose_launcher_is_killed_save_and_stop(tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_stop_though_whoever_reads_them_has_gone_too(tmp_path):
+    process = launched(tmp_path / "run", *LONG)
+    wait_for_steps(process, tmp_path / "run")
+    left = ranks(process)
+    process.stderr.close()
+    process.kill()
+    _, alive = psutil.wait_procs(left, timeout=40)
+    assert not alive
+    assert latest_checkpoint(tmp_path / "run") is not None
+
+
+@pytest.mark.slow
 def test_a_refusal_of_all_processes_is_said_once(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/thesis.tex").write_text("x")
