@@ -43,9 +43,7 @@ def text_to_image_tab(t2i: TextToImage) -> None:
             prompt = gr.Textbox(label="Prompt", placeholder="a red circle left of a blue square", lines=2, max_lines=5)
             with gr.Row():
                 steps = gr.Slider(1, _MOST_STEPS, value=25, step=1, label="Steps", min_width=140)
-                guidance = gr.Slider(
-                    1, 20, value=t2i.guidance_scale, step=0.5, label="Guidance (1: off)", min_width=140
-                )
+                guidance = guidance_slider(t2i.guidance_scale)
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100)
             go = gr.Button("Generate", variant="primary")
             with gr.Accordion("Steer", open=False):
@@ -60,6 +58,13 @@ def text_to_image_tab(t2i: TextToImage) -> None:
     work = _Work(t2i, word_map)
     results = [picture, other, *word_map.outputs]
     on([go.click, prompt.submit], work.generate, fields, results, message, uses_model=True)
+
+
+def guidance_slider(own: float) -> gr.Slider:
+    """A field that begins with the model's own scale, whatever that is; 0 turns guidance off as 1 does."""
+    value = max(1.0, own)
+    step = 0.5 if value % 0.5 == 0 else 0.01
+    return gr.Slider(1, max(20.0, value), value=value, step=step, label="Guidance (1: off)", min_width=140)
 
 
 def _drawn(label: str, *, visible: bool) -> gr.Image:

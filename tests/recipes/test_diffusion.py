@@ -63,11 +63,11 @@ def test_debug_config_trains_scores_and_draws(tmp_path):
     config = load_config(recipe.Config, "diffusion/debug", [f"training.output_dir={tmp_path / 'run'}", *FEW, *SHORT])
     result = recipe.train(config)
     assert len(result.losses) == 2
-    assert {"validation/loss", "validation/1_object/guidance_3/both"} <= result.metrics.keys()
+    assert {"validation/loss", "validation/1_object/guidance_5/both"} <= result.metrics.keys()
     assert Image.open(tmp_path / "run" / "samples" / "step-00000002-grid.png").width > 32
     scores = recipe.evaluate(tmp_path / "run", config)
     assert (
-        scores["validation/2_object/guidance_3/relation"] == result.metrics["validation/2_object/guidance_3/relation"]
+        scores["validation/2_object/guidance_5/relation"] == result.metrics["validation/2_object/guidance_5/relation"]
     )
     pictures = TextToImage.from_pretrained(tmp_path / "run" / "final").generate("a red circle", num_inference_steps=2)
     assert pictures[0].size == (32, 32)

@@ -109,6 +109,11 @@ class PixelPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         return height * self.config["pixel_unshuffle"], width * self.config["pixel_unshuffle"]
 
     @property
+    def guidance_scale(self) -> float:
+        """Of the last call, or the one under way, as in diffusers; before any, of calls that give none."""
+        return getattr(self, "_guidance_scale", float(self.config["guidance_scale"]))
+
+    @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the last call, or the one under way, puts guidance's half before the prompts', as in diffusers."""
         return getattr(self, "_guidance_scale", 0.0) > 1

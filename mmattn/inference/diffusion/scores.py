@@ -38,14 +38,14 @@ class EvalConfig:
         splits: Splits of the data whose captions are drawn (scenes), or whose pictures are denoised.
         limit: Captions of each kind (pictures, for the loss) at most.
         objects: Scenes: captions with so many objects are scored, each number by itself.
-        guidance_scales: Pictures are drawn and scored at each.
+        guidance_scales: Pictures are drawn and scored at each. Empty: at the scale that is the model's own.
         num_inference_steps: Denoising steps.
         scheduler: Name of another scheduler than the model's; None: the model's.
         loss: Denoising loss on the split's pictures, with the same noise every time.
         fid: Frechet Inception Distance of the drawn pictures to the split's (torchmetrics; downloads its network). It
             means something from some thousands of pictures on: raise `limit`.
         clip_score: CLIP model, hub id or folder, that compares the drawn pictures with their captions (torchmetrics).
-        best: The metric that chooses the best checkpoint, such as "heldout/1_object/guidance_3/both"; None keeps none.
+        best: The metric that chooses the best checkpoint, such as "heldout/1_object/guidance_5/both"; None keeps none.
         sample_prompts: Drawn at each evaluation, always from the same seeds, into `samples/`. Empty: the first captions
             of the first split.
         sample_columns: Pictures of each prompt.
@@ -54,7 +54,7 @@ class EvalConfig:
     splits: list[str] = field(default_factory=lambda: ["validation"])
     limit: int = 200
     objects: list[int] = field(default_factory=lambda: [1, 2])
-    guidance_scales: list[float] = field(default_factory=lambda: [3.0])
+    guidance_scales: list[float] = field(default_factory=list)
     num_inference_steps: int = 25
     scheduler: Optional[str] = None  # noqa: UP045 (OmegaConf reads Optional on every Python version)
     loss: bool = True
@@ -73,7 +73,7 @@ class EvalConfig:
                 "evaluation.limit and num_inference_steps must be 1 or more and sample_columns 0 or more, not "
                 f"{self.limit}, {self.num_inference_steps} and {self.sample_columns}"
             )
-        if not self.guidance_scales or min(self.guidance_scales) < 0:
+        if min(self.guidance_scales, default=0) < 0:
             raise ConfigError(f"evaluation.guidance_scales must be numbers of 0 or more, not {self.guidance_scales}")
 
 
@@ -88,8 +88,12 @@ def check_evaluation(model: TextToImage, config: EvalConfig) -> None:
         scheduler = make_scheduler(config.scheduler, scheduler)
     check_seeded(scheduler)
     check_steps(config.num_inference_steps, scheduler)
-    for scale in config.guidance_scales:
+    for scale in _scales(model, config):
         check_guidance(scale, model.pipeline.unet, has_negative=False)
+
+
+def _scales(model: TextToImage, config: EvalConfig) -> list[float]:
+    return config.guidance_scales or [model.guidance_scale]
 
 
 def score_splits(model: TextToImage, data: DataConfig, config: EvalConfig) -> dict[str, float]:
@@ -105,7 +109,7 @@ def score_splits(model: TextToImage, data: DataConfig, config: EvalConfig) -> di
         if isinstance(source, SceneDataset):
             for number in config.objects:
                 captions, seeds = _scene_captions(source, number, config.limit)
-                for scale in config.guidance_scales if captions else ():
+                for scale in _scales(model, config) if captions else ():
                     pictures = draw(model, captions, seeds, scale, config)
                     name = f"{split}/{number}_object/guidance_{scale:g}"
                     scores |= {f"{name}/{key}": value for key, value in scene_scores(pictures, captions).items()}
@@ -182,7 +186,7 @@ def _metric_scores(model: TextToImage, source: ImageTextSource, config: EvalConf
     require("torchmetrics", "evaluation.fid and evaluation.clip_score")
     count = min(config.limit, len(source))
     captions = [require_captions(f"{source.name} {number}", texts)[0] for number, texts in _texts(source, count)]
-    drawn = _pixels(draw(model, captions, range(count), config.guidance_scales[0], config))
+    drawn = _pixels(draw(model, captions, range(count), _scales(model, config)[0], config))
     scores: dict[str, float] = {}
     if config.fid:
         scores["fid"] = _fid(drawn, source, count)
@@ -252,7 +256,7 @@ def sample_grid(model: TextToImage, prompts: Sequence[str], config: EvalConfig) 
     if not prompts or not columns:
         return None
     rows = [prompt for prompt in prompts for _ in range(columns)]
-    pictures = draw(model, rows, list(range(columns)) * len(prompts), config.guidance_scales[0], config)
+    pictures = draw(model, rows, list(range(columns)) * len(prompts), _scales(model, config)[0], config)
     return picture_grid(pictures, rows, columns=columns)
 
 

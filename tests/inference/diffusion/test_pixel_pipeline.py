@@ -188,6 +188,18 @@ def test_folder_opens_here_and_its_parts_in_stock_classes(ours, folder, caplog):
     assert issubclass(PixelPipeline, DiffusionPipeline)
 
 
+def test_a_callback_reads_the_guidance_scale_of_the_call(ours):
+    seen = []
+
+    def look(pipe, number, timestep, tensors):
+        seen.append(pipe.guidance_scale)
+        return tensors
+
+    draw(ours, guidance_scale=7, callback_on_step_end=look)
+    assert set(seen) == {7.0}
+    assert quiet(PixelPipeline(**ours.components, pixel_unshuffle=2, guidance_scale=2)).guidance_scale == 2
+
+
 def test_the_guidance_scale_of_its_own_is_saved(ours, tmp_path):
     parts = ours.components | {"guidance_scale": 2}
     quiet(PixelPipeline(**parts, pixel_unshuffle=2)).save_pretrained(tmp_path)

@@ -25,7 +25,7 @@ class _Knows:
 
     def __init__(self, pictures: dict[str, np.ndarray]) -> None:
         self.pictures, self.calls = pictures, []
-        self.pipeline = SimpleNamespace(scheduler=None)
+        self.pipeline, self.guidance_scale = SimpleNamespace(scheduler=None), 1.5
 
     def generate(self, prompts, *, seed, guidance_scale, **settings):
         self.calls.append((prompts, list(seed), guidance_scale))
@@ -56,6 +56,12 @@ def test_each_number_of_objects_and_scale_by_itself(truth):
     assert scores["heldout/2_object/guidance_1/relation"] >= 0.85
     assert [len(call[0]) for call in model.calls] == [7] * 4
     assert model.calls[0][1] == model.calls[1][1]  # the same seeds at every scale
+
+
+def test_without_scales_it_is_the_models_own(truth):
+    config = EvalConfig(splits=["heldout"], limit=7, objects=[1], loss=False)
+    scores = score_splits(_Knows(truth), DataConfig(kind="scenes", size=50, eval_size=60), config)
+    assert {name.rpartition("/")[0] for name in scores} == {"heldout/1_object/guidance_1.5"}
 
 
 def test_sample_prompts_are_the_first_captions_unless_named():
