@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ class Ranks:
             process.start()
             self._files.append(files)
             self.processes.append(process)
+        weakref.finalize(self, _kill, self.processes)  # of a test that fails before their end
 
     def _told(self, rank: int, processes: int) -> dict[str, str]:
         if self._store is None:
@@ -80,6 +82,11 @@ class Ranks:
         ]
         assert not late, f"ranks {late} hang: {[one.err[-2000:] for one in ended]}"
         return ended
+
+
+def _kill(processes: list[Any]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], *files: str) -> None:

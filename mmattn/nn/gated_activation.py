@@ -31,13 +31,17 @@ GATES = {
 }
 
 
+_DEVICES = ("cpu", "cuda")  # where backwards that write into every other part of a row are known to be right
+
+
 def gated(joined: Tensor, gate: Gate) -> Tensor:
     """The first half of joined `[..., 2 F]` times the activation of its second half, `[..., F]`.
 
     In eager training both gradients are written where they belong instead of being joined by a copy, and the
     activation is computed again instead of being kept; values and gradients are the same bits.
     """
-    if torch.is_grad_enabled() and joined.requires_grad and is_eager_call(joined):
+    is_trained = torch.is_grad_enabled() and joined.requires_grad
+    if is_trained and joined.device.type in _DEVICES and is_eager_call(joined):
         return _Gated.apply(joined, gate)  # pyright: ignore[reportReturnType]
     return _product(joined, gate)
 
