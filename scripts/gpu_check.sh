@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Proves and measures mmattn on a CUDA card, in under 15 minutes on an H100 or H200: first each recipe by `accelerate
-# launch` in bfloat16 (200 steps, killed and resumed; speed, MFU, memory), then the tests marked `gpu`, then tables of
-# attention kernels (short keys, decoding, masked and packed rows, maps), of compiled and graphed models, and of
+# Proves and measures mmattn on a CUDA card, in under 15 minutes on an H100 or H200: the tests marked `gpu`, then each
+# recipe by `accelerate launch` in bfloat16 (200 steps, killed and resumed; speed, MFU, memory), then tables of attention
+# kernels (short keys, decoding, masked and packed rows, maps), of compiled and graphed models, and of
 # translator, vision-language model and diffusion models beside stock; written to docs/gpu.md and docs/gpu.json.
 #
-#   scripts/gpu_check.sh [--quick] [--output FILE] [--part PART]... [--seconds N] [--keep FOLDER] [--join FOLDER]...
+#   scripts/gpu_check.sh [--quick] [--output FILE] [--part PART]... [--seconds N] [--at-once N] [--keep FOLDER]
+#                        [--join FOLDER]...
 #
 # In two runs, of parts named, each kept; then the page of both, which needs no card:
 #
@@ -13,6 +14,9 @@
 #   scripts/gpu_check.sh --join one --join two
 #
 # It makes .venv as scripts/test.sh does. With MMATTN_PYTHON=/path/to/python it uses that Python and installs nothing.
+# Imports, compilation and models of several parts are prepared side by side (--at-once); one measures at a time, while all
+# others are stopped.
+#
 # Exit status: 0 all well, 1 something failed (the rest was still run), 2 no CUDA card here.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"

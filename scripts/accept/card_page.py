@@ -18,7 +18,7 @@ class CardPage:
     """What docs/gpu.json has.
 
     Attributes:
-        runs: date and machine of each run.
+        runs: date, seconds and machine of each run.
         parts: how each part ended, and in which run, from 1.
         tables: part to its tables, each a list of rows.
     """
@@ -34,6 +34,14 @@ class CardPage:
         of = self.runs[self.parts[part]["run"] - 1]
         card = of["machine"]["card"].split(",")[0].removeprefix("NVIDIA ")
         return f"{of['begun'][:10]}, {card}"
+
+    @property
+    def seconds(self) -> float:
+        """Of all runs that parts come from, by the clock; of one that does not say it, what its parts took."""
+        by_run: dict[int, float] = {}
+        for part in self.parts.values():
+            by_run[part["run"]] = by_run.get(part["run"], 0.0) + part["seconds"]
+        return sum(self.runs[run - 1].get("seconds") or of_parts for run, of_parts in by_run.items())
 
     def rows(self, part: str, *columns: str) -> list[Row]:
         """The rows of a part that have all these columns."""

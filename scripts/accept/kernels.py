@@ -84,7 +84,7 @@ def on_a_card() -> None:
         count = re.search(r"(\d+) passed", outcome["last_line"])
         said = outcome["error"] or (f"{count.group(1)} passed" if count and part == "tests" else "ok")
         report(f"3 {part} on a card ({page.where(part)})", said, "ok", outcome["error"] is None)
-    spent = sum(outcome["seconds"] for outcome in page.parts.values()) / 60
+    spent = page.seconds / 60
     report("3 all parts together", f"{spent:.1f} min", "15 min", spent <= 15)
     machines = all({"card", "driver", "torch", "triton"} <= set(of["machine"]) for of in page.runs)
     report("3 card, driver and versions in the page", "there" if machines else "not all", "there", machines)

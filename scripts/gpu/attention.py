@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
@@ -35,6 +36,8 @@ NAMES = {kernel: name for name, kernel in PINNED.items()}
 CACHE_BYTES = 150e6
 MATH_BYTES = 1e9
 FURTHEST = 0.02  # of the norm: bfloat16 rounding is a tenth of it
+SECONDS = 70  # of its turn, after which only shapes of U-Nets are begun
+BATCHES = (2, 4, 16)
 
 
 @dataclass(frozen=True)
@@ -195,8 +198,26 @@ def rows_of(shape: Shape, batch: int, ceilings: Ceilings, options: Options) -> N
         )
 
 
+def run_once(attend: Attend, inputs: Inputs) -> None:
+    """Forward, and forward with backward: what is compiled at first calls is compiled here."""
+    for has_gradients in (False, True):
+        for tensor in inputs.tensors:
+            tensor.requires_grad_(has_gradients)
+        try:
+            with_gradients(attend, inputs) if has_gradients else attend(inputs)
+        except (RuntimeError, MmattnError) as problem:  # said again where it is measured
+            print(f"    {type(problem).__name__}: {str(problem).splitlines()[0][:150]}", flush=True)
+
+
 def flex_rows(shape: Shape, batch: int, options: Options) -> None:
     """Apart, because it compiles for each kind of call."""
+    for name in ("flex", "auto"):
+        run_once(ours(name), Inputs(shape, batch, options.device))
+    with options.turn():
+        _flex_rows(shape, batch, options)
+
+
+def _flex_rows(shape: Shape, batch: int, options: Options) -> None:
     sets = input_sets(shape, batch, options)
     for has_gradients in (False, True):
         cells = {name: measured(ours(name), sets, has_gradients, options.device) for name in ("flex", "auto")}
@@ -255,19 +276,26 @@ def cudnn_nan_row(options: Options) -> None:
 
 
 def main() -> int:
-    """All rows."""
+    """All rows, those of U-Nets first; each of FlexAttention when it is compiled."""
     options = read_options(__doc__)
-    ceilings = measure_ceilings(options)
-    options.add(
-        "Ceilings, measured",
-        **{"memory, TB/s read + written": f"{ceilings.bytes_per_s / 1e12:.2f}"},
-        **{"bf16 product 8192^3, TFLOP/s": f"{ceilings.flops_per_s / 1e12:.0f}"},
-    )
-    launch_rows(options)
-    cudnn_nan_row(options)
     shapes = TINY if options.tiny else SHAPES
-    for shape in shapes:
-        for batch in (2, 4, 16):
+    calls = [(shape, batch) for shape in shapes for batch in BATCHES]
+    for shape, batch in calls:
+        run_once(ours("auto"), Inputs(shape, batch, options.device))
+    print("warm", flush=True)
+    with options.turn() as begin:
+        ceilings = measure_ceilings(options)
+        options.add(
+            "Ceilings, measured",
+            **{"memory, TB/s read + written": f"{ceilings.bytes_per_s / 1e12:.2f}"},
+            **{"bf16 product 8192^3, TFLOP/s": f"{ceilings.flops_per_s / 1e12:.0f}"},
+        )
+        launch_rows(options)
+        cudnn_nan_row(options)
+        for shape, batch in calls:
+            if time.perf_counter() - begin > SECONDS and shape.keys != 77:
+                print(f"out of time: {shape.name}, batch {batch} not measured", flush=True)
+                continue
             rows_of(shape, batch, ceilings, options)
     for shape in shapes:
         if shape.has_flex and options.device in mmattn.backends()["flex"].usable_on:

@@ -65,7 +65,8 @@ def first(name: str, run: Run, options: Options) -> Any:
 
 def add(what: str, runs: dict[str, Run], per: int, floor_ms: float, options: Options, **cells: str) -> None:
     """Time the variants, and a row of milliseconds a step; "eager" and "graphed" are among them."""
-    times = wall_ms(runs, options.repeats + (0 if options.tiny else 2), options.device)
+    with options.turn():
+        times = wall_ms(runs, options.repeats + (0 if options.tiny else 2), options.device)
     found = {name: median_and_spread(times[name]) for name in runs}
     shown = {name: f"{middle / per:.3f} ±{spread:.0%}" for name, (middle, spread) in found.items()}
     graphed = found["graphed"][0]
@@ -187,22 +188,25 @@ def vlm_rows(options: Options, ceilings: Ceilings) -> None:
         add(what, runs, tokens, floor_ms, options, agree=f"same text as eager: {same}")
 
 
+MODELS = {"translator": translator_rows, "unet": unet_rows, "vlm": vlm_rows}
+
+
 def main() -> int:
     """The three models, the translator first; one that fails costs its own rows only."""
-    options = read_options(__doc__)
+    options = read_options(__doc__, list(MODELS))
     transformers.logging.set_verbosity_error()
-    ceilings = measure_ceilings(options)
+    with options.turn():
+        ceilings = measure_ceilings(options)
     failed = []
-    for part in (translator_rows, unet_rows, vlm_rows):
+    for name in MODELS if options.only is None else [options.only]:
         try:
-            part(options, ceilings)
+            MODELS[name](options, ceilings)
         except Exception:
             traceback.print_exc()
-            failed.append(part.__name__)
+            failed.append(name)
         if options.device == "cuda":
             torch.cuda.empty_cache()
-    if failed:
-        print(f"failed: {', '.join(failed)}", flush=True)
+    print(f"failed: {', '.join(failed)}" if failed else "done", flush=True)
     return 1 if failed else 0
 
 

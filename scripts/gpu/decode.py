@@ -5,7 +5,7 @@ inputs larger than its cache, medians. "Folded" is what a caller can do with tor
 place of queries of a head, so that keys are read once. The floor is keys and values moved once, at the copy rate that
 is measured first.
 
-    python scripts/gpu/decode.py [--rows FILE] [--tiny]        about 30 seconds on an H100
+    python scripts/gpu/decode.py [--rows FILE] [--tiny]        about a minute on an H100
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ import functools
 import inspect
 import math
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from attention import CACHE_BYTES, FURTHEST, MATH_BYTES, PINNED
 from measure import Ceilings, Options, card_us, host_us, measure_ceilings, read_options
+from processes import usable_cores
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,9 +34,8 @@ from mmattn.kernels.decode import DecodeConfig, decode_launches
 from mmattn.kernels.launch import Launch
 from mmattn.kernels.resources import compiling_for
 
-# After so many nothing is waited for any more.
-SECONDS = 30
-BEGIN = time.monotonic()
+# Of its turn; after so many no other configurations are tried.
+SECONDS = 40
 FOLDED = ("cuDNN", "flash", "efficient")
 
 
@@ -281,7 +279,7 @@ def compile_all(shapes: list[Shape], tuned: list[Shape]) -> None:
     card = (10 * major + minor, torch.cuda.get_device_properties(0).multi_processor_count)
     jobs: list[Job] = [(shape, None, *card) for shape in shapes]
     jobs += [(shape, config, *card) for shape in tuned for config in choices(shape)[1:]]
-    with multiprocessing.get_context("spawn").Pool(max(1, min(14, (os.cpu_count() or 2) - 2))) as pool:
+    with multiprocessing.get_context("spawn").Pool(max(1, min(14, usable_cores() - 2))) as pool:
         for problem in pool.imap_unordered(compile_job, jobs):
             if problem:
                 print(f"  not compiled: {problem}", flush=True)
@@ -306,20 +304,18 @@ def tuning_row(shape: Shape, options: Options) -> None:
     options.add("Decode configurations, µs", shape=shape.name, **cells)
 
 
-def warm_flex(shape: Shape) -> None:
-    """Compile FlexAttention for a shape into the caches on disk: a process of its own, beside the measurements."""
-    with torch.no_grad():
-        ours("flex")(Inputs(shape, "cuda"))
+def flex_row(shape: Shape, options: Options) -> None:
+    """Apart and last, because it compiles, before its turn."""
+    try:
+        with torch.no_grad():
+            ours("flex")(Inputs(shape, options.device))
+    except Exception as problem:  # the row has a dash
+        print(f"    {type(problem).__name__}: {str(problem).splitlines()[0][:150]}", flush=True)
+    with options.turn():
+        _flex_row(shape, options)
 
 
-def flex_row(shape: Shape, warm: BaseProcess, options: Options) -> None:
-    """Apart and last, because it compiles; not at all when that takes too long."""
-    warm.join(max(0.1, SECONDS - (time.monotonic() - BEGIN)))
-    if warm.is_alive():
-        warm.kill()
-        warm.join()
-        print(f"FlexAttention was still compiling after {SECONDS} s: no row for it", flush=True)
-        return
+def _flex_row(shape: Shape, options: Options) -> None:
     sets = input_sets(shape, options)
     cells = {name: timed(ours(name), sets, options.device)[1] for name in ("flex", "triton_decode")}
     options.add("Decode attention beside FlexAttention (backend flex), µs", shape=shape.name, **cells)
@@ -348,19 +344,20 @@ def main() -> int:
     shapes = TINY if options.tiny else SHAPES
     tuned = [] if options.tiny else TUNED
     has_flex = not options.tiny and options.device in mmattn.backends()["flex"].usable_on
-    warm = multiprocessing.get_context("spawn").Process(target=warm_flex, args=(shapes[0],), daemon=True)
-    if has_flex:
-        warm.start()
     if options.device == "cuda":
         compile_all(shapes, tuned)
-    ceilings = measure_ceilings(options)
-    for shape in shapes:
-        row_of(shape, ceilings, options)
-    launch_row(options)
-    for shape in tuned:
-        tuning_row(shape, options)
+    with options.turn() as begin:
+        ceilings = measure_ceilings(options)
+        for shape in shapes:
+            row_of(shape, ceilings, options)
+        launch_row(options)
+        for shape in tuned:
+            if time.perf_counter() - begin > SECONDS:
+                print(f"out of time: other configurations of {shape.name} not tried", flush=True)
+                continue
+            tuning_row(shape, options)
     if has_flex:
-        flex_row(shapes[0], warm, options)
+        flex_row(shapes[0], options)
     return 0
 
 

@@ -7,6 +7,7 @@ Compiled is `compile_repeated_blocks`: each kind of block once.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -45,6 +46,7 @@ SMALL = {
 }
 PIXART = {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "cross_attention_dim": 1152}
 TINY_PIXART = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32}
+UNETS = {"SD 1.5 U-Net, 64 x 64": SD15, "SDXL U-Net, 128 x 128": SDXL}
 
 Step = Callable[[Any], Tensor]
 
@@ -98,7 +100,8 @@ def rows_of(name: str, step: Step, variants: dict[str, Any], options: Options) -
         print(f"  {name}, {variant}: first step {time.perf_counter() - begin:.1f} s", flush=True)
     stock = outputs["stock"].double()
     runs = {key: lambda model=model: step(model) for key, model in variants.items()}
-    times = wall_ms(runs, 2 + 3 * options.repeats, options.device)
+    with options.turn():
+        times = wall_ms(runs, 2 + 3 * options.repeats, options.device)
     base = median_and_spread(times["stock"])[0]
     for variant in variants:
         middle, spread = median_and_spread(times[variant])
@@ -126,16 +129,23 @@ def compiled(model: Any) -> Any:
     return model
 
 
+def unet(name: str, options: Options) -> Any:
+    """One of `UNETS`, stock."""
+    return made(UNet2DConditionModel, UNETS[name] | (SMALL if options.tiny else {}), options)
+
+
 def unets(options: Options) -> None:
-    """SD 1.5 and SDXL; compiled last, so that a full table is there early."""
-    models = {}
-    for name, config in {"SD 1.5 U-Net, 64 x 64": SD15, "SDXL U-Net, 128 x 128": SDXL}.items():
-        models[name] = made(UNet2DConditionModel, config | (SMALL if options.tiny else {}), options)
-        step = unet_step(models[name])
-        rows_of(name, step, {"stock": models[name], "swapped": swapped(models[name])}, options)
-    for name, model in models.items():
-        variants = {"stock": model, "compiled": compiled(model), "swapped, compiled": compiled(swapped(model))}
-        rows_of(f"{name}, compiled", unet_step(model), variants, options)
+    """SD 1.5 and SDXL."""
+    for name in UNETS:
+        model = unet(name, options)
+        rows_of(name, unet_step(model), {"stock": model, "swapped": swapped(model)}, options)
+
+
+def compiled_unet(name: str, options: Options) -> None:
+    """The same, compiled."""
+    model = unet(name, options)
+    variants = {"stock": model, "compiled": compiled(model), "swapped, compiled": compiled(swapped(model))}
+    rows_of(f"{name}, compiled", unet_step(model), variants, options)
 
 
 def pixart(options: Options) -> None:
@@ -152,11 +162,18 @@ def pixart(options: Options) -> None:
         rows_of(f"PixArt, 128 x 128, {real} of 300 text tokens", pixart_step(model, real), variants, options)
 
 
+JOBS: dict[str, Callable[[Options], None]] = {
+    "pixart": pixart,
+    "unets": unets,
+    **{f"compiled-{number}": functools.partial(compiled_unet, name) for number, name in enumerate(UNETS, start=1)},
+}
+
+
 def main() -> int:
-    """PixArt, then the U-Nets."""
-    options = read_options(__doc__)
-    pixart(options)
-    unets(options)
+    """PixArt, then the U-Nets; compiled last, so that a full table is there early."""
+    options = read_options(__doc__, list(JOBS))
+    for name in JOBS if options.only is None else [options.only]:
+        JOBS[name](options)
     return 0
 
 

@@ -1,18 +1,24 @@
-"""What the measurements on a card share: options, clocks, the card's two ceilings, and rows written as they come."""
+"""What the measurements on a card share: options, turns, clocks, the card's two ceilings, and rows written as they
+come."""
 
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
+import gc
 import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from side_by_side import ASK, GIVE_BACK, TURN
 
 ROOT = Path(__file__).resolve().parents[2]
 for folder in (ROOT, ROOT / "scripts" / "bench"):
@@ -24,11 +30,14 @@ _BEGIN = time.monotonic()
 
 @dataclass(frozen=True)
 class Options:
-    """How a part is run; `tiny` only shows that it runs."""
+    """How a part is run; `tiny` only shows that it runs; `only` names one of the jobs of a part that has several, None
+    all of them; `turns` are the file descriptors by which it asks for its turn."""
 
     device: str
     tiny: bool
     rows: Path | None
+    only: str | None = None
+    turns: tuple[int, int] | None = None
 
     @property
     def repeats(self) -> int:
@@ -43,21 +52,47 @@ class Options:
             with self.rows.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"table": table, "cells": cells}) + "\n")
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[float]:
+        """Inside nothing else runs: other parts of the same check, which import, compile and load beside this one, are
+        stopped. Measure in here, and do nothing else. Gives the time of its beginning, by `time.perf_counter`."""
+        if self.turns is not None:
+            reads, writes = self.turns
+            wait(self.device)
+            os.write(writes, ASK)
+            if not os.read(reads, 1):
+                raise SystemExit("the check that this belongs to has ended")
+        try:
+            yield time.perf_counter()
+        finally:
+            if self.turns is not None:
+                wait(self.device)
+                os.write(self.turns[1], GIVE_BACK)
 
-def read_options(description: str | None) -> Options:
-    """From the command line of a part."""
+
+def read_options(description: str | None, jobs: Sequence[str] = ()) -> Options:
+    """From the command line of a part, whose jobs have these names."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="append rows here, as JSON lines")
+    if jobs:
+        parser.add_argument("--only", choices=jobs, help="this alone")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    return Options(arguments.device, arguments.tiny, arguments.rows)
+    # Capturing a graph collects garbage: not each time among all that was imported.
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else libraries tell of leaks
+    turns = os.environ.get(TURN)
+    reads, writes = map(int, turns.split(",")) if turns else (0, 0)
+    only = arguments.only if jobs else None
+    return Options(arguments.device, arguments.tiny, arguments.rows, only, (reads, writes) if turns else None)
 
 
 def wait(device: str) -> None:
     """Until the card has done what it was given."""
-    if device == "cuda":
+    if device == "cuda" and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 

@@ -23,16 +23,17 @@ PACKAGES = ("torch", "triton", "transformers", "diffusers", "accelerate", "flash
 HOW = """\
 Written by `scripts/gpu_check.sh`. Do not edit: on a machine with a CUDA card run
 
-    scripts/gpu_check.sh                  # training, tests, then every table below: under 15 minutes on an H100 or H200
+    scripts/gpu_check.sh                  # tests, training, then every table below: under 15 minutes on an H100 or H200
     scripts/gpu_check.sh --quick          # the tests only; writes nothing
     scripts/gpu_check.sh --part training --part tests --keep one    # some parts only, everything kept in a folder
     scripts/gpu_check.sh --join one --join two                      # this page from kept folders; needs no card
     MMATTN_PYTHON=/path/to/python scripts/gpu_check.sh --output gpu.md    # with what that Python has; installs nothing
 
 `gpu.json` beside this page has the same figures for programs. Weights are random: sizes are the real ones, words and
-pictures mean nothing. Times of one table were taken in one process, its variants in turn; ± is half the distance from
-the shortest to the longest. A dash: not measured, because that kernel does not serve the call (flash and a mask), or
-because it would need too much memory.
+pictures mean nothing. Parts import, compile and load side by side; while one measures, all others are stopped. A part's
+seconds are those in which it could run. Times of one table were taken in one process, its variants in turn; ± is half
+the distance from the shortest to the longest. A dash: not measured, because that kernel does not serve the call (flash
+and a mask), or because it would need too much memory.
 """
 FILE = "run.json"
 
@@ -48,7 +49,7 @@ class Outcome:
     failed: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """One run of the script on one machine.
 
@@ -56,12 +57,14 @@ class Run:
         begun: date and time, UTC.
         machine: facts by name: card, driver, versions.
         outcomes: of its parts, in their order.
+        seconds: from its beginning to its end, which is less than its parts have taken together: they run side by side.
         tables: part to its tables, each a list of rows; filled when it is read.
     """
 
     begun: str
     machine: dict[str, str]
     outcomes: list[Outcome]
+    seconds: float = 0.0
     tables: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
 
     @property
@@ -89,14 +92,22 @@ def read_run(folder: Path) -> Run:
     """A run from its folder, rows and all."""
     content = json.loads((folder / FILE).read_text(encoding="utf-8"))
     outcomes = [Outcome(**each) for each in content["outcomes"]]
-    tables = {outcome.part: read_rows(folder / f"{outcome.part}.jsonl") for outcome in outcomes}
-    return Run(content["begun"], content["machine"], outcomes, tables)
+    tables = {outcome.part: read_rows(row_files(folder, outcome.part)) for outcome in outcomes}
+    return Run(content["begun"], content["machine"], outcomes, content.get("seconds", 0.0), tables)
 
 
-def read_rows(file: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each table, in the order of their coming."""
+def row_files(folder: Path, part: str) -> list[Path]:
+    """Where a part has written its rows, those of several processes in their order."""
+    return [*folder.glob(f"{part}.jsonl"), *sorted(folder.glob(f"{part}.*.jsonl"))]
+
+
+def read_rows(files: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each table, in the order of their coming; a last one that was cut off is left out."""
     tables: dict[str, list[dict[str, Any]]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines(keepends=True)]
+    for line in lines:
+        if not line.endswith("\n"):
+            continue
         row = json.loads(line)
         tables.setdefault(row["table"], []).append(row["cells"])
     return tables
@@ -148,7 +159,7 @@ def page(runs: list[Run], kept: dict[str, tuple[int, Outcome]]) -> str:
 def table_data(runs: list[Run], kept: dict[str, tuple[int, Outcome]]) -> str:
     """The page for programs: runs, parts and tables as JSON."""
     content = {
-        "runs": [{"begun": run.begun, "machine": run.machine} for run in runs],
+        "runs": [{"begun": run.begun, "seconds": run.seconds, "machine": run.machine} for run in runs],
         "parts": {part: {"run": number, **asdict(outcome)} for part, (number, outcome) in kept.items()},
         "tables": {part: runs[number - 1].tables[part] for part, (number, _) in kept.items()},
     }
@@ -160,6 +171,7 @@ def machines(runs: list[Run]) -> list[dict[str, str]]:
     names = list(dict.fromkeys(name for run in runs for name in run.machine))
     heads = [f"run {number}" for number in range(1, len(runs) + 1)]
     rows = [("begun, UTC", [run.begun[:16].replace("T", " ") for run in runs])]
+    rows.append(("seconds, all its parts", [f"{run.seconds:.0f}" if run.seconds else "-" for run in runs]))
     rows += [(name, [run.machine.get(name, "-") for run in runs]) for name in names]
     return [{"": name, **dict(zip(heads, values, strict=True))} for name, values in rows]
 

@@ -1,18 +1,17 @@
 """Prove and measure mmattn on a CUDA card: tests, then measurements, one Markdown page; see scripts/gpu_check.sh.
 
-Every part is a process of its own with a time limit; a part that fails costs its own rows only. What is kept of a run
-(`--keep`) can be joined into a later page (`--join`): two short runs make one page. Exit status 0: all well, 1: a part
-failed, 2: no CUDA card.
+Every part is one process or several, each with a time limit; one that fails costs its own rows only. They prepare side
+by side and measure one at a time (`side_by_side`). What is kept of a run (`--keep`) can be joined into a later page
+(`--join`): two short runs make one page. Exit status 0: all well, 1: a part failed, 2: no CUDA card.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,37 +19,53 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from report import ROOT, Outcome, Run, chosen, machine, now, page, read_run, table_data
+from processes import usable_cores
+from report import ROOT, Outcome, Run, chosen, machine, now, page, read_run, row_files, table_data
+from side_by_side import Ended, Job, SideBySide
 
 HERE = Path(__file__).parent
+RECIPES = ("translate", "vlm", "diffusion")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A script, what it may take in seconds, and its place in the page."""
+    """A script, and its place in the page.
+
+    Attributes:
+        script: in this folder; "pytest" for the tests.
+        seconds: each of its processes may run so long: what they take beside others and twice that, since all together
+            have `TOTAL`.
+        jobs: what each of its processes does, "" where it is one.
+        gib: of the card's memory, for each.
+        is_alone: it takes all of the processor.
+    """
 
     script: str
     seconds: float
+    jobs: tuple[str, ...] = ("",)
+    gib: float = 8.0
+    is_alone: bool = False
 
 
-# The most important first: a page that is cut off lacks the last. Together under 15 minutes. A part that is done early
-# leaves the rest to those after it; where less is given for all, each gets its share of that.
+# The most important first: a page that is cut off lacks the last.
 PARTS = {
-    "training": Part("training.py", 260),
-    "training_compiled": Part("training_compiled.py", 130),
-    "tests": Part("pytest", 145),
-    "short_keys": Part("short_keys.py", 70),
-    "compiled": Part("compiled.py", 100),
-    "decode": Part("decode.py", 30),
-    "packed": Part("packed.py", 30),
-    "varlen": Part("varlen.py", 20),
-    "maps": Part("map_output.py", 25),
-    "attention": Part("attention.py", 30),
-    "translator": Part("translator.py", 15),
-    "vlm": Part("vlm.py", 15),
-    "diffusion": Part("diffusion.py", 15),
+    "tests": Part("pytest", 190, is_alone=True),
+    "training": Part("training.py", 230, RECIPES, gib=28),
+    # The one that compiles longest begins first.
+    "training_compiled": Part("training_compiled.py", 310, ("diffusion", "translate", "vlm"), gib=28),
+    "short_keys": Part("short_keys.py", 100),
+    "compiled": Part("compiled.py", 200, ("translator", "unet", "vlm"), gib=12),
+    "decode": Part("decode.py", 100),
+    "packed": Part("packed.py", 120, gib=16),
+    "varlen": Part("varlen.py", 90),
+    "maps": Part("map_output.py", 90),
+    "attention": Part("attention.py", 180, gib=16),
+    "translator": Part("translator.py", 120),
+    "vlm": Part("vlm.py", 100),
+    "diffusion": Part("diffusion.py", 200, ("pixart", "unets", "compiled-1", "compiled-2"), gib=24),
 }
-TOTAL = 890
+TOTAL = 885
+CARD_SHARE = 0.9
 PAGE = ROOT / "docs" / "gpu.md"
 
 
@@ -62,6 +77,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep each part's output and rows here")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this one (may be repeated)")
     parser.add_argument("--seconds", type=float, default=TOTAL, help=f"for all parts together (default {TOTAL})")
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        metavar="N",
+        default=max(1, min(5, usable_cores() // 3)),
+        help="so many processes prepare side by side; they measure one at a time (default: a third of the cores, at "
+        "most 5; here %(default)s)",
+    )
     parser.add_argument(
         "--join",
         type=Path,
@@ -75,6 +98,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.at_once < 1:
+        parser.error(f"--at-once {options.at_once}: it has to be at least 1")
     for folder in options.join:
         if not (folder / "run.json").is_file():
             parser.error(f"--join {folder}: no run.json there; give a folder that --keep has filled")
@@ -91,87 +116,118 @@ def test_files() -> list[str]:
     return ["tests/gpu", *(str(path.relative_to(ROOT)) for path in single)]
 
 
-def command(part: str, options: argparse.Namespace, rows: Path) -> list[str]:
-    """What a part runs."""
+def command(part: str, job: str, options: argparse.Namespace, rows: Path) -> list[str]:
+    """What a job of a part runs."""
     if part != "tests":
-        tiny = ["--tiny"] if options.tiny else []
-        return [sys.executable, str(HERE / PARTS[part].script), "--device", options.device, "--rows", str(rows), *tiny]
-    workers = str(max(1, min(12, (os.cpu_count() or 2) * 3 // 4)))
+        words = ["--device", options.device, "--rows", str(rows), *["--tiny"] * options.tiny]
+        return [sys.executable, str(HERE / PARTS[part].script), *words, *(["--only", job] if job else [])]
+    workers = str(max(1, min(12, usable_cores() * 3 // 4)))
     words = ["-m", "gpu", "-q", "-n", workers, "--dist", "worksteal", "--tb=short", "--show-capture=no", "-rN"]
     words += ["--durations=10", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "failures"]
     return [sys.executable, "-m", "pytest", *words, *test_files()]
 
 
-def run_part(part: str, options: argparse.Namespace, folder: Path, limit: float) -> Outcome:
-    """Run one part to its end or limit; its output goes to the log and is shown when it fails."""
+def environment(part: str, options: argparse.Namespace, caches: Path) -> dict[str, str]:
+    """Variables of a part's processes."""
     settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     settings |= {"MMATTN_TEST_DEVICE": options.device, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    settings["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]))
     if part == "tests":  # in processes side by side
-        settings |= {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-    path = os.pathsep.join(filter(None, [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]))
-    log, begin = folder / f"{part}.log", time.monotonic()
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            command(part, options, folder / f"{part}.jsonl"),
-            cwd=ROOT,
-            env={**os.environ, **settings, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout=limit)
-            error = None if code == 0 else f"exit status {code}"
-        except subprocess.TimeoutExpired:
-            error = f"not done in {limit:.0f} s"
-        finally:
-            _end(process)
-    text = log.read_text(encoding="utf-8", errors="replace")
+        return settings | {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    if options.at_once > 1:
+        each = str(max(2, usable_cores() // options.at_once))
+        settings |= {"OMP_NUM_THREADS": each, "TORCHINDUCTOR_COMPILE_THREADS": each}
+        # Of its own: one that is stopped may hold a lock in there. (Our own kernels' cache has none, and is shared.)
+        settings["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=caches)
+    return settings
+
+
+def jobs_of(parts: list[str], options: argparse.Namespace, folder: Path, caches: Path) -> list[Job]:
+    """The processes of all parts, in their order; what earlier runs have left of them is removed."""
+    jobs = []
+    for part in parts:
+        for file in row_files(folder, part):
+            file.unlink()
+        for number, name in enumerate(PARTS[part].jobs):
+            # The number keeps rows in order.
+            stem = f"{part}.{number}-{name}" if name else part
+            words, log = command(part, name, options, folder / f"{stem}.jsonl"), folder / f"{stem}.log"
+            log.unlink(missing_ok=True)
+            own = (PARTS[part].seconds, PARTS[part].gib, PARTS[part].is_alone)
+            jobs.append(Job(part, name, words, environment(part, options, caches), log, *own))
+    return jobs
+
+
+def outcome(part: str, ended: list[Ended]) -> Outcome:
+    """Of a part, so far: what has not ended yet stays so where the whole check is cut off."""
+    said = [(each, each.job.log.read_text(encoding="utf-8", errors="replace") if _ran(each) else "") for each in ended]
+    failed = [name for _, text in said for name in re.findall(r"^(?:FAILED|ERROR) (tests/\S+)", text, re.MULTILINE)]
+    errors = [_named(each, each.error) for each in ended if each.error is not None]
+    if len(ended) < len(PARTS[part].jobs):
+        errors.append("cut off with the whole check")
+    last = [_named(each, _last_line(text)) for each, text in said if _ran(each)]
+    return Outcome(
+        part,
+        sum(each.seconds for each in ended),
+        "; ".join(errors) or None,
+        "; ".join(last)[:150],
+        list(dict.fromkeys(failed))[:40],
+    )
+
+
+def _ran(each: Ended) -> bool:
+    return each.job.log.is_file()
+
+
+def _named(each: Ended, text: str | None) -> str:
+    return f"{each.job.name}: {text}" if each.job.name else str(text)
+
+
+def _last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
-    last_line = lines[-1].strip()[:150] if lines else "no output"
-    failed = re.findall(r"^(?:FAILED|ERROR) (tests/\S+)", text, flags=re.MULTILINE)
-    return Outcome(part, time.monotonic() - begin, error, last_line, list(dict.fromkeys(failed))[:40])
+    return lines[-1].strip()[:150] if lines else "no output"
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """An interrupt, on which pytest says what has failed and Python where it was; then the end of all processes."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=5)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def show(outcome: Outcome, log: Path) -> None:
-    """A line for a part; for one that failed what it said, tests by their names."""
-    result = "ok" if outcome.error is None else f"FAILED ({outcome.error})"
-    print(f"== {outcome.part}: {result}, {outcome.seconds:.0f} s: {outcome.last_line}", flush=True)
-    if outcome.error is not None and log.is_file():
-        text = log.read_text(encoding="utf-8", errors="replace")
+def show(each: Ended) -> None:
+    """A line for a process; for one that failed what it said, tests by their names."""
+    text = each.job.log.read_text(encoding="utf-8", errors="replace") if _ran(each) else ""
+    result = "ok" if each.error is None else f"FAILED ({each.error})"
+    name = f"{each.job.part} {each.job.name}".strip()
+    print(f"== {name}: {result}, {each.seconds:.0f} s: {_last_line(text) if text else ''}", flush=True)
+    if each.error is not None and text:
         failed = re.findall(r"^(?:FAILED|ERROR) .*$", text, flags=re.MULTILINE)
         print("\n".join(f"   {line[:300]}" for line in failed or text.splitlines()[-15:]), flush=True)
 
 
+def card_gib(device: str) -> float:
+    """What all parts together may take of the card's memory."""
+    return CARD_SHARE * torch.cuda.get_device_properties(0).total_memory / 2**30 if device == "cuda" else math.inf
+
+
 def run_parts(parts: list[str], options: argparse.Namespace, folder: Path) -> Run:
-    """Each in its turn; what is known is kept after each."""
-    end, limits = time.monotonic() + options.seconds, {part: PARTS[part].seconds for part in parts}
-    share = min(1.0, options.seconds / sum(limits.values()))
-    run = Run(now(), machine(options.device), [])
-    for place, part in enumerate(parts):
-        (folder / f"{part}.jsonl").unlink(missing_ok=True)
-        left = end - time.monotonic()
-        # What earlier parts have left over, but not what later ones may need.
-        limit = left - share * sum(limits[later] for later in parts[place + 1 :])
-        limit = max(limit, min(share * limits[part], left))
-        if limit < 1.0:
-            run.outcomes.append(Outcome(part, 0.0, "not begun: no time was left", ""))
-        else:
-            run.outcomes.append(run_part(part, options, folder, limit))
-        show(run.outcomes[-1], folder / f"{part}.log")
+    """All of them; what is known is kept whenever a process has ended."""
+    begin, run = time.monotonic(), Run(now(), machine(options.device), [])
+    found: dict[str, list[Ended]] = {part: [] for part in parts}
+
+    def on_end(each: Ended) -> None:
+        show(each)
+        found[each.job.part].append(each)
+        run.outcomes[:] = [outcome(part, found[part]) for part in parts]
+        run.seconds = time.monotonic() - begin
         run.write(folder)
+
+    run.outcomes[:] = [outcome(part, []) for part in parts]
+    run.write(folder)
+    with tempfile.TemporaryDirectory(prefix="gpu_check-", ignore_cleanup_errors=True) as caches:
+        crew = SideBySide(
+            jobs_of(parts, options, folder, Path(caches)),
+            end=begin + options.seconds,
+            at_once=options.at_once,
+            gib=card_gib(options.device),
+            cwd=ROOT,
+            on_end=on_end,
+        )
+        crew.run()
     return run
 
 

@@ -29,6 +29,7 @@ import attention as pinned_attention
 import torch
 from attention import CACHE_BYTES, PASSES, PINNED, SHAPES, Attend, Shape, floor, measured, ours, pinned, stock
 from measure import Ceilings, Options, host_us, measure_ceilings, read_options, wait
+from processes import usable_cores
 from torch import Tensor
 
 from mmattn.kernels.launch import Launch
@@ -39,8 +40,7 @@ from mmattn.kernels.short_keys_forward import forward_launch
 from mmattn.ops.registry import explain
 from mmattn.ops.replay import replayed
 
-BEGIN = time.perf_counter()
-SECONDS = 52  # after which no further shape is begun
+SECONDS = 52  # of its turn, after which no further shape is begun
 BATCHES = (2, 4, 16)
 UNMASKED = [
     replace(shape, name=shape.name.removesuffix(", text mask"), real=None) for shape in SHAPES if shape.keys <= MAX_KEYS
@@ -129,6 +129,7 @@ def compile_job(job: Job) -> str | None:
 
 def compile_all() -> None:
     """Compile all that will be timed, in processes of their own. What fails here fails again, and is told, below."""
+    begin = time.perf_counter()
     major, minor = torch.cuda.get_device_capability()
     card = (10 * major + minor, torch.cuda.get_device_properties(0).multi_processor_count)
     seen: set[Any] = set()
@@ -137,11 +138,11 @@ def compile_all() -> None:
         for batch, shape in itertools.product(BATCHES, (*MASKED, *UNMASKED, SMALL, replace(SMALL, real=None)))
         if is_new(job := (shape, batch, *card), seen)
     ]
-    with multiprocessing.get_context("spawn").Pool(min(len(jobs), max(1, (os.cpu_count() or 2) - 2))) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), max(1, usable_cores() - 2))) as pool:
         for problem in pool.imap_unordered(compile_job, jobs):
             if problem:
                 print(f"  not compiled: {problem}", flush=True)
-    print(f"compiled {len(seen)} kernels after {time.perf_counter() - BEGIN:.0f} s", flush=True)
+    print(f"compiled {len(seen)} kernels in {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 def input_sets(shape: Shape, batch: int, options: Options) -> list[Inputs]:
@@ -284,10 +285,17 @@ def main() -> int:
     options = read_options(__doc__)
     if options.device == "cuda":
         compile_all()
+    with options.turn() as begin:
+        rows(begin, options)
+    return 0
+
+
+def rows(begin: float, options: Options) -> None:
+    """All rows, shapes until `SECONDS` after `begin`."""
     processor_rows(options)
     ceilings = measure_ceilings(options)
     for shape, batch in [(shape, 2) for shape in (*TINY, *TINY_MASKED)] if options.tiny else in_order():
-        if time.perf_counter() - BEGIN > SECONDS:
+        if time.perf_counter() - begin > SECONDS:
             print(f"out of time: {shape.name}, batch {batch} not measured", flush=True)
             continue
         try:
@@ -296,7 +304,6 @@ def main() -> int:
             print(f"  {shape.name}, batch {batch}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             if options.device == "cuda":
                 torch.cuda.empty_cache()
-    return 0
 
 
 if __name__ == "__main__":

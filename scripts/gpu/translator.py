@@ -36,7 +36,8 @@ def rows_in(dtype: torch.dtype, folder: Path, options: Options) -> None:
             "ours": lambda sources=sources, beams=beams: our_texts(network, sources, beams, new_tokens),
         }
         theirs, mine = (run()[0] for run in runs.values())
-        times = wall_ms(runs, options.repeats, options.device)
+        with options.turn():
+            times = wall_ms(runs, options.repeats, options.device)
         same = sum(one == other for one, other in zip(theirs, mine, strict=True))
         (their_ms, their_spread), (our_ms, our_spread) = (median_and_spread(times[name]) for name in runs)
         tokens = batch * new_tokens

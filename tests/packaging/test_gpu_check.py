@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ PARTS = {
     "translator": "import time; print('begun', flush=True); time.sleep(60)",
     "vlm": f"{ADD}; print('FAILED tests/a.py::test_b[1] - wrong'); print('1 failed, 3 passed')",
 }
-LIMITS = {"tests": 2, "attention": 2, "translator": 1, "vlm": 30}  # seconds; the translator gets what others leave
+LIMITS = {"tests": 30, "attention": 30, "translator": 2, "vlm": 30}  # seconds
 
 
 @pytest.fixture
@@ -32,7 +34,8 @@ def unchanged(monkeypatch):
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     yield module
-    sys.modules.pop("report", None)
+    for name in ("report", "processes", "side_by_side"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -40,7 +43,9 @@ def runner(unchanged, monkeypatch, tmp_path):
     module = unchanged
     monkeypatch.setattr(module, "PARTS", {part: module.Part(f"{part}.py", LIMITS[part]) for part in PARTS})
     monkeypatch.setattr(module, "PAGE", tmp_path / "docs" / "gpu.md")
-    monkeypatch.setattr(module, "command", lambda part, options, rows: [sys.executable, "-c", PARTS[part], str(rows)])
+    monkeypatch.setattr(
+        module, "command", lambda part, job, _, rows: [sys.executable, "-c", PARTS[part], str(rows), job]
+    )
     return module
 
 
@@ -118,8 +123,52 @@ def test_what_has_no_time_left_is_not_begun(runner, monkeypatch, tmp_path, capsy
 def test_every_part_has_its_script(unchanged):
     for name, part in unchanged.PARTS.items():
         assert name == "tests" or (ROOT / "scripts" / "gpu" / part.script).is_file(), name
-    assert sum(part.seconds for part in unchanged.PARTS.values()) < 15 * 60
-    assert sum(part.seconds for part in unchanged.PARTS.values()) <= unchanged.TOTAL
+        assert part.seconds < unchanged.TOTAL
+    assert unchanged.TOTAL + sys.modules["side_by_side"].LAST_WORDS_S < 15 * 60
+
+
+@pytest.mark.parametrize("name", ["training", "training_compiled", "compiled", "diffusion"])
+def test_the_jobs_of_a_part_are_those_that_its_script_knows(unchanged, name):
+    part = unchanged.PARTS[name]
+    words = [sys.executable, str(ROOT / "scripts" / "gpu" / part.script), "--help"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    choices = re.search(r"--only \{(.+?)\}", done.stdout)
+    assert choices is not None, done.stderr
+    assert sorted(choices[1].split(",")) == sorted(part.jobs)
+
+
+def test_a_part_of_several_processes(runner, monkeypatch, tmp_path, capsys):
+    add = ADD.replace("{'a': 1, 'b': 'x|y'}", "{'job': sys.argv[2]}")
+    monkeypatch.setitem(PARTS, "vlm", f"{add}; sys.exit(3 * (sys.argv[2] == 'b')); print('end')")
+    monkeypatch.setitem(runner.PARTS, "vlm", runner.Part("vlm.py", 30, ("b", "a")))
+    (tmp_path / "vlm.0-old.jsonl").write_text('{"table": "T", "cells": {"job": "old"}}\n')
+    words = ("--part", "vlm", "--keep", tmp_path, "--output", tmp_path / "gpu.md", "--at-once", 2)
+    assert run(runner, monkeypatch, *words) == 1
+    data = json.loads((tmp_path / "gpu.json").read_text())
+    assert data["tables"]["vlm"] == {"T": [{"job": "b"}, {"job": "a"}]}
+    assert data["parts"]["vlm"]["error"] == "b: exit status 3"
+    assert data["runs"][0]["seconds"] > 0
+    printed = capsys.readouterr().out
+    assert "== vlm b: FAILED (exit status 3)" in printed
+    assert "== vlm a: ok" in printed
+
+
+def test_what_was_done_is_kept_when_the_check_itself_is_ended(runner, monkeypatch, tmp_path):
+    monkeypatch.setitem(PARTS, "vlm", f"{ADD}; import os, signal; os.kill(os.getppid(), signal.SIGTERM)")
+    with pytest.raises(SystemExit):
+        with_sigterm(lambda: run(runner, monkeypatch, "--part", "tests", "--part", "vlm", "--keep", tmp_path))
+    kept = runner.read_run(tmp_path)
+    assert [outcome.error for outcome in kept.outcomes] == [None, "cut off with the whole check"]
+    assert kept.tables["vlm"] == {"T": [{"a": 1, "b": "x|y"}]}
+
+
+def with_sigterm(function):
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        function()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_marked_tests_are_found(runner):
