@@ -1,7 +1,7 @@
 """Each recipe by `accelerate launch` in bfloat16: 200 steps, killed on the way and resumed; speed, MFU, memory.
 
 Models of 100 million parameters or more with random weights, on drawn scenes. What counts is the second half, after the
-resume: medians over its steps, without the first ten.
+resume: medians over its steps, without the first ten or so, while nothing else runs.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from measure import ROOT, Options, read_options
+from processes import freeze, thaw, usable_cores
 
 sys.path.insert(0, str(ROOT / "scripts" / "accept"))
 from kill_resume import kill, last_step
@@ -50,14 +50,20 @@ SIZES: dict[str, list[str]] = {
     ],
 }
 STEPS, TINY_STEPS = 200, 24
-# For both halves of one recipe, on a card; a machine just started takes 30 s to import the libraries.
-LIMIT_S = 160.0
+# For both halves of one recipe, on a card, while it may run.
+LIMIT_S = 220.0
+LIMIT_ON_CPU_S = 900.0
+# Enough for a card that takes a batch in 60 ms; more take as long to start as a machine has cores.
+DATA_WORKERS = {"translate": 8, "vlm": 12, "diffusion": 8}
+UNCOUNTED, TINY_UNCOUNTED = 10, 1
+_POLL_S = 0.05
 
 
 def launch(
-    recipe: str, folder: Path, steps: int, options: Options, *, resume: bool = False, is_compiled: bool = False
+    recipe: str, folder: Path, steps: int, options: Options, *, resume: bool = False, **training: Any
 ) -> subprocess.Popen[bytes]:
-    """The recipe's script under `accelerate launch`, its output in a file beside the folder."""
+    """The recipe's script under `accelerate launch` with some settings of `training`, its output in a file beside the
+    folder."""
     # bf16 is many times slower than float32 on most CPUs.
     precision = "bf16" if options.device == "cuda" else "no"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
@@ -67,14 +73,13 @@ def launch(
         *(["--cpu"] if options.device == "cpu" else []),
     ]
     settings = {
-        "torch_compile": is_compiled,
         **({} if options.tiny else {"learning_rate": 2e-4}),
         "output_dir": folder,
         "max_steps": steps,
-        "save_every": max(1, steps // 2),
         "log_every": max(1, steps // 10),
         "eval_every": 0,
-        "num_workers": 0 if options.tiny else max(2, (os.cpu_count() or 4) - 2),
+        "num_workers": 0 if options.tiny else min(DATA_WORKERS[recipe], max(2, usable_cores() - 2)),
+        **training,
     }
     overrides = [] if options.tiny else SIZES[recipe]
     arguments = [*overrides, *(f"training.{key}={value}" for key, value in settings.items())]
@@ -88,22 +93,59 @@ def launch(
         )
 
 
-def run(process: subprocess.Popen[bytes], folder: Path, end: float, kill_at: int | None) -> int | None:
-    """To its end, or until `kill_at` steps are done, and then killed: the exit code, None when it was killed.
+class Clock:
+    """How long this process has run; while it is stopped (see `side_by_side`) little is counted."""
+
+    def __init__(self, limit: float) -> None:
+        self.left, self._before = limit, time.monotonic()
+
+    def tick(self) -> None:
+        """Wait a moment.
+
+        Raises:
+            TimeoutError: the limit is reached.
+        """
+        time.sleep(_POLL_S)
+        now = time.monotonic()
+        self.left -= min(now - self._before, 10 * _POLL_S)
+        self._before = now
+        if self.left < 0:
+            raise TimeoutError("not done in time")
+
+
+def until(process: subprocess.Popen[bytes], clock: Clock, is_reached: Callable[[], bool] = lambda: False) -> int | None:
+    """Wait for a run's end, or until something is reached: its exit code, None while it runs.
 
     Raises:
-        TimeoutError: not done at the time `end`.
+        TimeoutError: neither in time.
     """
+    while (code := process.poll()) is None:
+        if is_reached():
+            return None
+        clock.tick()
+    return code
+
+
+def timed(process: subprocess.Popen[bytes], folder: Path, clock: Clock, first: int, last: int, options: Options) -> int:
+    """Let a run go on alone from step `first` to `last`; the step after which its steps count.
+
+    Raises:
+        RuntimeError: it ended before.
+        TimeoutError: it did not come so far in time.
+    """
+    if (code := until(process, clock, lambda: last_step(folder) >= first)) is not None:
+        raise RuntimeError(f"exit code {code} before step {first}: {tail(folder)}")
+    stopped = freeze(process.pid)
     try:
-        while (code := process.poll()) is None:
-            if kill_at is not None and last_step(folder) >= kill_at:
-                return None
-            if time.monotonic() > end:
-                raise TimeoutError("not done in time")
-            time.sleep(0.05)
-        return code
+        with options.turn():
+            thaw(stopped)
+            stopped = []
+            reached = last_step(folder)
+            until(process, clock, lambda: last_step(folder) >= last)
     finally:
-        kill(process)
+        thaw(stopped)
+    # One was cut by the stop, and the next began before all was awake again.
+    return min(reached + 2, last - 1)
 
 
 def tail(folder: Path) -> str:
@@ -114,15 +156,30 @@ def tail(folder: Path) -> str:
 
 def measured(recipe: str, folder: Path, steps: int, options: Options) -> dict[str, Any]:
     """Kill a run in its second half, resume it, and read the figures of the table."""
-    limit, kill_at = LIMIT_S if options.device == "cuda" else 900.0, steps * 5 // 8
-    end = time.monotonic() + limit
-    if run(launch(recipe, folder, steps, options), folder, end, kill_at) is not None:
-        raise RuntimeError(f"ended before it could be killed: {tail(folder)}")
-    if (code := run(launch(recipe, folder, steps, options, resume=True), folder, end, None)) != 0:
-        raise RuntimeError(f"exit code {code} when resumed: {tail(folder)}")
+    clock, kill_at = Clock(LIMIT_S if options.device == "cuda" else LIMIT_ON_CPU_S), steps * 5 // 8
+    save_every = max(1, steps // 2)
+    with running(launch(recipe, folder, steps, options, save_every=save_every)) as process:
+        if until(process, clock, lambda: last_step(folder) >= kill_at) is not None:
+            raise RuntimeError(f"ended before it could be killed: {tail(folder)}")
+    print(f"{recipe}: killed after step {last_step(folder)}", flush=True)
+    with running(launch(recipe, folder, steps, options, resume=True, save_every=save_every)) as process:
+        # Until it says so, the metrics are those of the run that was killed.
+        until(process, clock, lambda: "resumed from" in said(folder))
+        first = save_every + (TINY_UNCOUNTED if options.tiny else UNCOUNTED)
+        counted = timed(process, folder, clock, first, steps, options)
+        if (code := until(process, clock)) != 0:
+            raise RuntimeError(f"exit code {code} when resumed: {tail(folder)}")
     resumed_at = int(re.findall(r"resumed from \S*step-(\d+)", said(folder))[-1])
-    first = resumed_at + (10 if not options.tiny else 1)
-    return {"killed at": kill_at, "resumed from": resumed_at, **figures(folder, steps, first, options)}
+    return {"killed at": kill_at, "resumed from": resumed_at, **figures(folder, steps, counted, options)}
+
+
+@contextlib.contextmanager
+def running(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """Ends it, with all that came from it, when the block does."""
+    try:
+        yield process
+    finally:
+        kill(process)
 
 
 def said(folder: Path) -> str:
@@ -144,20 +201,51 @@ def figures(folder: Path, steps: int, first: int, options: Options) -> dict[str,
         raise RuntimeError("a loss that is not finite")
     if options.device == "cuda" and "precision bf16" not in said(folder):
         raise RuntimeError("not in bf16, for which the launcher asked")
-    number = re.findall(r"training ([\d,]+) of [\d,]+ parameters", said(folder))[-1]
     clocks = [line["time"] for line in trained if line["step"] > first]
+    return {
+        "parameters": parameters(folder),
+        "loss, first and last": f"{trained[0]['loss']:.3f}, {trained[-1]['loss']:.3f}",
+        **speed(clocks),
+    }
+
+
+def parameters(folder: Path) -> str:
+    """How many are trained."""
+    number = re.findall(r"training ([\d,]+) of [\d,]+ parameters", said(folder))[-1]
+    return f"{int(number.replace(',', '')) / 1e6:.1f} M"
+
+
+def speed(clocks: list[dict[str, float]]) -> dict[str, str]:
+    """Cells of what `metrics.jsonl` has under `time`: medians."""
 
     def median(read: Any) -> float:
         return statistics.median(read(clock) for clock in clocks)
 
+    used = [clock["mfu"] for clock in clocks if "mfu" in clock]
     return {
-        "parameters": f"{int(number.replace(',', '')) / 1e6:.1f} M",
-        "loss, first and last": f"{trained[0]['loss']:.3f}, {trained[-1]['loss']:.3f}",
         "ms a step": f"{1000 * median(lambda clock: clock['step_s']):.0f}",
         "units/s": f"{median(lambda clock: clock['tokens_per_s']):,.0f}",
         "waiting for data": f"{median(lambda clock: clock['data_s'] / clock['step_s']):.0%}",
-        "MFU": f"{100 * median(lambda clock: clock['mfu']):.1f}%" if "mfu" in clocks[-1] else "-",
+        "MFU": f"{100 * statistics.median(used):.1f}%" if used else "-",
         "peak memory": f"{clocks[-1]['peak_memory_bytes'] / 2**30:.1f} GiB",
+    }
+
+
+def so_far(folder: Path) -> dict[str, Any]:
+    """Cells of a run that did not come to its end: what its last steps say, beside which others may have run.
+
+    Raises:
+        OSError: there are no metrics.
+        IndexError: they have no step, or the log no number of parameters.
+    """
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    trained = [
+        line for line in map(json.loads, (line for line in lines if line.endswith("\n"))) if line["kind"] == "train"
+    ]
+    last = trained[-1]
+    cells = speed([line["time"] for line in trained[-20:]])
+    return {"reached": last["step"], "parameters": parameters(folder)} | {
+        f"{name}, so far": cells[name] for name in cells
     }
 
 
@@ -165,15 +253,19 @@ def rows(table: str, row: Callable[[str, Path], dict[str, Any]], options: Option
     """A row for each recipe; one that fails costs its own row only. The exit status."""
     failed = False
     with tempfile.TemporaryDirectory() as name:
-        for recipe in SIZES:
+        for recipe in SIZES if options.only is None else [options.only]:
             folder = Path(name) / recipe
             try:
                 cells = row(recipe, folder)
-            except (RuntimeError, TimeoutError, OSError) as error:
+            except (RuntimeError, TimeoutError, OSError, KeyboardInterrupt) as error:
                 failed = True
-                print(f"{recipe}: {error}", flush=True)
                 with contextlib.suppress(OSError):
                     print(said(folder)[-3000:], flush=True)
+                with contextlib.suppress(OSError, IndexError):
+                    options.add(f"{table}: cut off", recipe=recipe, **so_far(folder))
+                print(f"{recipe}: {error or 'interrupted'}", flush=True)
+                if isinstance(error, KeyboardInterrupt):
+                    return 1
                 continue
             options.add(table, recipe=recipe, **cells)
     return 1 if failed else 0
@@ -181,7 +273,7 @@ def rows(table: str, row: Callable[[str, Path], dict[str, Any]], options: Option
 
 def main() -> int:
     """The table."""
-    options = read_options(__doc__)
+    options = read_options(__doc__, list(SIZES))
     steps = TINY_STEPS if options.tiny else STEPS
     precision = "bf16" if options.device == "cuda" else "float32"
     table = f"Training by accelerate launch, {precision}, {steps} steps"
