@@ -263,7 +263,7 @@ def rows(table: str, row: Callable[[str, Path], dict[str, Any]], options: Option
                     print(said(folder)[-3000:], flush=True)
                 with contextlib.suppress(OSError, IndexError):
                     options.add(f"{table}: cut off", recipe=recipe, **so_far(folder))
-                print(f"{recipe}: {error or 'interrupted'}", flush=True)
+                print(f"{recipe}: {str(error) or 'interrupted'}", flush=True)
                 if isinstance(error, KeyboardInterrupt):
                     return 1
                 continue
