@@ -33,8 +33,7 @@ class Part:
 
     Attributes:
         script: in this folder; "pytest" for the tests.
-        seconds: each of its processes may run so long: what they take beside others and twice that, since all together
-            have `TOTAL`.
+        seconds: each of its processes may run so long, generously: all together have `TOTAL`.
         jobs: what each of its processes does, "" where it is one.
         gib: of the card's memory, for each.
         is_alone: it takes all of the processor.
@@ -122,7 +121,8 @@ def command(part: str, job: str, options: argparse.Namespace, rows: Path) -> lis
         words = ["--device", options.device, "--rows", str(rows), *["--tiny"] * options.tiny]
         return [sys.executable, str(HERE / PARTS[part].script), *words, *(["--only", job] if job else [])]
     workers = str(max(1, min(12, usable_cores() * 3 // 4)))
-    words = ["-m", "gpu", "-q", "-n", workers, "--dist", "worksteal", "--tb=short", "--show-capture=no", "-rN"]
+    # Quiet once, which the settings of the project are already: twice there is no line of how many have passed.
+    words = ["-m", "gpu", "-n", workers, "--dist", "worksteal", "--tb=short", "--show-capture=no", "-rN"]
     words += ["--durations=10", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "failures"]
     return [sys.executable, "-m", "pytest", *words, *test_files()]
 
@@ -234,7 +234,9 @@ def run_parts(parts: list[str], options: argparse.Namespace, folder: Path) -> Ru
 def main() -> int:
     """Every part, then the page."""
     options = arguments()
-    parts = options.part or (["tests"] if options.quick else [] if options.join else list(PARTS))
+    parts = list(dict.fromkeys(options.part or ())) or (
+        ["tests"] if options.quick else [] if options.join else list(PARTS)
+    )
     if parts and options.device == "cuda" and not torch.cuda.is_available():
         print(f"gpu_check.sh: no CUDA card here (torch {torch.__version__} sees none): nothing was checked")
         return 2

@@ -200,3 +200,14 @@ def test_a_python_that_is_not_there_is_said():
         1,
         "error: MMATTN_PYTHON=/no/python cannot import torch (or is not there)\n",
     )
+
+
+def test_the_tests_say_how_many_have_passed(unchanged, monkeypatch, tmp_path):
+    monkeypatch.setattr(unchanged, "test_files", lambda: ["tests/training/test_gpu.py"])
+    monkeypatch.setattr(unchanged, "usable_cores", lambda: 2)
+    words = unchanged.command("tests", "", None, tmp_path / "rows.jsonl")
+    words[words.index("-m", 3) + 1] = "not gpu"  # what runs here
+    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts" / "gpu"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    last = [line for line in done.stdout.splitlines() if line.strip()][-1]
+    assert re.match(r"\d+ passed", last), done.stdout
