@@ -43,4 +43,4 @@ def _task_of(checkpoint: Path, overrides: list[str]) -> Task:
             "together in Python, with mmattn.training.export.export_model and the task that was trained"
         )
     recipe = load_recipe(recipe_of(config))
-    return recipe.open_task(load_config(recipe.Config, config, overrides))
+    return recipe.open_task(load_config(recipe.Config, config, overrides, is_saved=True))

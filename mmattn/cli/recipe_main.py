@@ -80,7 +80,7 @@ def evaluate_folder(
     source = data if data is not None else str(trained_config(folder))
     name = recipe_of(source)
     recipe = load_recipe(name)
-    config = load_config(recipe.Config, source, overrides)
+    config = load_config(recipe.Config, source, overrides, is_saved=data is None)
     if hypotheses is None:
         return recipe.evaluate(folder, config)
     if "hypotheses" not in inspect.signature(recipe.evaluate).parameters:

@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import types
 import typing
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,9 @@ from mmattn.errors import ConfigError, MmattnError
 T = TypeVar("T")
 
 
-def load_config(schema: type[T], source: str | Path | None, overrides: Sequence[str] = ()) -> T:
+def load_config(
+    schema: type[T], source: str | Path | None, overrides: Sequence[str] = (), *, is_saved: bool = False
+) -> T:
     """Build `schema` from its defaults, a file, and overrides; each later one wins.
 
     Args:
@@ -32,6 +35,8 @@ def load_config(schema: type[T], source: str | Path | None, overrides: Sequence[
         source: a YAML file, the name of a shipped config, or None for the defaults alone. A `recipe:` key that names
             the recipe is allowed at the top even when `schema` has no such field.
         overrides: `key.path=value` strings; the value is read as YAML (`3`, `1e-4`, `null`, `[a, b]`).
+        is_saved: a run wrote the file, perhaps with another version: settings that there no longer are are left out,
+            with a warning.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key, a wrong type, a value that is required and missing, or a
@@ -43,6 +48,8 @@ def load_config(schema: type[T], source: str | Path | None, overrides: Sequence[
         values = _read_yaml(path)
         if "recipe" not in _field_types(schema):
             values.pop("recipe", None)
+        if is_saved:
+            values = _known(schema, values, str(path), prefix="")
         node = _merge(schema, node, values, str(path))
     for override in overrides:
         node = _merge(schema, node, _parse_override(override), f"override {override!r}")
@@ -145,6 +152,19 @@ def _to_object(node: DictConfig, where: str) -> Any:
         raise ConfigError(f"{where}: {_explain(error)}") from error
     except (ValueError, TypeError) as error:  # raised by a dataclass's own __post_init__
         raise ConfigError(f"{where}: {_one_line(error)}") from error
+
+
+def _known(schema: type, values: Mapping[str, Any], where: str, prefix: str) -> dict[str, Any]:
+    fields, kept = _field_types(schema), {}
+    for key, value in values.items():
+        if key not in fields:
+            gone = f"{where} has a setting that there no longer is, which is left out: {prefix + key}, {value!r}"
+            warnings.warn(gone, stacklevel=3)
+            continue
+        inner = _dataclass_in(fields[key])
+        is_section = inner is not None and isinstance(value, Mapping)
+        kept[key] = _known(inner, value, where, f"{prefix}{key}.") if is_section else value
+    return kept
 
 
 def _check_keys(schema: type, values: Mapping[str, Any], where: str, prefix: str) -> None:

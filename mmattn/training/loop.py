@@ -28,7 +28,7 @@ from mmattn.training.lock import OutputLock
 from mmattn.training.metrics import RunLog
 from mmattn.training.optim import learning_rate, set_learning_rate
 from mmattn.training.peers import deaths_said
-from mmattn.training.publish import how_to_export, is_better, publish_best
+from mmattn.training.publish import how_to_export, is_better, missing_best, publish_best
 from mmattn.training.rates import Rates
 from mmattn.training.recipe_settings import recipe_changes
 from mmattn.training.sharded_state import save_sharded
@@ -162,7 +162,8 @@ class _Run:
     def _load(self, start: Start) -> list[str]:
         assert start.checkpoint is not None
         saved = read_facts(start.checkpoint)
-        recipe = recipe_changes(start.checkpoint, self.resolved_config, self.task.free_settings)
+        has_best = saved["best_step"] is not None
+        recipe = recipe_changes(start.checkpoint, self.resolved_config, self.task.free_settings, has_best=has_best)
         remarks = check_continuation(start, saved, self.facts, self.config, recipe)
         self.state = self.prepared.load(start.checkpoint)
         if self.accelerator.scaler is not None and self.state.scaler is not None:
@@ -302,6 +303,7 @@ class _Run:
             self._stop(metrics, "in the evaluation after")
         self.state.metrics = metrics
         self.saved_step = None  # a checkpoint of this step, from before a stop, does not know the outcome
+        self._require_best(metrics)
         is_best = is_better(self.task, metrics, self.state.best_value)
         if is_best:
             self.state.best_step, self.state.best_value = self.state.step, metrics[self.task.best or ""]
@@ -310,6 +312,12 @@ class _Run:
         self.log.track("eval", metrics, self.state.step)
         self.log.say(f"evaluation at step {self.state.step}{_shown(metrics, is_best)}")
         return is_best
+
+    def _require_best(self, metrics: dict[str, float]) -> None:
+        if problem := missing_best(self.task, metrics, self.state.step):
+            self.state.is_evaluation_due = True  # a misspelt metric does not cost the steps so far
+            self._save()
+            raise RunError(problem)
 
     def _score_or_stop(self, tensors: dict[str, Tensor]) -> dict[str, float] | int:
         """The scores, or the signal that came before they were complete."""
@@ -389,6 +397,8 @@ class _Run:
             final = self.store.publish_new("final", functools.partial(self.task.save, self.prepared.plain))
             metrics = self._score({}) if self.config.eval_every else {}
         self.model.train()
+        if metrics:
+            self._require_best(metrics)
         is_best = bool(metrics) and is_better(self.task, metrics, state.best_value)
         if is_best:
             self.store.publish(final, "best")

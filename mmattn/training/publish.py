@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmattn.errors import RunError
 from mmattn.training.checkpoint import CheckpointStore, model_folder
 from mmattn.training.state import read_facts
 from mmattn.training.task import Task
@@ -21,13 +20,21 @@ def is_better(task: Task, metrics: Mapping[str, float], best_value: float | None
     """Whether an evaluation is better than the best so far, by the metric that the task names.
 
     Raises:
-        RunError: that metric is not among them.
+        KeyError: that metric is not among them (see `missing_best`).
     """
-    value = metrics.get(task.best) if task.best is not None else None
-    if task.best is not None and value is None:
-        raise RunError(f"evaluation gave no {task.best!r}, by which the best is chosen: {list(metrics)}")
+    value = metrics[task.best] if task.best is not None else None
     sign = 1 if task.is_higher_better else -1
     return value is not None and math.isfinite(value) and (best_value is None or sign * value > sign * best_value)
+
+
+def missing_best(task: Task, metrics: Mapping[str, float], step: int) -> str:
+    """What to tell the user of an evaluation without the metric that the task names; empty where it is there."""
+    if task.best is None or task.best in metrics:
+        return ""
+    return (
+        f"evaluation gave no {task.best!r}, by which the best is chosen: name one of {list(metrics)}, and go on from "
+        f"step {step}, which is saved, with --resume"
+    )
 
 
 def publish_best(store: CheckpointStore, step: int) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 CONFIG_FILE = "config.yaml"
+KEEPS_BEST = "!evaluation.best"
 SCORES_AND_PATHS = (
     "evaluation.*",
-    "!evaluation.best",
+    KEEPS_BEST,
     "data.*path",
     "data.shards*",  # their content is compared by itself
     "data.index_folder",
@@ -42,14 +43,19 @@ class RecipeChanges:
     remarks: list[str] = field(default_factory=list)
 
 
-def recipe_changes(checkpoint: Path, config: dict[str, Any] | None, free: Sequence[str]) -> RecipeChanges:
+def recipe_changes(
+    checkpoint: Path, config: dict[str, Any] | None, free: Sequence[str], *, has_best: bool = True
+) -> RecipeChanges:
     """Compare a checkpoint's `config.yaml` with a run's resolved config; `training` has rules of its own.
 
     Args:
         checkpoint: its folder.
         config: the recipe's whole configuration; None: there is nothing to compare.
         free: patterns of the keys that may change, `*` for any text; one that begins with `!` takes keys out again.
+        has_best: a best evaluation was chosen; until then it may still be said by which score.
     """
+    if not has_best:
+        free = [pattern for pattern in free if pattern != KEEPS_BEST]
     if config is None:
         return RecipeChanges()
     file = checkpoint / CONFIG_FILE

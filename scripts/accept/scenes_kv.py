@@ -81,7 +81,7 @@ def train(base: Path, work: Path, pair: Pair) -> Path:
     captions = write_pictures(work / "pictures", pair)
     overrides = [
         f"model.from_pretrained={base}",
-        "model.gradient_checkpointing=false",
+        "training.activation_checkpointing=false",
         f"data.path={captions}",
         f"new_token.token={WORD}",
         f"new_token.initializer={pair[1]}",

@@ -158,3 +158,19 @@ def test_an_empty_file_gives_the_defaults(write):
 def test_a_file_without_a_recipe(write):
     with pytest.raises(ConfigError, match="my.yaml: names no recipe; add a line such as 'recipe: vlm' at the top"):
         recipe_of(write("name: x"))
+
+
+def test_a_saved_config_may_have_settings_that_there_no_longer_are(write):
+    path = write("name: mine\ntraining: {max_steps: 7, speed: 3}\nlora: {rank: 5, gone: null}\nold: [1]\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'training\.speed'"):
+        load_config(Config, path)
+    with pytest.warns(UserWarning, match="has a setting that there no longer is, which is left out: ") as said:
+        config = load_config(Config, path, ["lora.rank=4"], is_saved=True)
+    assert (config.name, config.training.max_steps, config.lora) == ("mine", 7, Lora(4))
+    assert [str(one.message).rpartition("out: ")[2] for one in said] == [
+        "training.speed, 3",
+        "lora.gone, None",
+        "old, [1]",
+    ]
+    with pytest.raises(ConfigError, match="unknown key 'training.speed'"):
+        load_config(Config, write("name: mine"), ["training.speed=3"], is_saved=True)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmattn.errors import RunError
+from mmattn.errors import RunError, UsageError
 from mmattn.training import batches, read_metrics, train
 from mmattn.training.metrics import MetricsLog, Progress
+from mmattn.training.recipe_settings import SCORES_AND_PATHS
 from tests.ranks import Ranks
 from tests.training.toy import ToyTask, toy_config
 
@@ -87,8 +88,21 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
 def test_an_evaluation_without_the_best_metric_is_said(tmp_path):
     task = ScriptedTask([0.1])
     task.best = "accuracy"
-    with pytest.raises(RunError, match=r"evaluation gave no 'accuracy', by which the best is chosen: \['score'\]"):
-        train(task, toy_config(tmp_path, max_steps=1, eval_every=1))
+    before, after = ({"evaluation": {"best": name, "limit": 3}} for name in ("accuracy", "score"))
+    task.free_settings = SCORES_AND_PATHS
+    with pytest.raises(
+        RunError, match=r"gave no 'accuracy', by which the best is chosen: name one of \['score'\]"
+    ) as caught:
+        train(task, toy_config(tmp_path, max_steps=4, eval_every=2), resolved_config=before)
+    assert str(caught.value).endswith("and go on from step 2, which is saved, with --resume")
+    task = ScriptedTask([0.3, 0.5])
+    task.free_settings = SCORES_AND_PATHS
+    result = train(task, toy_config(tmp_path, max_steps=4, eval_every=2), resume=True, resolved_config=after)
+    assert result.best == {"step": 4, "value": 0.5, "metric": "score"}
+    assert not task.scores  # that of step 2 was made up for
+    config = toy_config(tmp_path, max_steps=6, eval_every=2)
+    with pytest.raises(UsageError, match=r"other settings \(evaluation.best: score -> accuracy\)"):
+        train(task, config, resume=True, resolved_config=before)
 
 
 def test_a_bad_batch_is_skipped_counted_and_named(tmp_path, capsys):

@@ -6,9 +6,8 @@ import math
 
 import pytest
 
-from mmattn.errors import RunError
 from mmattn.training.checkpoint import CheckpointStore
-from mmattn.training.publish import how_to_export, is_better, publish_best
+from mmattn.training.publish import how_to_export, is_better, missing_best, publish_best
 from tests.training.toy import ToyTask
 
 
@@ -52,7 +51,8 @@ def test_what_is_said_at_the_end_of_a_sharded_run(tmp_path):
 def test_better_is_by_the_metric_of_the_task(value, best_value, expected):
     task = ToyTask()
     assert is_better(task, {"loss": value, "other": 0.0}, best_value) is expected
-    with pytest.raises(RunError, match="evaluation gave no 'loss', by which the best is chosen"):
-        is_better(task, {"other": value}, best_value)
+    assert missing_best(task, {"loss": value}, 7) == ""
+    assert missing_best(task, {"other": value}, 7).startswith("evaluation gave no 'loss', by which the best is chosen")
     task.best = None
     assert not is_better(task, {"loss": value}, best_value)
+    assert missing_best(task, {}, 7) == ""

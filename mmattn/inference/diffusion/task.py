@@ -197,7 +197,7 @@ def evaluate_folder(folder: Path, config: DiffusionConfig) -> dict[str, float]:
     except ConfigError:
         own = config
     else:
-        own = load_config(DiffusionConfig, str(file))
+        own = load_config(DiffusionConfig, str(file), is_saved=True)
     t2i = open_trained(folder, own.model, own.train_what)
     network = DenoisingNetwork(t2i.pipeline.unet, None, pixel_factor(t2i.pipeline)).eval()
     scores = score_splits(t2i, config.data, config.evaluation)
