@@ -8,10 +8,14 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmattn.errors import MmattnError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def split_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
@@ -25,7 +29,9 @@ def split_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
 def run_guarded(action: Callable[[], Any], *, debug: bool) -> int:
     """Run a command and return its exit code; with `debug` the traceback is printed as well."""
     try:
-        action()
+        with warnings.catch_warnings():
+            warnings.showwarning = _shown_by(warnings.showwarning)
+            action()
         return 0
     except SystemExit as stop:
         return _exit_code(stop)
@@ -43,6 +49,18 @@ def run_guarded(action: Callable[[], Any], *, debug: bool) -> int:
         hint = "" if debug else " (unexpected; --debug shows the traceback)"
         _fail(f"{type(error).__name__}: {_one_line(error)}{hint}", debug, 1, MmattnError())
         return 1
+
+
+def _shown_by(others: Callable[..., None]) -> Callable[..., None]:
+    """Warnings of this package in a line, without the place in its code; those of others by `others`."""
+
+    def show(message: Any, category: type[Warning], filename: str, *rest: Any) -> None:
+        if issubclass(category, UserWarning) and Path(filename).resolve().is_relative_to(_PACKAGE):
+            print(f"mmattn: warning: {_one_line(message)}", file=sys.stderr)
+        else:
+            others(message, category, filename, *rest)
+
+    return show
 
 
 def _exit_code(stop: SystemExit) -> int:

@@ -73,6 +73,17 @@ def test_eval_uses_the_config_beside_the_model(toy_tree: Path, capsys):
     assert capsys.readouterr().out == '{"accuracy": 0.75, "steps": 3.0}\n'
 
 
+@pytest.mark.filterwarnings("always::UserWarning")
+def test_eval_says_which_settings_there_no_longer_are(toy_tree: Path, capsys):
+    Path("run/checkpoints/step-00000013").mkdir(parents=True)
+    Path("run/checkpoints/step-00000013/config.yaml").write_text(CONFIG + "speed: 3\n")
+    assert main(["eval", "run"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("accuracy  0.7500\n")
+    assert said.err.startswith("mmattn: warning: ")
+    assert said.err.endswith("has a setting that there no longer is, which is left out: speed, 3\n")
+
+
 def test_eval_writes_hypotheses_where_the_recipe_has_any(toy_tree: Path, capsys):
     arguments = ["eval", "run", "--data", "toy/debug", "--output", "said.jsonl"]
     Path("run").mkdir()
