@@ -175,6 +175,7 @@ def _check_keys(schema: type, values: Mapping[str, Any], where: str, prefix: str
             hint = nearest(prefix + key, names) or f" Known keys: {', '.join(names)}"
             raise ConfigError(f"{where}: unknown key {prefix + key!r}.{hint}")
         inner = _dataclass_in(fields[key])
+        _check_length(fields[key], value, f"{where}: {prefix + key!r}")
         if inner is None:
             if isinstance(value, bool) and _is_text(fields[key]):
                 raise ConfigError(
@@ -182,11 +183,31 @@ def _check_keys(schema: type, values: Mapping[str, Any], where: str, prefix: str
                     f"quotes for truth values: put it in quotes, such as {prefix + key}=\"'no'\""
                 )
             continue
-        if not isinstance(value, Mapping | list | None):
+        if not isinstance(value, Mapping | None) and not (isinstance(value, list) and _sequence(fields[key])):
             example = f"{prefix}{key}.{next(iter(_field_types(inner)))}"
             raise ConfigError(f"{where}: {prefix + key!r} is a section, not a value; set its keys, such as {example}")
         for name, entry in _entries(value, prefix + key):
             _check_keys(inner, entry, where, f"{name}.")
+
+
+def _check_length(annotation: Any, value: Any, what: str) -> None:
+    """Of a list, and of a tuple, whose number of values is fixed; OmegaConf's own words are those of its classes."""
+    kind = _sequence(annotation)
+    is_later = isinstance(value, str) and (value == "???" or value.startswith("${"))
+    if kind is None or value is None or is_later:
+        return
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{what} is a list, not a single value: put it in brackets, such as [{value}]")
+    wanted = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple and ... not in wanted and len(value) != len(wanted):
+        raise ConfigError(f"{what} takes {len(wanted)} values, not {len(value)}")
+
+
+def _sequence(annotation: Any) -> Any:
+    """`list[X]` or `tuple[...]`, also of such a thing or None; None for anything else."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)] if is_union else [annotation]
+    return kinds[0] if len(kinds) == 1 and typing.get_origin(kinds[0]) in (list, tuple) else None
 
 
 def _entries(value: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

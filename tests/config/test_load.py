@@ -174,3 +174,19 @@ def test_a_saved_config_may_have_settings_that_there_no_longer_are(write):
     ]
     with pytest.raises(ConfigError, match="unknown key 'training.speed'"):
         load_config(Config, write("name: mine"), ["training.speed=3"], is_saved=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("words=one", r"'words' is a list, not a single value: put it in brackets, such as \[one\]$"),
+        ("words={a: 1}", "'words' is a list, not a single value"),
+        ("training.betas=0.9", r"'training\.betas' is a list, not a single value"),
+        ("training.betas=[0.9]", r"'training\.betas' takes 2 values, not 1$"),
+        ("training=[1, 2]", r"'training' is a section, not a value; set its keys, such as training\.max_steps$"),
+    ],
+)
+def test_lists_and_what_is_none(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(Config, None, [override])
+    assert load_config(Config, None, ["words=[one]", "training.betas=[0, 0.5]"]).training.betas == (0, 0.5)
