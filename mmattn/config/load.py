@@ -162,8 +162,10 @@ def _known(schema: type, values: Mapping[str, Any], where: str, prefix: str) -> 
             warnings.warn(gone, stacklevel=3)
             continue
         inner = _dataclass_in(fields[key])
-        is_section = inner is not None and isinstance(value, Mapping)
-        kept[key] = _known(inner, value, where, f"{prefix}{key}.") if is_section else value
+        if inner is not None and isinstance(value, Mapping):
+            kept[key] = _known(inner, value, where, f"{prefix}{key}.")
+        else:
+            kept[key] = value
     return kept
 
 
