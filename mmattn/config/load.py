@@ -174,7 +174,7 @@ def _check_keys(schema: type, values: Mapping[str, Any], where: str, prefix: str
     for key, value in values.items():
         if key not in fields:
             names = [prefix + field for field in fields]
-            hint = nearest(prefix + key, names) or f" Known keys: {', '.join(names)}"
+            hint = nearest(key, fields, prefix) or f" Known keys: {', '.join(names)}"
             raise ConfigError(f"{where}: unknown key {prefix + key!r}.{hint}")
         inner = _dataclass_in(fields[key])
         _check_length(fields[key], value, f"{where}: {prefix + key!r}")

@@ -34,10 +34,10 @@ def _shipped(name: str) -> Path:
     return _folder("configs") / f"{name}.yaml"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the known name closest to `name`, or an empty string."""
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """` Did you mean 'x'?` for the known name closest to `name`, or an empty string; `prefix` stands before both."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {match[0]!r}?" if match else ""
+    return f" Did you mean {prefix + match[0]!r}?" if match else ""
 
 
 def list_recipes() -> list[str]:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -33,6 +33,24 @@ def shared_batch_norm(model: nn.Module, num_processes: int) -> Iterator[None]:
             norm.__class__ = kind
 
 
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        total = grad_outputs[0].clone()  # every process's loss depends on every process's part
+        dist.all_reduce(total)
+        return total
+
+
+def _over_processes(tensor: Tensor) -> Tensor:
+    return cast(Tensor, _Sum.apply(tensor))
+
+
 class _SharedStatistics(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training and self.running_mean is not None:
@@ -42,10 +60,10 @@ class _SharedStatistics(_BatchNorm):
         places = [0, *range(2, values.dim())]
         shape = [1, -1] + [1] * (values.dim() - 2)
         number = values.new_tensor([values.numel() / values.shape[1]])
-        summed = cast(Tensor, all_reduce(torch.cat([values.sum(places), number])))
+        summed = _over_processes(torch.cat([values.sum(places), number]))
         mean, number = summed[:-1] / summed[-1], summed[-1].detach()
         centred = values - mean.view(shape)
-        variance = cast(Tensor, all_reduce(centred.square().sum(places))) / number
+        variance = _over_processes(centred.square().sum(places)) / number
         self._update(mean.detach(), variance.detach() * number / (number - 1))
         result = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
