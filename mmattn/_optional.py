@@ -19,6 +19,7 @@ _EXTRA_OF = {
     "tensorboard": "all",
     "triton": "triton",
     "torchmetrics": "metrics",
+    "torch-fidelity": "metrics",
     "gradio": "ui",
     "deepspeed": "deepspeed",
 }
@@ -34,9 +35,14 @@ def package_version(name: str) -> str | None:
 
 
 def require(name: str, purpose: str) -> ModuleType:
-    """Import an optional package, or raise `OptionalPackageError` with the command that installs it."""
+    """Import an optional package, or raise `OptionalPackageError` with the command that installs it.
+
+    Args:
+        name: of the distribution; its module has the same, with `_` for `-`.
+        purpose: what needs it.
+    """
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(name.replace("-", "_"))
     except ImportError as error:
         extra = _EXTRA_OF.get(name)
         command = f"pip install 'mmattn[{extra}]'" if extra else f"pip install {name}"

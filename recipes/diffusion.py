@@ -7,6 +7,7 @@ import functools
 import sys
 from pathlib import Path
 
+from mmattn.data.counted import counted
 from mmattn.data.readers import open_image_text
 from mmattn.data.skipping import preview
 from mmattn.errors import UsageError
@@ -39,9 +40,10 @@ def check(config: Config) -> list[str]:
     lines = [task.describe()]
     for split in config.evaluation.splits:
         source = open_image_text(config.data, split)
-        lines.append(f"{source.name}: {len(source)} pictures for scores")
+        lines.append(f"{source.name}: {counted(len(source), 'picture')} for scores")
     memory = estimate_run(task, config.training)
-    return [*lines, *preview(task.data.source), f"memory of training, float32, one process: {memory}"]
+    lines += preview(task.data.source, captions_only=True)
+    return [*lines, f"memory of training, float32, one process: {memory}"]
 
 
 def evaluate(folder: str | Path, config: Config) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmattn.data.counted import counted
 from mmattn.data.parallel import open_parallel
 from mmattn.data.parallel_spec import ParallelConfig
 from mmattn.data.stream_rows import stream_layout
@@ -111,7 +112,7 @@ class TranslateTask(Task):
         reason = "too long, left out" if self.stream is None else "left out"
         left_out = f" ({pairs.num_left_out:,} {reason})" if pairs.num_left_out else ""
         return (
-            f"{pairs.source.name}: {len(self):,} pairs{left_out}; vocabulary of {config.vocab_size:,}; "
+            f"{pairs.source.name}: {counted(len(self), 'pair')}{left_out}; vocabulary of {config.vocab_size:,}; "
             f"training {self.config.train_what}: {selection(self.model)}"
         )
 
@@ -132,7 +133,7 @@ def check(config: Config) -> list[str]:
     lines = [task.describe()]
     for split in config.evaluation.splits:
         source = open_parallel(config.data, split)
-        lines.append(f"{source.name}: {len(source):,} pairs for scores ({split})")
+        lines.append(f"{source.name}: {counted(len(source), 'pair')} for scores ({split})")
     memory = estimate_run(task, config.training)
     return [*lines, *preview_pairs(task.pairs), f"memory of training, float32, one process: {memory}"]
 

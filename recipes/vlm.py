@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mmattn.config import load_config
+from mmattn.data.counted import counted
 from mmattn.data.readers import open_image_text
 from mmattn.data.scenes import SceneDataset
 from mmattn.data.skipping import preview
@@ -101,7 +102,8 @@ class VLMTask(Task):
 
     def describe(self) -> str:
         what = f"training {self.config.train_what}: {selection(self.model)}"
-        return "; ".join(filter(None, (f"{self.source.name}: {len(self)} pictures", what, self.features.remark)))
+        size = f"{self.source.name}: {counted(len(self), 'picture')}"
+        return "; ".join(filter(None, (size, what, self.features.remark)))
 
 
 open_task = functools.partial(VLMTask, is_preview=True)  # for `mmattn export`
@@ -120,7 +122,7 @@ def check(config: Config) -> list[str]:
     lines = [task.describe()]
     for split in config.evaluation.splits:
         source = open_image_text(config.data, split)
-        lines.append(f"{source.name}: {len(source)} pictures for scores")
+        lines.append(f"{source.name}: {counted(len(source), 'picture')} for scores")
     memory = estimate_run(task, config.training)
     return [*lines, *preview(task.source), f"memory of training, float32, one process: {memory}"]
 

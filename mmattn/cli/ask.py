@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmattn.cli.options import BeamsOption, CompileOption, JsonOption, ModelOption
+from mmattn.cli.options import BeamsOption, CompileOption, ForceOption, JsonOption, ModelOption
 from mmattn.errors import UsageError
 
 
@@ -24,10 +24,11 @@ def ask(
     ] = None,
     num_beams: BeamsOption = None,
     compile: CompileOption = False,
+    force: ForceOption = False,
     json_lines: JsonOption = False,
 ) -> None:
     """Answer questions about an image."""
-    _check_map(map_file, word, questions)
+    _check_map(map_file, word, questions, force)
 
     import contextlib
     import json
@@ -46,15 +47,18 @@ def ask(
         print(f"wrote {map_file}", file=sys.stderr)
 
 
-def _check_map(map_file: Path | None, word: str | None, questions: list[str]) -> None:
+def _check_map(map_file: Path | None, word: str | None, questions: list[str], force: bool) -> None:
     """Everything about `--map` that can be known before a model is opened."""
     if map_file is None:
         if word is not None:
             raise UsageError(f"--word {word}: needs --map PNG to draw on")
+        if force:
+            raise UsageError("--force: needs --map PNG, the file to overwrite")
         return
     if len(questions) != 1:
         raise UsageError(f"--map {map_file}: draws one answer, but {len(questions)} questions were given; ask one")
     if map_file.suffix.lower() != ".png":
         raise UsageError(f"--map {map_file}: must end in .png")
-    if not map_file.parent.is_dir():
-        raise UsageError(f"--map {map_file}: the folder {map_file.parent} does not exist; make it first")
+    from mmattn.inference.files import check_new_file
+
+    check_new_file(map_file, force=force)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmattn.cli.options import CompileOption, JsonOption, ModelOption
+from mmattn.cli.options import CompileOption, ForceOption, JsonOption, ModelOption
 from mmattn.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ KVOption = Annotated[
     Path | None, typer.Option("--kv", metavar="FOLDER", help="Folder of train_what=cross_attention_kv.")
 ]
 GridOption = Annotated[Path | None, typer.Option("--grid", metavar="PNG", help="All of them on one, with captions.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")]
 
 
 def generate(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmattn.cli.kinds import Kind, kind_of_model
-from mmattn.cli.options import JsonOption, ModelOption
+from mmattn.cli.options import ForceOption, JsonOption, ModelOption
 from mmattn.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def maps(
     steps: StepsOption = None,
     seed: SeedOption = None,
     score: ScoreOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
+    force: ForceOption = False,
     json_lines: JsonOption = False,
 ) -> None:
     """Show which words look where: in a picture, or in a source text."""
@@ -89,8 +89,8 @@ def _check_files(output: Path, save: Path | None, force: bool) -> None:
     if save is not None and save.suffix != ".npz":
         raise UsageError(f"--save {save}: must end in .npz")
     for path in (output, save):
-        if path is not None and not (force and path.is_file()):
-            check_new_file(path)
+        if path is not None:
+            check_new_file(path, force=force)
 
 
 # What an option is for, by the kinds of model that it means something for.

@@ -16,6 +16,7 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="FOLDER", hel
 BeamsOption = Annotated[int | None, typer.Option("--num-beams", min=1, help="Beams to search with; 1 is greedy.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the step: pays for many results.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")]
 ImagesArgument = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")]
 
 # Lets `--training.lr=1` reach the config loader, whose error says how a value is set.

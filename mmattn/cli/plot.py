@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mmattn.cli.options import ForceOption
+
 
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that training wrote.")],
@@ -14,7 +16,7 @@ def plot(
     metric: Annotated[
         list[str] | None, typer.Option("--metric", help="Draw only this one; repeatable. A wrong name lists all.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the picture that is there.")] = False,
+    force: ForceOption = False,
 ) -> None:
     """Compare runs: loss, learning rate, speed, scores."""
     from mmattn.errors import RunError, UsageError
@@ -23,8 +25,7 @@ def plot(
 
     if output.suffix.lower() != ".png":
         raise UsageError(f"--output {output}: a PNG is drawn, so give a name that ends in .png")
-    if not force or not output.exists():
-        check_new_file(output)
+    check_new_file(output, force=force)
     loaded = load_runs(runs)
     chosen, left_out = choose_metrics(loaded, metric or ())
     part = output.with_name(f"{output.name}.part.png")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import itertools
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -66,7 +68,7 @@ def config_path(source: str | Path) -> Path:
         source: `my.yaml`, `some/folder/my.yaml`, or a shipped name such as `vlm/debug`.
 
     Raises:
-        ConfigError: neither a file nor a shipped config.
+        ConfigError: neither a file nor a shipped config of a recipe.
     """
     path = Path(source)
     if path.is_file():
@@ -75,6 +77,11 @@ def config_path(source: str | Path) -> Path:
     shipped = list_configs()
     if name in shipped:
         return _shipped(name)
+    if name in list_launcher_configs():
+        raise ConfigError(
+            f"{name}: is a config of Accelerate, not of a recipe: `mmattn cp {name} FILE`, then "
+            "`accelerate launch --config_file FILE recipes/...`"
+        )
     if path.is_dir():
         raise ConfigError(f"{name}: is a folder; give a YAML file, or a shipped config ({', '.join(shipped)})")
     if path.suffix in (".yaml", ".yml"):
@@ -83,15 +90,12 @@ def config_path(source: str | Path) -> Path:
 
 
 def describe_config(source: str | Path) -> str:
-    """One line about a config: the first comment line of its file ('' when it has none)."""
+    """One line about a config: the first sentence of the comment that opens its file ('' when it has none)."""
     path = _shipped(str(source)) if str(source) in list_launcher_configs() else config_path(source)
-    for line in path.read_text(encoding="utf-8").splitlines():
-        text = line.strip()
-        if text.startswith("#"):
-            return text.lstrip("#").strip()
-        if text:
-            break
-    return ""
+    lines = path.read_text(encoding="utf-8").strip().splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    text = " ".join(line.lstrip("#").strip() for line in comment)
+    return re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
 
 
 def describe_recipe(name: str) -> str:

@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mmattn.data.captions import CheckedSource, checked_source, require_captions
+from mmattn.data.counted import counted
 from mmattn.data.picture_fit import PictureConfig, require_large_enough
 from mmattn.data.records import ImageTextRecord, ImageTextSource
 from mmattn.data.scenes import SceneDataset
@@ -106,7 +107,7 @@ class Buckets:
         """One line: each bucket's width, height and number of pictures."""
         counts = np.bincount(self.groups, minlength=len(self.sizes))
         parts = [f"{width} x {height}: {count:,}" for (height, width), count in zip(self.sizes, counts, strict=True)]
-        return f"{len(parts)} buckets ({', '.join(parts)})"
+        return f"{counted(len(parts), 'bucket')} ({', '.join(parts)})"
 
 
 def assign_buckets(originals: np.ndarray, config: PictureConfig, *, min_examples: int = 1) -> Buckets:

@@ -41,7 +41,7 @@ def open_image(
         max_pixels: Larger pictures are refused before they are decoded.
 
     Raises:
-        DataError: it is missing, no picture, damaged or too large.
+        DataError: it is missing, a folder, no picture, damaged or too large.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, name or "image")
@@ -61,6 +61,8 @@ def open_image(
         raise
     except FileNotFoundError as error:
         raise DataError(f"{label}: no such file") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{label}: is a folder; give a picture file") from error
     except Image.DecompressionBombError as error:
         raise DataError(_too_large(label, "decompression bomb", max_pixels)) from error
     except UnidentifiedImageError as error:

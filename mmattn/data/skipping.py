@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 
+from mmattn.data.counted import counted
 from mmattn.data.draws import draw_generator
 from mmattn.data.records import ImageTextRecord, ImageTextSource, TextItem, TextSource
 from mmattn.errors import DataError, RunError
@@ -84,7 +85,7 @@ class SkippingSource:
         """One line on what was skipped in this process."""
         if not self.bad:
             return "no record was skipped"
-        return f"{len(self.bad)} of {len(self)} records skipped, such as {next(iter(self.bad.values()))}"
+        return f"{len(self.bad)} of {counted(len(self), 'record')} skipped, such as {next(iter(self.bad.values()))}"
 
     def _count(self, position: int, error: DataError) -> None:
         self.bad[position] = str(error)
@@ -96,12 +97,23 @@ class SkippingSource:
             ) from error
 
 
-def preview(source: ImageTextSource, opened: int = 200, texts: int = 4) -> list[str]:
-    """Lines on a source: its first picture and its texts, and which of the first `opened` pictures cannot be read."""
+def preview(source: ImageTextSource, opened: int = 200, texts: int = 4, *, captions_only: bool = False) -> list[str]:
+    """Lines on a source: its first picture and its texts, and which of the first `opened` pictures cannot be read.
+
+    Args:
+        source: any source.
+        opened: so many pictures are tried.
+        texts: so many texts are shown.
+        captions_only: leave out questions and their answers, which text to image is not trained on.
+    """
     example = source[0]
     lines = []
     if isinstance(source, SkippingSource):
         source.check(opened)
         lines.append(source.summary())
     lines.append(f"first picture {example.id}: {example.image.shape[1]} x {example.image.shape[0]} px")
-    return lines + [f"  {item.kind}: {item.question or ''} -> {item.text!r}" for item in example.texts[:texts]]
+    shown = [item for item in example.texts if item.question is None or not captions_only][:texts]
+    return lines + [
+        f"  {item.kind}: {item.text!r}" if item.question is None else f"  {item.kind}: {item.question} -> {item.text!r}"
+        for item in shown
+    ]

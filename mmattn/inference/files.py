@@ -11,10 +11,18 @@ from typing import BinaryIO
 from mmattn.errors import MmattnError, RunError, UsageError
 
 
-def check_new_file(path: Path) -> None:
-    """Raise `UsageError` unless a file can be made there: nothing is overwritten."""
-    if path.exists():
-        raise UsageError(f"{path}: exists already; nothing was written. Choose another name")
+def check_new_file(path: Path, *, force: bool | None = None) -> None:
+    """Raise `UsageError` unless a file can be made there.
+
+    Args:
+        path: the file; its folder must be there.
+        force: the command's `--force`, which lets a file be overwritten; None where it has none.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder; choose another name")
+    if path.exists() and not force:
+        way = "" if force is None else ", or overwrite with --force"
+        raise UsageError(f"{path}: exists already; nothing was written. Choose another name{way}")
     if not path.parent.is_dir():
         raise UsageError(f"{path}: the folder {path.parent} does not exist; make it first")
 

@@ -9,6 +9,7 @@ and on pairs of training, before and after, and which tensors have changed.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -155,7 +156,11 @@ def difference(base: Path, taught: TextToImage, file: Path) -> float:
 
 def main() -> None:
     """Run everything."""
-    run, work = Path(sys.argv[1]), Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="MODEL_RUN")
+    parser.add_argument("work", type=Path, metavar="WORK_FOLDER")
+    options = parser.parse_args()
+    run, work = options.run, options.work
     shutil.rmtree(work, ignore_errors=True)
     base = trained_model(run)
     model = opened(base)

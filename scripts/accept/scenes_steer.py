@@ -12,6 +12,7 @@ prompt are counted. Prints a line for each.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -184,8 +185,12 @@ def judge(source: Sequence[SceneObject], edited: Sequence[SceneObject], color: s
 
 def main() -> int:
     """Score everything."""
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else 96
-    model = TextToImage.from_pretrained(trained_model(Path(sys.argv[1])), device="cpu")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="MODEL_RUN")
+    parser.add_argument("pictures", type=int, nargs="?", default=96, metavar="PICTURES")
+    options = parser.parse_args()
+    count = options.pictures
+    model = TextToImage.from_pretrained(trained_model(options.run), device="cpu")
     score_regions(model, "one object", one_object(count), 0.8)
     score_regions(model, "two objects", two_objects(count), None)
     score_edits(model, count)

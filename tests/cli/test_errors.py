@@ -63,6 +63,7 @@ def test_debug_after_two_dashes_is_an_argument():
         (["ask", "a.png", "one?", "two?", "--model", "x", "--map", "m.png"], "but 2 questions were given; ask one"),
         (["ask", "a.png", "one?", "--model", "x", "--map", "m.svg"], "mmattn: --map m.svg: must end in .png"),
         (["ask", "a.png", "one?", "--model", "x", "--map", "no/m.png"], "the folder no does not exist; make it first"),
+        (["ask", "a.png", "one?", "--model", "x", "--force"], "--force: needs --map PNG, the file to overwrite"),
         (["ask", "a.png", "one?", "--model", "x", "--word", "cat"], "mmattn: --word cat: needs --map PNG to draw on"),
     ],
 )

@@ -88,6 +88,14 @@ def test_ask_draws_a_map(model: FakeModel, capsys, monkeypatch: pytest.MonkeyPat
     assert json.loads(printed.out) == {"question": "is it red?", "answer": "yes"}
     assert printed.err == "wrote m.png\n"
     assert Path("m.png").read_text() == "drawn"
+    Path("m.png").write_text("mine")
+    asked = ["ask", "a.png", "is it red?", "-m", "folder", "--map", "m.png", *options]
+    assert main(asked) == 2
+    expected = "mmattn: m.png: exists already; nothing was written. Choose another name, or overwrite with --force\n"
+    assert capsys.readouterr().err == expected
+    assert Path("m.png").read_text() == "mine"
+    assert main([*asked, "--force"]) == 0
+    assert Path("m.png").read_text() == "drawn"
 
 
 def test_a_folder_without_a_model(tmp_path: Path, capsys):

@@ -91,7 +91,8 @@ def test_files_are_not_overwritten(folders, tmp_path, capsys):
     output.write_bytes(b"mine")
     call = ["maps", "-m", str(folders["translator"]), ENGLISH[0], "-o", str(output)]
     assert main(call) == 2
-    assert "exists already" in capsys.readouterr().err
+    expected = "exists already; nothing was written. Choose another name, or overwrite with --force"
+    assert expected in capsys.readouterr().err
     assert output.read_bytes() == b"mine"
     assert main([*call, "--force"]) == 0
 

@@ -56,7 +56,8 @@ def test_one_metric_can_be_chosen(tmp_path, capsys):
     assert main(arguments) == 0
     assert capsys.readouterr().out == f"{tmp_path}/x.png: grad_norm, data_share\n"
     assert main(arguments) == 2
-    assert "x.png: exists already; nothing was written" in capsys.readouterr().err
+    expected = "x.png: exists already; nothing was written. Choose another name, or overwrite with --force"
+    assert expected in capsys.readouterr().err
     assert main([*arguments, "--force"]) == 0
 
 

@@ -24,7 +24,7 @@ SURFACE = {
         *["--alignment", "--scores", "--quantize", "--compile", "--on-bad", "--json"],
     ],
     "caption": ["images", "--model -m", "--prompt", "--num-beams", "--compile", "--json"],
-    "ask": ["image", "questions", "--model -m", "--map", "--word", "--num-beams", "--compile", "--json"],
+    "ask": ["image", "questions", "--model -m", "--map", "--word", "--num-beams", "--compile", "--force", "--json"],
     "generate": [
         *["--model -m", "prompts", "--file -f", "--output -o", "--negative", "--steps", "--guidance", "--seed"],
         *["--num-images -n", "--size", "--scheduler", "--batch-size", "--lora", "--kv", "--compile"],

@@ -70,6 +70,29 @@ def test_no_such_recipe(toy_tree: Path):
         load_recipe("toi")
 
 
+def test_a_launcher_config_is_named_as_such(toy_tree: Path):
+    folder = toy_tree / "configs" / "accelerate"
+    folder.mkdir()
+    (folder / "gpus.yaml").write_text("num_processes: 2")
+    message = "accelerate/gpus: is a config of Accelerate, not of a recipe: `mmattn cp accelerate/gpus FILE`, then "
+    with pytest.raises(ConfigError, match=re.escape(f"{message}`accelerate launch --config_file FILE recipes/...`")):
+        config_path("accelerate/gpus")
+
+
+@pytest.mark.parametrize(
+    ("text", "described"),
+    [
+        ("# A first\n# sentence of 2.5 lines. A second.\nname: x\n# late", "A first sentence of 2.5 lines."),
+        ("\n# No full stop\nname: x", "No full stop"),
+        ("# One (two).\n#   a command\n", "One (two)."),
+    ],
+)
+def test_a_config_is_described_by_its_first_sentence(tmp_path: Path, text: str, described: str):
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    assert describe_config(path) == described
+
+
 @pytest.mark.parametrize("text", ["name: x\n# late", "", "\n\nname: x"])
 def test_a_config_without_a_description(tmp_path: Path, text: str):
     path = tmp_path / "my.yaml"

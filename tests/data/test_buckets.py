@@ -66,7 +66,7 @@ def test_scarce_buckets_give_their_pictures_to_the_nearest():
     assert few.example_sizes[-3:].tolist() == [[448, 576], [448, 576], [512, 512]]
     assert few.describe() == "2 buckets (576 x 448: 9, 512 x 512: 10)"
     alone = assign_buckets(originals, config, min_examples=100)
-    assert len(alone.sizes) == 1
+    assert alone.describe() == "1 bucket (512 x 512: 19)"
     assert alone.groups.tolist() == [0] * 19
     with pytest.raises(DataError, match="no pictures to put into buckets"):
         assign_buckets(originals[:0], config)

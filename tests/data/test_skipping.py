@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmattn.data.readers import open_image_text
 from mmattn.data.records import ImageTextRecord, TextItem, read_texts
-from mmattn.data.skipping import SkippingSource
+from mmattn.data.skipping import SkippingSource, preview
 from mmattn.data.spec import DataConfig
 from mmattn.errors import DataError, RunError
 
@@ -73,6 +73,20 @@ def test_check_reads_everything_and_stops_at_nothing():
     assert set(source.check()) == {3, 20}
     assert set(SkippingSource(_Source(30, {3, 20}), max_bad=0).check(limit=10)) == {3}
     assert SkippingSource(_Source(5, set())).summary() == "no record was skipped"
+
+
+def test_a_preview_shows_captions_and_questions_as_they_are():
+    texts = (TextItem("yes", "Is it red?", "color"), TextItem("a red circle"))
+    source = [ImageTextRecord("7", np.zeros((2, 3, 3), dtype=np.uint8), texts)]
+    lines = ["first picture 7: 3 x 2 px", "  color: Is it red? -> 'yes'", "  caption: 'a red circle'"]
+    assert preview(source) == lines
+    assert preview(source, captions_only=True) == [lines[0], lines[2]]
+
+
+def test_one_record_is_not_records():
+    source = SkippingSource(_Source(1, {0}))
+    source.check()
+    assert source.summary() == "1 of 1 record skipped, such as 0.png: damaged picture (cut short)"
 
 
 def test_real_files_of_every_bad_kind(tmp_path, caplog):

@@ -147,7 +147,7 @@ def test_a_new_file_is_complete_or_not_there(tmp_path):
         assert not path.exists()
     assert path.read_bytes() == b"one"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.txt"]
-    with pytest.raises(UsageError, match=r"out.txt: exists already; nothing was written. Choose another name"):
+    with pytest.raises(UsageError, match=r"out.txt: exists already; nothing was written. Choose another name$"):
         check_new_file(path)
     with pytest.raises(UsageError, match=r"none/out.txt: the folder .*none does not exist; make it first"):
         check_new_file(tmp_path / "none" / "out.txt")

@@ -68,6 +68,23 @@ def test_arguments(t2i, changes, message):
     assert not calls
 
 
+def test_pndm_needs_its_first_steps(t2i):
+    """Runge-Kutta, unless the scheduler skips it: then one step is enough."""
+    kept = t2i.pipeline.scheduler
+    try:
+        t2i.pipeline.scheduler = pndm = make_scheduler("pndm", kept)
+        message = r"num_inference_steps is 3, but PNDMScheduler begins with 4 Runge-Kutta steps .*: take 4 or more, or"
+        with pytest.raises(UsageError, match=message):
+            t2i.generate("a red circle", num_inference_steps=3)
+        assert len(t2i.generate("a red circle", num_inference_steps=4)) == 1
+        t2i.pipeline.scheduler = type(pndm).from_config(pndm.config, skip_prk_steps=True)
+        assert len(t2i.generate("a red circle", num_inference_steps=1)) == 1
+        t2i.pipeline.scheduler = make_scheduler("ddim", pndm)  # has PNDM's settings in its config, and needs no 4
+        assert len(t2i.generate("a red circle", num_inference_steps=1)) == 1
+    finally:
+        t2i.pipeline.scheduler = kept
+
+
 def test_prompts(t2i):
     for prompts, message in (
         ([], "no prompts were given: the list is empty"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,15 @@ def test_torch_is_pinned_only_without_a_gpu(listing: str, pinned: bool, tmp_path
 def test_constraints_pin_torch_and_never_torchvision():
     lines = (ROOT / "scripts" / "constraints-cpu.txt").read_text().splitlines()
     assert [line for line in lines if not line.startswith("#")] == ["torch==2.13.0"]
+
+
+@pytest.mark.parametrize(
+    ("script", "usage"), [("scenes_steer.py", "MODEL_RUN [PICTURES]"), ("scenes_kv.py", "MODEL_RUN WORK_FOLDER")]
+)
+def test_accept_scripts_without_arguments_say_usage(script: str, usage: str):
+    command = [sys.executable, str(ROOT / "scripts" / "accept" / script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"usage: {script} [-h] {usage}\n")
+    assert "Traceback" not in done.stderr

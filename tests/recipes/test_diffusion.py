@@ -87,6 +87,7 @@ def test_new_weights_are_a_function_of_the_seed():
 def test_check_says_what_would_be_trained_and_writes_nothing(sd, photos, tmp_path):
     lines = recipe.check(_config("diffusion/finetune-sd-lora", sd, photos, tmp_path / "run", "pictures.buckets=false"))
     assert "training lora" in lines[0]
+    assert "  caption: 'a red circle'" in lines
     assert lines[-1].startswith("memory of training, float32, one process: about ")
     assert not (tmp_path / "run").exists()
 

@@ -66,9 +66,10 @@ def test_new_weights_are_a_function_of_the_seed():
 
 
 def test_check_says_what_would_be_trained_and_writes_nothing(tmp_path):
-    config = load_config(recipe.Config, "vlm/debug", [f"training.output_dir={tmp_path / 'run'}"])
-    lines = recipe.check(config)
+    overrides = [f"training.output_dir={tmp_path / 'run'}", "data.eval_size=1"]
+    lines = recipe.check(load_config(recipe.Config, "vlm/debug", overrides))
     assert lines[0].startswith("scenes/train: 400 pictures; training all: 32,")
+    assert lines[1] == "scenes/validation: 1 picture for scores"
     assert lines[-1].startswith("memory of training, float32, one process: about ")
     assert not (tmp_path / "run").exists()
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from diffusers.schedulers.scheduling_pndm import PNDMScheduler
+
 from mmattn.errors import CheckpointError, UsageError
 
 
@@ -43,12 +45,21 @@ def check_steps(num_inference_steps: Any, scheduler: Any) -> int:
     """A number of steps that the scheduler can take.
 
     Raises:
-        UsageError: no whole number, less than 1, or more than the model was trained with.
+        UsageError: no whole number, less than 1, fewer than the scheduler needs, or more than the model was trained
+            with.
     """
     steps = check_whole(num_inference_steps, "num_inference_steps")
     trained = scheduler.config.get("num_train_timesteps")
     if trained is not None and steps > trained:
         raise UsageError(f"num_inference_steps is {steps}, but the model was trained with {trained}: take no more")
+    # By its class: a scheduler made from another's config keeps that one's settings in its own.
+    if isinstance(scheduler, PNDMScheduler) and not scheduler.config.get("skip_prk_steps"):
+        fewest = scheduler.pndm_order
+        if steps < fewest:
+            raise UsageError(
+                f"num_inference_steps is {steps}, but PNDMScheduler begins with {fewest} Runge-Kutta steps "
+                f"(skip_prk_steps is false): take {fewest} or more, or another scheduler"
+            )
     return steps
 
 

@@ -82,7 +82,9 @@ def check_evaluation(model: TextToImage, config: EvalConfig) -> None:
 
     Raises:
         UsageError: a guidance scale, a number of steps or a scheduler that the model cannot use.
+        OptionalPackageError: a package that a score needs is not installed.
     """
+    _require_packages(config)
     scheduler = model.pipeline.scheduler
     if config.scheduler is not None:
         scheduler = make_scheduler(config.scheduler, scheduler)
@@ -90,6 +92,13 @@ def check_evaluation(model: TextToImage, config: EvalConfig) -> None:
     check_steps(config.num_inference_steps, scheduler)
     for scale in _scales(model, config):
         check_guidance(scale, model.pipeline.unet, has_negative=False)
+
+
+def _require_packages(config: EvalConfig) -> None:
+    if config.fid or config.clip_score is not None:
+        require("torchmetrics", "evaluation.fid and evaluation.clip_score")
+    if config.fid:
+        require("torch-fidelity", "evaluation.fid")  # torchmetrics has no Inception network of its own
 
 
 def _scales(model: TextToImage, config: EvalConfig) -> list[float]:
@@ -103,6 +112,7 @@ def score_splits(model: TextToImage, data: DataConfig, config: EvalConfig) -> di
         For scenes, by `split/n_object/guidance_g/`: `count`, `color`, `shape`, `both` (colour and shape of every object
         together), `all` (sizes and relations too), and for more than one object `relation`.
     """
+    _require_packages(config)
     scores: dict[str, float] = {}
     for split in config.splits:
         source = open_image_text(data, split)
@@ -183,7 +193,6 @@ def denoising_loss(
 
 def _metric_scores(model: TextToImage, source: ImageTextSource, config: EvalConfig) -> dict[str, float]:
     """FID and CLIP score by torchmetrics, over the pictures drawn at the first guidance scale."""
-    require("torchmetrics", "evaluation.fid and evaluation.clip_score")
     count = min(config.limit, len(source))
     captions = [require_captions(f"{source.name} {number}", texts)[0] for number, texts in _texts(source, count)]
     drawn = _pixels(draw(model, captions, range(count), _scales(model, config)[0], config))

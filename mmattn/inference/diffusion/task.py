@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mmattn.config import load_config
 from mmattn.config.resolve import trained_config
 from mmattn.data.captions import known_captions
+from mmattn.data.counted import counted
 from mmattn.data.readers import open_image_text
 from mmattn.data.spec import DataConfig
 from mmattn.data.text_to_image import NoiseConfig, PictureConfig
@@ -182,7 +183,7 @@ class DiffusionTask(Task):
 
     def describe(self) -> str:
         what = f"training {self.config.train_what}: {selection(self.model)}"
-        text = f"{self.data.source.name}: {len(self)} pictures; {what}"
+        text = f"{self.data.source.name}: {counted(len(self), 'picture')}; {what}"
         return text if self.data.buckets is None else f"{text}; {self.data.buckets.describe()}"
 
 

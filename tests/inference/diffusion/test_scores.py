@@ -1,5 +1,6 @@
 """Scores of pictures with known truth, and the metrics of torchmetrics."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from mmattn.data.scenes import SceneDataset
 from mmattn.data.spec import DataConfig
 from mmattn.errors import OptionalPackageError, RunError
 from mmattn.inference.diffusion import scores as scores_module
-from mmattn.inference.diffusion.scores import EvalConfig, sample_prompts, scene_scores, score_splits
+from mmattn.inference.diffusion.scores import EvalConfig, check_evaluation, sample_prompts, scene_scores, score_splits
 from mmattn.inference.diffusion.text_encoder_setup import TextEncoderConfig, new_text_encoder
 from tests.inference.tiny_pipelines import WORDS
 
@@ -128,3 +129,14 @@ def test_metrics_that_cannot_be_had_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(scores_module, "require", missing)
     with pytest.raises(OptionalPackageError, match="evaluation.fid and evaluation.clip_score needs the package torchm"):
         score_splits(_Knows(_noise()), data, EvalConfig(splits=["validation"], fid=True, loss=False))
+
+
+def test_fid_without_its_package_says_how_to_install_it(tmp_path, monkeypatch):
+    pytest.importorskip("torchmetrics")
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # its import fails, installed or not
+    config = EvalConfig(splits=["validation"], fid=True, loss=False)
+    message = r"^evaluation.fid needs the package torch-fidelity, which is not .*: pip install 'mmattn\[metrics\]'$"
+    with pytest.raises(OptionalPackageError, match=message):
+        score_splits(_Knows(_noise()), _rows(tmp_path), config)
+    with pytest.raises(OptionalPackageError, match=message):
+        check_evaluation(_Knows(_noise()), config)
