@@ -51,7 +51,7 @@ def train(config, *, resume):
     if config.failure:
         raise failures[config.failure]
     if resume:
-        print("resumed")
+        print("resumed" if resume is True else f"resumed from {resume}")
     return SimpleNamespace(step=config.training.max_steps, output_dir=config.output_dir)
 
 

@@ -16,6 +16,11 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="FOLDER", hel
 BeamsOption = Annotated[int | None, typer.Option("--num-beams", min=1, help="Beams to search with; 1 is greedy.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the step: pays for many results.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]
+ResumeFromOption = Annotated[
+    Path | None,
+    typer.Option("--resume-from", metavar="FOLDER", help="In a new output_dir, from this checkpoint or run."),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")]
 ImagesArgument = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")]
 

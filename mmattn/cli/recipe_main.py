@@ -1,6 +1,6 @@
 """What a recipe runs under `if __name__ == "__main__"`, and what the verbs share with it.
 
-accelerate launch recipes/vlm.py --config my.yaml [--resume] [key.path=value ...]
+accelerate launch recipes/vlm.py --config my.yaml [--resume | --resume-from FOLDER] [key.path=value ...]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from mmattn.cli.guard import run_guarded, split_debug
-from mmattn.cli.options import OVERRIDES_CONTEXT, OverridesArgument
+from mmattn.cli.options import OVERRIDES_CONTEXT, OverridesArgument, ResumeFromOption, ResumeOption
 from mmattn.config import load_config, load_recipe, recipe_of
 from mmattn.config.resolve import trained_config
 from mmattn.errors import ConfigError, UsageError
@@ -36,19 +36,34 @@ def run_recipe(module: ModuleType, argv: Sequence[str] | None = None) -> int:
     def train(
         config: Annotated[str, typer.Option("--config", "-c", help="A YAML file, or a shipped name (`mmattn ls`).")],
         overrides: OverridesArgument = None,
-        resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+        resume: ResumeOption = False,
+        resume_from: ResumeFromOption = None,
     ) -> None:
         """Train this recipe from a config."""
         named = recipe_of(config)
         if named != name:
             raise ConfigError(f"{config}: is for the recipe {named!r}, but this is {name!r}: launch recipes/{named}.py")
-        train_recipe(module, config, overrides or (), resume=resume)
+        train_recipe(module, config, overrides or (), resume=starting_point(resume, resume_from))
 
     arguments, debug = split_debug(sys.argv[1:] if argv is None else argv)
     return run_guarded(lambda: app(arguments, prog_name=f"{name}.py"), debug=debug)
 
 
-def train_recipe(module: ModuleType, source: str, overrides: Sequence[str], *, resume: bool) -> None:
+def starting_point(resume: bool, resume_from: Path | None) -> bool | str:
+    """What a recipe's `resume` is, of the two options that say it.
+
+    Raises:
+        UsageError: both are given.
+    """
+    if resume and resume_from is not None:
+        raise UsageError(
+            f"--resume goes on in output_dir, --resume-from {resume_from} starts from there in a new one: give one of "
+            "them"
+        )
+    return resume if resume_from is None else str(resume_from)
+
+
+def train_recipe(module: ModuleType, source: str, overrides: Sequence[str], *, resume: bool | str) -> None:
     """Load the recipe's config, train, and say where the result is (first process only)."""
     if "RANK" in os.environ:
         from mmattn.training.launch import watch_launcher

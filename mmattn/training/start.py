@@ -113,7 +113,7 @@ def check_continuation(
     if changed and start.is_continued:
         raise UsageError(
             f"cannot resume {config.output_dir} with other settings ({'; '.join(changed)}): restore them, or start "
-            f"a new run from {start.checkpoint} in another output_dir"
+            f"a new run in another output_dir with --resume-from {start.checkpoint}"
         )
     remarks = [*(f"differs from the checkpoint: {change}" for change in changed), *recipe.remarks]
     if saved["step"] > config.max_steps:

@@ -57,6 +57,14 @@ def test_train_takes_overrides_and_resume(toy_tree: Path, capsys):
     assert capsys.readouterr().out == "resumed\ndone: step 17; written to out\n"
 
 
+def test_train_starts_from_another_run(toy_tree: Path, capsys):
+    assert main(["train", "toy/debug", "--resume-from", "run/checkpoints/step-00000013", "output_dir=out"]) == 0
+    assert capsys.readouterr().out == "resumed from run/checkpoints/step-00000013\ndone: step 11; written to out\n"
+    assert main(["train", "toy/debug", "--resume", "--resume-from", "run"]) == 2
+    expected = "mmattn: --resume goes on in output_dir, --resume-from run starts from there in a new one: give one of"
+    assert capsys.readouterr().err.startswith(expected)
+
+
 def test_only_the_first_process_reports(toy_tree: Path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert main(["train", "toy/debug"]) == 0

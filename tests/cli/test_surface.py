@@ -17,7 +17,7 @@ SURFACE = {
     "cp": ["name", "target"],
     "show": ["config", "overrides"],
     "check": ["config", "overrides"],
-    "train": ["config", "overrides", "--resume", "--processes -n"],
+    "train": ["config", "overrides", "--resume", "--resume-from", "--processes -n"],
     "eval": ["folder", "overrides", "--data", "--output -o", "--json"],
     "translate": [
         *["model", "texts", "--input -i", "--output -o", "--src-lang", "--tgt-lang", "--num-beams", "--max-new-tokens"],
