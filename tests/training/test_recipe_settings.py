@@ -52,7 +52,7 @@ def resolved(**changes):
 
 @pytest.fixture
 def run(tmp_path):
-    train(FreeTask(), toy_config(tmp_path, max_steps=2), resolved_config=resolved())
+    train(FreeTask(), toy_config(tmp_path, max_steps=2, eval_every=2), resolved_config=resolved())
     return tmp_path
 
 
@@ -76,6 +76,12 @@ def test_what_changes_the_mathematics_is_refused_by_name(run, changes, named):
         go_on(run, resolved(**changes))
     assert f"with other settings ({named}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_chooses_the_best_may_change_until_something_is_chosen(tmp_path, capsys):
+    train(FreeTask(), toy_config(tmp_path, max_steps=2), resolved_config=resolved(evaluation__best="lsso"))
+    go_on(tmp_path, resolved())
+    assert "changed, as this recipe allows: evaluation.best: lsso -> loss\n" in capsys.readouterr().err
 
 
 def test_what_a_recipe_frees_is_said(run, capsys):
