@@ -80,7 +80,7 @@ class PixelPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin, TextualIn
         check_guidance(guidance_scale, unet, has_negative=False)
         check_text_width(unet, [text_encoder])
         self.register_modules(unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
-        self.register_to_config(pixel_unshuffle=pixel_unshuffle, guidance_scale=guidance_scale)
+        self.register_to_config(pixel_unshuffle=pixel_unshuffle, guidance_scale=float(guidance_scale))
         self.image_processor = VaeImageProcessor(vae_scale_factor=pixel_unshuffle)
 
     @classmethod
