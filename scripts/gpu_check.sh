@@ -9,8 +9,9 @@
 #
 # In two runs, of parts named, each kept; then the page of both, which needs no card:
 #
-#   scripts/gpu_check.sh --part training --part tests --seconds 330 --keep one
-#   scripts/gpu_check.sh --part short_keys --part compiled --part decode ... --seconds 350 --keep two
+#   scripts/gpu_check.sh --part tests --part training --part training_compiled --part short_keys --seconds 570 \
+#                        --keep one
+#   scripts/gpu_check.sh --part compiled --part decode --part packed ... --seconds 570 --keep two
 #   scripts/gpu_check.sh --join one --join two
 #
 # It makes .venv as scripts/test.sh does. With MMATTN_PYTHON=/path/to/python it uses that Python and installs nothing.

@@ -37,7 +37,7 @@ def train(
 
         settings = load_config(recipe.Config, config, overrides or ())  # what is wrong with it is said once
         debug = ["--debug"] if "--debug" in sys.argv else []  # taken off the command line before it comes here
-        going_on = ["--resume"] if resume else [] if resume_from is None else ["--resume-from", str(resume_from)]
+        going_on = ["--resume-from", start] if isinstance(start, str) else ["--resume"] * start
         arguments = [*debug, "train", config, *(overrides or ()), *going_on]
         launch(arguments, processes, settings.training.device)
         return

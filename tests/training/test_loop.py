@@ -105,6 +105,17 @@ def test_an_evaluation_without_the_best_metric_is_said(tmp_path):
         train(task, config, resume=True, resolved_config=before)
 
 
+def test_the_average_of_the_last_steps_without_the_best_metric_is_said(tmp_path):
+    config = toy_config(tmp_path, max_steps=4, eval_every=2, save_every=2, average_last=2)
+    train(ScriptedTask([0.1, 0.2, 0.3]), config)
+    task = ScriptedTask([0.3])  # of the average alone: all steps are done
+    task.best = "accuracy"
+    with pytest.raises(RunError, match="gave no 'accuracy', by which the best is chosen: .* step 4, which is saved"):
+        train(task, config, resume=True)
+    result = train(ScriptedTask([0.3]), config, resume=True)
+    assert result.best == {"step": 4, "value": 0.3, "metric": "score"}
+
+
 def test_a_bad_batch_is_skipped_counted_and_named(tmp_path, capsys):
     task = ToyTask(bad=[3])
     train(task, toy_config(tmp_path, max_steps=8, batch_size=6, micro_batch_size=2))
