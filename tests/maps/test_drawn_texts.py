@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from torch.overrides import _get_current_function_mode_stack
 
 from mmattn import UNet, record_attention
@@ -172,7 +173,12 @@ def test_an_interrupt_leaves_nothing_behind(pipe):
 
 
 def test_another_thread_runs_the_same_layers_meanwhile(pipe):
-    """Its forwards neither open nor close what this one's have opened."""
+    """Its forwards neither open nor close what this one's have opened.
+
+    Its tokenizer and scheduler are its own: those of the libraries have a state of the last call.
+    """
+    parts = {name: copy.deepcopy(pipe.components[name]) for name in ("tokenizer", "scheduler")}
+    other = quiet(StableDiffusionPipeline(**{**pipe.components, **parts}, requires_safety_checker=False))
     plain, found, failed = draw(pipe), [], []
     barrier = threading.Barrier(2)
 
@@ -187,7 +193,7 @@ def test_another_thread_runs_the_same_layers_meanwhile(pipe):
 
     def run():
         barrier.wait(60)
-        found.extend(draw(pipe) for _ in range(2))
+        found.extend(draw(other) for _ in range(2))
 
     threads = [threading.Thread(target=each) for each in (record, run)]
     for thread in threads:
@@ -196,7 +202,7 @@ def test_another_thread_runs_the_same_layers_meanwhile(pipe):
         thread.join()
     assert failed == []
     assert len(found) == 3
-    assert all(torch.isfinite(one).all() and one.shape == plain.shape for one in found)
+    assert all(torch.equal(one, plain) for one in found)
 
 
 def test_a_unet_by_itself_knows_how_long_its_text_is(pipe):
