@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmattn.ops.triton_missing import triton_missing
+
 # bfloat16 and float16 products a second without sparsity, in TFLOP/s, by words of the name that torch gives; the
 # first that fits. NVIDIA's data sheets of each card; the GeForce cards with sums in float32.
 PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
@@ -63,12 +65,19 @@ def peak_memory(device: torch.device) -> int:
     return most if sys.platform == "darwin" else 1024 * most
 
 
+def _teach_kernels(device: torch.device) -> None:
+    """Have torch count the operations of our Triton kernels, where they can run."""
+    if triton_missing(device.type) is None:
+        # Only here, because it needs triton.
+        import mmattn.kernels.flops  # noqa: F401
+
+
 class Rates:
     """The clock of one piece of a run.
 
     The share of a GPU's arithmetic (MFU) is by the operations of this piece's first step, counted as it runs, per unit
     (token, picture) that it scored. Operations that are done again for activation checkpointing count too, those inside
-    kernels that torch does not know do not.
+    kernels of other packages that torch does not know do not.
     """
 
     def __init__(self, accelerator: Accelerator, first_step: int, last_step: int) -> None:
@@ -96,6 +105,7 @@ class Rates:
         if self._peak is None or self._flops is not None:
             yield
             return
+        _teach_kernels(self.accelerator.device)
         # Compiled layers are not looked into.
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             yield
