@@ -18,7 +18,7 @@ from mmattn.data.parallel_spec import ParallelConfig
 from mmattn.data.stream_rows import stream_layout
 from mmattn.errors import ConfigError
 from mmattn.inference.alignment_choice import choose_alignment_heads
-from mmattn.inference.trained import check_train_what, trained_model
+from mmattn.inference.trained import TrainChoice, trained_model
 from mmattn.inference.translator import Translator
 from mmattn.inference.translator_scores import EvalConfig, full_report, sample_pairs, score_splits
 from mmattn.inference.translator_setup import (
@@ -39,19 +39,15 @@ from mmattn.training.selection import LoRAConfig, selection
 
 
 @dataclass
-class Config:
+class Config(TrainChoice):
     """The whole configuration of the recipe."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: ParallelConfig = field(default_factory=ParallelConfig)
-    train_what: str = "all"  # or "lora", "cross_attention"
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     examples: ExampleConfig = field(default_factory=ExampleConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(output_dir="runs/translate"))
-
-    def __post_init__(self) -> None:
-        check_train_what(self.train_what)
 
 
 class TranslateTask(Task):

@@ -21,7 +21,7 @@ from mmattn.data.spec import DataConfig
 from mmattn.data.stream_rows import stream_layout
 from mmattn.data.tokenizer import item_texts
 from mmattn.inference import showcase
-from mmattn.inference.trained import check_train_what, trained_model
+from mmattn.inference.trained import TrainChoice, trained_model
 from mmattn.inference.vlm import VisionLanguageModel
 from mmattn.inference.vlm_features import FeatureCacheConfig, open_features
 from mmattn.inference.vlm_scores import EvalConfig, PictureBlindBaseline, sample_items, score_splits
@@ -37,20 +37,16 @@ _TARGETS = [r"decoder\..*(q_proj|k_proj|v_proj|out_proj)"]  # what every checkpo
 
 
 @dataclass
-class Config:
+class Config(TrainChoice):
     """The whole configuration of the recipe."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    train_what: str = "all"  # or "lora", "cross_attention"
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(targets=list(_TARGETS)))
     examples: ExampleConfig = field(default_factory=ExampleConfig)
     cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(output_dir="runs/vlm"))
-
-    def __post_init__(self) -> None:
-        check_train_what(self.train_what)
 
 
 class VLMTask(Task):

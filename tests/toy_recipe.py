@@ -28,6 +28,12 @@ from mmattn.errors import DataError, RunError
 
 @dataclass
 class Training:
+    """How long, and how fast.
+
+    Args:
+        max_steps: Steps of the whole run.
+    """
+
     max_steps: int = 7
     learning_rate: float = 1e-3
 

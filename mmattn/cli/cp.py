@@ -18,4 +18,5 @@ def cp(
     path = copy_config(name, target)
     is_launcher = name in list_launcher_configs()
     then = f"accelerate launch --config_file {path} recipes/..." if is_launcher else f"mmattn train {path}"
-    print(f"wrote {path}: edit it, then run `{then}`")
+    how = "" if is_launcher else f" (`mmattn show {path} --explain` says what each setting means)"
+    print(f"wrote {path}: edit it{how}, then run `{then}`")

@@ -6,9 +6,6 @@ nearest known key and the file or override that holds the wrong one.
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-import types
 import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mmattn.config.resolve import config_path, nearest
+from mmattn.config.schema import dataclass_in, field_types, is_union
 from mmattn.errors import ConfigError, MmattnError
 
 T = TypeVar("T")
@@ -46,7 +44,7 @@ def load_config(
     if source is not None:
         path = config_path(source)
         values = _read_yaml(path)
-        if "recipe" not in _field_types(schema):
+        if "recipe" not in field_types(schema):
             values.pop("recipe", None)
         if is_saved:
             values = _known(schema, values, str(path), prefix="")
@@ -67,34 +65,6 @@ def recipe_of(source: str | Path) -> str:
     if not isinstance(name, str):
         raise ConfigError(f"{path}: names no recipe; add a line such as 'recipe: vlm' at the top")
     return name
-
-
-def to_yaml(config: Any, recipe: str | None = None) -> str:
-    """A config (dataclass instance) as YAML that `load_config` reads back.
-
-    Args:
-        config: the dataclass instance.
-        recipe: the recipe's name, written as the `recipe:` key at the top.
-    """
-    values = _plain(config)
-    if recipe is not None:
-        values = {"recipe": recipe, **values}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-
-
-def _plain(value: Any) -> Any:
-    """Only what plain YAML can say: mappings, lists, strings, numbers, booleans, null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, enum.Enum):
-        return value.name
-    if isinstance(value, Path):
-        return str(value)
-    return value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -155,13 +125,13 @@ def _to_object(node: DictConfig, where: str) -> Any:
 
 
 def _known(schema: type, values: Mapping[str, Any], where: str, prefix: str) -> dict[str, Any]:
-    fields, kept = _field_types(schema), {}
+    fields, kept = field_types(schema), {}
     for key, value in values.items():
         if key not in fields:
             gone = f"{where} has a setting that there no longer is, which is left out: {prefix + key}, {value!r}"
             warnings.warn(gone, stacklevel=3)
             continue
-        inner = _dataclass_in(fields[key])
+        inner = dataclass_in(fields[key])
         if inner is not None and isinstance(value, Mapping):
             kept[key] = _known(inner, value, where, f"{prefix}{key}.")
         else:
@@ -170,13 +140,13 @@ def _known(schema: type, values: Mapping[str, Any], where: str, prefix: str) -> 
 
 
 def _check_keys(schema: type, values: Mapping[str, Any], where: str, prefix: str) -> None:
-    fields = _field_types(schema)
+    fields = field_types(schema)
     for key, value in values.items():
         if key not in fields:
             names = [prefix + field for field in fields]
             hint = nearest(key, fields, prefix) or f" Known keys: {', '.join(names)}"
             raise ConfigError(f"{where}: unknown key {prefix + key!r}.{hint}")
-        inner = _dataclass_in(fields[key])
+        inner = dataclass_in(fields[key])
         _check_length(fields[key], value, f"{where}: {prefix + key!r}")
         if inner is None:
             if isinstance(value, bool) and _is_text(fields[key]):
@@ -186,7 +156,7 @@ def _check_keys(schema: type, values: Mapping[str, Any], where: str, prefix: str
                 )
             continue
         if not isinstance(value, Mapping | None) and not (isinstance(value, list) and _sequence(fields[key])):
-            example = f"{prefix}{key}.{next(iter(_field_types(inner)))}"
+            example = f"{prefix}{key}.{next(iter(field_types(inner)))}"
             raise ConfigError(f"{where}: {prefix + key!r} is a section, not a value; set its keys, such as {example}")
         for name, entry in _entries(value, prefix + key):
             _check_keys(inner, entry, where, f"{name}.")
@@ -207,8 +177,9 @@ def _check_length(annotation: Any, value: Any, what: str) -> None:
 
 def _sequence(annotation: Any) -> Any:
     """`list[X]` or `tuple[...]`, also of such a thing or None; None for anything else."""
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)] if is_union else [annotation]
+    kinds = [annotation]
+    if is_union(annotation):
+        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
     return kinds[0] if len(kinds) == 1 and typing.get_origin(kinds[0]) in (list, tuple) else None
 
 
@@ -221,24 +192,9 @@ def _entries(value: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 yield f"{name}[{index}]", entry
 
 
-def _field_types(schema: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(schema)
-    return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
-
-
 def _is_text(annotation: Any) -> bool:
     kinds = typing.get_args(annotation) or (annotation,)
     return str in kinds and bool not in kinds and typing.get_origin(annotation) is not list
-
-
-def _dataclass_in(annotation: Any) -> type | None:
-    """The dataclass in `X`, `X | None` or `list[X]`; None for anything else."""
-    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
-        found = [inner for inner in map(_dataclass_in, typing.get_args(annotation)) if inner is not None]
-        return found[0] if len(found) == 1 else None
-    return None
 
 
 def _explain(error: OmegaConfBaseException) -> str:

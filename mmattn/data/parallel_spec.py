@@ -16,13 +16,14 @@ FILTERS = ("min_words", "max_words", "max_ratio", "drop_equal", "drop_duplicates
 
 @dataclass
 class ParallelColumns:
-    """Which column of the user's table holds what.
+    """Which column of your table holds what.
 
     Args:
-        source, target: The sentence and its translation. None takes the languages' entries of a column `translation`
-            ({"en": ..., "de": ...}, the form of many hub data sets) where there is one, else `source` and `target`,
-            or columns 1 and 2 of a file without header.
-        src_lang, tgt_lang: The languages of each row; None where all rows have those of the config.
+        source: The sentence. None takes the source language's entry of a column `translation` ({"en": ..., "de": ...},
+            the form of many hub data sets) where there is one, else `source`, or column 1 of a file without header.
+        target: Its translation; None as for `source`, else `target`, or column 2.
+        src_lang: The language of each row's sentence; None where all rows have that of the section above.
+        tgt_lang: The language of each row's translation; None in the same way.
         alignment: Word alignment, as "0-0 1-2" or a list of pairs, over words split at white space.
         kind: Names the sort of sentence, for scores by kind.
     """
@@ -37,32 +38,38 @@ class ParallelColumns:
 
 @dataclass
 class ParallelPart(StreamSettings):
-    """One data set of sentence pairs; `StreamSettings` for one that is larger than memory.
+    """One data set of sentence pairs.
 
     Args:
         kind: "scenes" (built in), "office-help" (LibreOffice help of Debian packages), "files" (JSONL, CSV, TSV or
             Parquet), "aligned" (two text files, line by line), "hub" (an id on the Hugging Face hub, or a folder in its
-            layout), "gettext" (.po or .mo catalogues).
+            layout), "gettext" (.po or .mo catalogues); at the top also "parts" (several of these: setting `parts`).
         path: File, glob, folder or hub id. office-help: a folder with the unpacked packages; None looks where they are
             installed. gettext: a catalogue, or a folder that is searched for those of the target language.
-        source_path, target_path: aligned: the two files.
+        source_path: aligned: the file of the sentences, one a line.
+        target_path: aligned: the file of their translations, one a line.
         eval_path: files, gettext: a file or folder of its own for scores.
-        eval_source_path, eval_target_path: aligned: the same.
-        eval_fraction: Part of the source sentences that is put aside for scores when there is no split for them.
-        seed: Of what is drawn or put aside.
-        limit: Use only so many pairs, the first, of each split.
+        eval_source_path: aligned: a file of sentences of its own for scores.
+        eval_target_path: aligned: the file of their translations.
+        eval_fraction: Part of the source sentences that is put aside for scores where there is no split for them.
+        seed: Seed of what is drawn (scenes) or put aside for scores.
+        limit: Use only so many pairs of each split, the first; for trials.
         eval_limit: Use only so many pairs for scores, spread evenly.
-        size, eval_size: scenes: pairs for training and for each other split.
-        src_lang, tgt_lang: The languages. Scenes and office-help know "en", "de" (and "es", "fr"); None means en to de
-            there, and unknown elsewhere.
-        columns: Columns of a table.
-        header: Whether a CSV or TSV file starts with the names of its columns; else they are called 1, 2, 3.
-        quoting: Whether quote marks around fields of a CSV or TSV file have their usual meaning. Parallel corpora as
-            TSV often mean them as text.
-        hub_config, revision, train_split, eval_split: Hub: the configuration, revision and names of its splits; None
-            for the default, and for "validation" or "test", whichever there is.
-        min_words, max_words: Leave out pairs with fewer or more words on either side; None for no bound (3 and 40 for
-            office-help).
+        size: scenes: pairs for training.
+        eval_size: scenes: pairs of each other split.
+        src_lang: Language of the sentences. scenes: "en" or "de"; office-help: also "es" or "fr". None: "en" there, and
+            elsewhere unknown.
+        tgt_lang: Language of the translations, in the same way. None: "de" there.
+        columns: Of data of kind files and hub.
+        header: files: whether a CSV or TSV file starts with the names of its columns; else they are called 1, 2, 3.
+        quoting: files: whether quote marks around fields of a CSV or TSV file have their usual meaning. Parallel
+            corpora as TSV often mean them as text.
+        hub_config: hub: the data set's configuration. None: its default.
+        revision: hub: branch, tag or commit.
+        train_split: hub: name of the split for training.
+        eval_split: hub: name of the split for scores. None: "validation" or "test", whichever there is.
+        min_words: Leave out pairs with fewer words on either side; None for no bound (3 for office-help).
+        max_words: Leave out pairs with more words on either side; None for no bound (40 for office-help).
         max_ratio: Leave out pairs of which one side has more than so many times the words of the other.
         drop_equal: Leave out pairs whose sides are equal; None for no (yes for office-help).
         drop_duplicates: Leave out pairs that came before; None for no (yes for office-help).
@@ -147,8 +154,8 @@ class ParallelConfig(ParallelPart):
     """A data set of sentence pairs, or several put together.
 
     Args:
-        parts: Data sets to put together, each with languages of its own; kind is then "parts", and all but
-            `language_codes` is said in the parts.
+        parts: For kind "parts": data sets to put together. Each has the settings of this section, such as
+            {kind: files, path: a.jsonl, src_lang: en, tgt_lang: de}, which are then not set here; `language_codes` is.
         language_codes: What the model's tokenizer calls a language, where the data calls it otherwise: de: deu_Latn.
     """
 

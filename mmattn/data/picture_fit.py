@@ -18,17 +18,17 @@ MAX_ENLARGEMENT = 2.0  # beyond it a model learns the blur of the filter instead
 
 @dataclass
 class PictureConfig:
-    """The `pictures:` section of a config: how pictures become training examples of a diffusion model.
+    """How pictures become training examples of a diffusion model.
 
     Args:
         resolution: Side of the training pictures in pixels; with `buckets` their area is at most its square.
         buckets: Keep the pictures' shapes about: each goes into the aspect bucket that is nearest to its own.
-        step: Buckets: sides are multiples of it. What the model needs (8 times its own factor) divides it.
-        max_aspect: Buckets: the longest side over the shortest, at most. Longer pictures are cropped.
-        crop: "center" or "random": which part is kept of what the target shape cannot hold.
+        step: buckets: sides are multiples of so many pixels, which is a multiple of 8 for Stable Diffusion.
+        max_aspect: buckets: the longest side over the shortest, at most. Longer pictures are cropped.
+        crop: Which part is kept of what the target shape cannot hold: "center" or "random".
         flip: Mirror half of the pictures. Not where captions say left or right, or pictures show text.
-        min_side: Pictures with a shorter side than this are unusable. None: those are that would have to be enlarged
-            more than twofold.
+        min_side: Pictures with a shorter side than this, in pixels, are unusable. None: those are that would have to be
+            enlarged more than twofold.
     """
 
     resolution: int = 512

@@ -14,14 +14,14 @@ SPLITS = ("train", "validation", "test", "heldout")
 
 @dataclass
 class ColumnConfig:
-    """Which column of the user's table holds what.
+    """Which column of your table holds what.
 
     Args:
         image: A path (relative to the file, or to `image_root`), the file's bytes, or an embedded image. None takes
             "file_name" in an image folder and "image" elsewhere.
         text: A caption or an answer, or a list of them.
         question: The question that `text` answers; None for captions.
-        kind: Names the sort of text, for scores by kind.
+        kind: Names the sort of text, for scores by kind. None: "caption", and "answer" where there is a question.
         group: Rows that agree here show the same picture: they become one record and stay on one side of a split.
             None goes by the image's path; embedded images stay apart.
     """
@@ -35,25 +35,30 @@ class ColumnConfig:
 
 @dataclass
 class DataConfig(StreamSettings):
-    """A data set of pictures with texts; `StreamSettings` for one that is larger than memory.
+    """A data set of pictures with texts.
 
     Args:
         kind: "scenes" (built in), "stamps" (the Debian package tuxpaint-stamps-default), "files" (JSONL, CSV or
             Parquet), "imagefolder" (a folder with metadata.csv, .jsonl or .parquet), "hub" (an id on the Hugging Face
             hub, or a folder in its layout).
-        path: File, glob, folder or hub id. Stamps: the unpacked package; None looks where it is installed.
-        eval_path: A file or folder of its own for scores ("files", "imagefolder").
-        eval_fraction: Part that is put aside for scores when there is no split for them.
-        seed: Of what is drawn or put aside.
-        limit: Use only so many records.
-        size, eval_size, image_size, max_objects: Scenes: pictures for training and for each other split, their side
-            in pixels, and how many objects they show at most.
-        columns: Columns of a table.
-        image_root: Folder that relative image paths start from; None for the folder that the table lies in.
-        hub_config, revision, train_split, eval_split: Hub: the configuration, revision and names of its splits; None
-            for the default, and for "validation" or "test", whichever there is.
-        max_bad_fraction: The run stops when more than this part of the pictures cannot be read.
-        max_bad: The same as a number of pictures; wins over the fraction.
+        path: File, glob, folder or hub id. stamps: the unpacked package; None looks where it is installed.
+        eval_path: files, imagefolder: a file or folder of its own for scores.
+        eval_fraction: Part that is put aside for scores where there is no split for them.
+        seed: Seed of what is drawn (scenes) or put aside for scores.
+        limit: Use only so many records of each split, the first; for trials.
+        size: scenes: pictures for training.
+        eval_size: scenes: pictures of each other split.
+        image_size: scenes: side of the pictures in pixels, 24 or more.
+        max_objects: scenes: how many objects a picture shows at most: 1, 2 or 3.
+        columns: Of data of kind files, imagefolder and hub.
+        image_root: files, imagefolder: folder that relative image paths start from. None: that of the table.
+        hub_config: hub: the data set's configuration. None: its default.
+        revision: hub: branch, tag or commit.
+        train_split: hub: name of the split for training.
+        eval_split: hub: name of the split for scores. None: "validation" or "test", whichever there is.
+        max_bad_fraction: The run stops when more than this part of the pictures cannot be read (one always may);
+            fewer are named, counted and replaced by others.
+        max_bad: The same as a number of pictures; wins over the fraction. 0 refuses any.
         max_pixels: Pictures with more pixels count as unreadable.
     """
 

@@ -14,14 +14,14 @@ class StreamSettings:
     """Data larger than memory, in shards: Parquet, JSON lines, CSV, TSV or webdataset tars.
 
     Args:
-        streaming: Read examples from their shards while training, in an order of its own (docs/data.md); else the
-            whole table is opened.
-        shards: Files, globs, folders or ranges such as part-{000..127}.tar, where one `path` is not enough.
-        window: Examples that are shuffled together.
-        blocks_at_once: How many places of the data a window mixes; of Parquet, so many row groups stay in memory, or
-            more where they are small.
-        index_folder: Where indexes and token counts of shards are kept, for every run; None: mmattn/shards in
-            $XDG_CACHE_HOME or ~/.cache.
+        streaming: For data larger than memory: read examples from their shards while training, in an order of its own
+            (docs/data.md). Else the whole table is opened.
+        shards: streaming: files, globs, folders or ranges such as part-{000..127}.tar, where one `path` is not enough.
+        window: streaming: examples that are shuffled together.
+        blocks_at_once: streaming: how many places of the data a window mixes; of Parquet, so many row groups stay in
+            memory, or more where they are small.
+        index_folder: streaming: where indexes and token counts of shards are kept, for every run. None: mmattn/shards
+            in $XDG_CACHE_HOME or ~/.cache.
     """
 
     streaming: bool = False

@@ -38,11 +38,12 @@ class NoiseConfig:
     """What is drawn for each example beside its picture and caption.
 
     Args:
-        timestep_sampling: "uniform", or "logit_normal" (the sigmoid of a normal number; arXiv 2403.03206 section 3.1).
+        timestep_sampling: How noise levels are drawn: "uniform", or "logit_normal" (the sigmoid of a normal number;
+            arXiv 2403.03206 section 3.1).
         timestep_mean: logit_normal: above 0 for more noise, below for less.
         timestep_std: logit_normal: its spread.
         offset_noise: Strength of noise that is one number a channel, so that bright and dark pictures are learned
-            (Guttenberg, "Diffusion with offset noise", 2023); 0 draws none. The loss multiplies by it.
+            (Guttenberg, "Diffusion with offset noise", 2023), such as 0.1; 0 draws none.
     """
 
     timestep_sampling: str = "uniform"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -18,10 +19,20 @@ _MODEL_FILES = ("config.json", "model_index.json")  # of one model, of a diffusi
 TRAIN_WHAT = ("all", "lora", "cross_attention")
 
 
-def check_train_what(what: str) -> None:
-    """Raise `ConfigError` unless `what` is one of `TRAIN_WHAT`."""
-    if what not in TRAIN_WHAT:
-        raise ConfigError(f"train_what is {what!r}: choose one of {', '.join(TRAIN_WHAT)}")
+@dataclass(kw_only=True)
+class TrainChoice:
+    """Which weights a recipe trains.
+
+    Args:
+        train_what: "all" (every weight), "cross_attention" (only the layers that look at the picture, or at the source
+            sentence) or "lora" (small adapters beside frozen weights; section `lora`).
+    """
+
+    train_what: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.train_what not in TRAIN_WHAT:
+            raise ConfigError(f"train_what is {self.train_what!r}: choose one of {', '.join(TRAIN_WHAT)}")
 
 
 def trained_model(folder: Path) -> Path:

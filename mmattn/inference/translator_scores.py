@@ -32,12 +32,14 @@ class EvalConfig:
     """What is scored, during training and by `mmattn eval`.
 
     Args:
-        splits: Splits of the data; the metrics are called `split/exact`, `split/chrf`, ...
+        splits: Splits of the data: "validation", "test", "train"; scenes also have "heldout". The metrics are called
+            `split/exact`, `split/chrf`, ...
         limit: Pairs of each split at most, evenly spread; None takes all.
-        num_beams: Beams of the decoding; None: as the model's generation settings say.
-        max_new_tokens: Longest translation in tokens; None: as the model's generation settings say.
-        batch_tokens: Source tokens translated at a time; None: as `Translator.translate` does.
-        quantize: Score in this precision, as `Translator.from_pretrained` takes it; for `mmattn eval`, not in training.
+        num_beams: Beams of the decoding, 1 is greedy. None: as the model's generation settings say.
+        max_new_tokens: Longest translation in tokens. None: as the model's generation settings say.
+        batch_tokens: Source tokens translated at a time. None: 1024 on a CPU, 8192 elsewhere.
+        quantize: For `mmattn eval`, not in training: "int8" scores with weights of 8 bits (CPU only). None: with the
+            model's own.
         bleu_tokenize: sacreBLEU's tokenizer, such as "13a", "zh" or "flores200"; None for its default.
         best: The metric that chooses the best checkpoint, such as "validation/chrf"; None keeps no best.
     """

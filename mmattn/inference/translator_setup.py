@@ -38,8 +38,8 @@ class KVHeadsConfig:
     """Fewer key/value heads for a checkpoint, before it is trained further (arXiv 2305.13245).
 
     Args:
-        encoder, decoder: Of every attention of that side, self and cross; None leaves them as they are. Only the
-            decoder's are cached while translating.
+        encoder: Key/value heads of every attention of the encoder, a divisor of its heads. None: as they are.
+        decoder: The same of the decoder, self- and cross-attention. Only these are cached while translating.
         how: What a head is made from: the "mean" of the heads that it replaces, the "first" of them, "random", or by
             "svd" what is nearest to them (queries and outputs change as well).
     """
@@ -54,18 +54,20 @@ class ModelConfig:
     """The model: a checkpoint to start from, or the form of a new one.
 
     Args:
-        from_pretrained: Hub id, a model's folder or a training run's; what is said of new models is then ignored.
+        from_pretrained: Hub id, a model's folder or a training run's. None makes a new model; what is said of new
+            models is ignored beside it.
         revision: Branch, tag or commit on the hub.
-        kv_heads: Reduces the key/value heads of that checkpoint.
-        alignment_layer, alignment_heads: The decoder layer and heads whose cross-attention says which source word a
-            target word comes from, and that guided alignment teaches; None leaves what the checkpoint or `network` has.
+        kv_heads: Only beside `from_pretrained`.
+        alignment_layer: The decoder layer whose cross-attention says which source word a target word comes from, and
+            that guided alignment teaches, counted from 0. None: what the checkpoint or `network` has.
+        alignment_heads: The heads of that layer that say it, counted from 0. None: as for the layer.
         tokenizer: Of a new model, trained on its texts: "word" for small closed vocabularies, "bpe" or "unigram" for
             natural text.
-        max_vocab_size: Upper bound of that tokenizer, for both sides together.
-        byte_fallback: Whether it spells unknown characters in bytes ("bpe" and "unigram").
-        languages: Target languages of a new model, as the tokenizer shall call them; empty for those of the training
+        max_vocab_size: Of a new model: upper bound of that tokenizer's vocabulary, for both sides together.
+        byte_fallback: Of a new model: whether that tokenizer spells unknown characters in bytes ("bpe" and "unigram").
+        languages: Of a new model: target languages, as the tokenizer shall call them; empty for those of the training
             pairs. Several make tokens such as >>de<< that start the source.
-        network: Form of a new network; the vocabulary and the special tokens come from the tokenizer.
+        network: Only for a new model.
     """
 
     from_pretrained: str | None = None
@@ -85,16 +87,18 @@ class ExampleConfig:
     """How sentence pairs become training examples, and what is asked of them.
 
     Args:
-        max_source_length, max_target_length: Tokens at most, special tokens included; None: as many as the model has
+        max_source_length: Tokens of a source at most, special tokens included. None: as many as the model has
             positions.
+        max_target_length: The same of a target.
         refuse_long: Whether longer pairs are an error; else they are left out and counted.
-        label_smoothing: Of the loss, for new models and checkpoints alike.
+        label_smoothing: Part of the probability that the loss spreads over all tokens, for new models and checkpoints
+            alike; 0.1 is usual.
         guided_alignment_weight: Weight of the loss that teaches the cross-attention the data's word alignments
             (arXiv 1909.02074, where it is 0.05); 0 for none.
         score_language: Whether the language token that starts an M2M100 or NLLB target is learned too; it is given when
             translating.
-        packing: Whether batches have no padding: all sentences one after the other, each attending to itself. "auto"
-            packs but for guided alignment, which reads padded batches. The loss is the same but for rounding.
+        packing: Whether batches have no padding, all sentences one after the other: true, false, or "auto", which packs
+            but for guided alignment, which reads padded batches. The loss is the same but for rounding.
     """
 
     max_source_length: int | None = None

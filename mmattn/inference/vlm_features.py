@@ -40,8 +40,8 @@ class FeatureCacheConfig:
     Args:
         features: Encode every picture once, before training, where nothing random or trained comes before the features
             and the run draws pictures more than once.
-        max_gib: Not where the features take more room than this.
-        folder: Where; None: `cache` in the run's output folder. Runs may share one.
+        max_gib: Not where the features take more room than this, in GiB.
+        folder: Where it lies. None: `cache` in the run's output folder. Runs may share one.
     """
 
     features: bool = True

@@ -29,9 +29,10 @@ class EvalConfig:
     """What is scored, during training and by `mmattn eval`.
 
     Args:
-        splits: Splits of the data; the metrics are called `split/kind`.
+        splits: Splits of the data: "validation", "test", "train"; scenes also have "heldout". The metrics are called
+            `split/kind`.
         limit: Pictures of each split at most; None takes all.
-        num_beams: Beams of the decoding.
+        num_beams: Beams of the decoding; 1 is greedy.
         retrieval: Also how high the true caption ranks among all captions of the split.
         best: The metric that chooses the best checkpoint, such as "validation/answers"; None keeps no best.
     """

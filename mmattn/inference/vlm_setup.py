@@ -36,12 +36,13 @@ class ModelConfig:
     """The model: a checkpoint to start from, or the form of a new one.
 
     Args:
-        from_pretrained: Hub id or folder; everything below it is then ignored, but for `revision`.
+        from_pretrained: Hub id or folder of a captioning checkpoint. None makes a new model; what is said of new models
+            is ignored beside it.
         revision: Branch, tag or commit on the hub.
-        tokenizer: Of a new model, trained on its texts: "word" for small vocabularies, "bpe" for natural text.
-        max_vocab_size: Upper bound of that tokenizer.
-        lowercase: Whether that tokenizer folds case.
-        network: Form of a new network; the vocabulary and the special tokens come from the tokenizer.
+        tokenizer: Of a new model, trained on its texts: "word" for small closed vocabularies, "bpe" for natural text.
+        max_vocab_size: Of a new model: upper bound of that tokenizer's vocabulary.
+        lowercase: Of a new model: whether that tokenizer folds case.
+        network: Only for a new model.
     """
 
     from_pretrained: Optional[str] = None  # noqa: UP045 (OmegaConf reads Optional on every Python version)
@@ -58,10 +59,11 @@ class ExampleConfig:
 
     Args:
         texts_per_image: Texts learned per picture and step; they share its features.
-        kind_weights: How likely a kind of text ("caption", "color", ...) is drawn, 1 for kinds that are not named.
-        max_length: Tokens of a row at most.
-        prompt: Stands before every caption and is not scored.
-        packing: Texts of a batch one after the other, without padding between them; the losses are the same.
+        kind_weights: How likely a kind of text is drawn, such as {caption: 2, answer: 0}: 1 for kinds that are not
+            named, 0 leaves one out.
+        max_length: Tokens of a text at most, with its prompt or question; 4 or more. What is longer is cut.
+        prompt: Stands before every caption and is not scored, such as "a picture of".
+        packing: Put the texts of a batch one after the other, without padding between them; the losses are the same.
         token_dropout: Part of the text that the decoder does not see while it learns, so that it has to look.
         view_min_area: Crop pictures at random, down to this part of their area; 1 for whole pictures.
         view_flip: Mirror half of the pictures; not where captions speak of left and right.

@@ -37,43 +37,81 @@ ROUNDING_KEYS = ("micro_batch_size", "micro_batch_tokens", "mixed_precision", "d
 
 @dataclass
 class TrainingConfig:
-    """Settings of one training run.
+    """How a run goes: steps, optimiser, precision, processes, evaluations, checkpoints and logs.
 
-    Steps are optimiser steps everywhere. `batch_size` counts the examples of one step over all processes and
-    micro-batches; `micro_batch_size` counts the examples that go through the model at once in one process.
-    `batch_tokens` and `micro_batch_tokens` bound the same two by padded tokens instead: examples times the longest
-    of them, on the side (source, target) where that is most. With `batch_tokens`, `batch_size` is not used.
+    Steps are optimiser steps everywhere.
+
+    Args:
+        output_dir: Folder of the run, for all that it writes. Without --resume it must be new or empty.
+        max_steps: Steps of the whole run, those before a resume included.
+        batch_size: Examples of one step, over all processes and micro-batches. Not used with `batch_tokens`.
+        micro_batch_size: Examples that go through the model at once in one process; fewer need less memory, and the
+            result is the same but for rounding. None: the whole share of the process.
+        batch_tokens: Padded tokens of one step at most, instead of `batch_size`: examples times the longest of them, on
+            the side (source, target) where that is most. For data whose token counts are known: recipe `translate`.
+        micro_batch_tokens: As `micro_batch_size`, in padded tokens; for `batch_tokens`.
+        learning_rate: Learning rate of AdamW at its highest, after the warm-up.
+        betas: AdamW's decay rates of the running means of gradients and of their squares.
+        eps: AdamW's addition to the denominator.
+        weight_decay: AdamW's weight decay; not on biases, norms, gates, embeddings and positions.
+        warmup_steps: Steps in which the learning rate rises from 0 in a line.
+        schedule: Learning rate after the warm-up: "cosine" (falls until `max_steps`) or "constant".
+        min_learning_rate_ratio: Where "cosine" ends, as a part of `learning_rate`.
+        max_grad_norm: Gradients of a larger norm are scaled down to it; None: never.
+        mixed_precision: "auto" (bf16 on a CUDA GPU that has it, else none), "no" (float32; YAML needs the quotes),
+            "bf16", or "fp16" (CUDA only, not with a `sharding`).
+        device: "auto" (a GPU where there is one) or "cpu".
+        sharding: How several processes hold the model: "none" (each the whole, DDP), "fsdp2" or "zero3" (each a part,
+            for models that do not fit on one GPU), "auto" (as the launcher's config says, else "none").
+        sharded_checkpoints: With "fsdp2": each process writes its part of a checkpoint, and `mmattn export` makes the
+            model of them. For models that are too large to be gathered in the main process.
+        activation_checkpointing: Run the layers again in the backward pass: less memory, the forward pass twice.
+        torch_compile: Compile the repeated layers by torch.compile; the first steps take minutes. For long runs on a
+            GPU.
+        ema_decay: Keep an exponential moving average of the weights with this decay a step, such as 0.999; evaluations,
+            best/ and final/ use it. None: no average.
+        average_last: final/ gets the mean weights of so many checkpoints, the last ones at multiples of `save_every`.
+            0: those of the last step.
+        eval_every: Steps between evaluations; the last step has one, too. 0: no evaluations.
+        save_every: Steps between checkpoints. After the last step, at a best evaluation and at a signal to stop there
+            is one in any case; 0: only then.
+        keep_last: How many of the newest checkpoints stay; the best and those for `average_last` stay besides.
+        log_every: Steps between lines on the console and in trackers; metrics.jsonl has every step.
+        num_workers: Processes that prepare batches ahead, for each training process. 0: none, between the steps.
+        trackers: Where figures go besides metrics.jsonl: "tensorboard", "wandb", "trackio", packages of their own.
+        max_bad_steps: So many steps in a row whose loss or gradient is not finite stop the run; each is skipped.
+        seed: Seed of new weights, the order of examples, what is drawn for them, and dropout.
     """
 
     output_dir: str
     max_steps: int = 1000
     batch_size: int = 32
-    micro_batch_size: int | None = None  # None: the whole share of a process at once
-    batch_tokens: int | None = None  # needs a task with `lengths`; None: batch_size examples
-    micro_batch_tokens: int | None = None  # None: the whole share of a process at once
+    micro_batch_size: int | None = None
+    batch_tokens: int | None = None
+    micro_batch_tokens: int | None = None
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = 0.01  # not on biases, norms, embeddings, gates
+    weight_decay: float = 0.01
     warmup_steps: int = 0
-    schedule: str = "cosine"  # or "constant"
-    min_learning_rate_ratio: float = 0.0  # where cosine ends, as a part of learning_rate
+    schedule: str = "cosine"
+    min_learning_rate_ratio: float = 0.0
     max_grad_norm: float | None = 1.0
-    mixed_precision: str = "auto"  # auto: bf16 on a GPU that has it, else none
-    device: str = "auto"  # or "cpu"
-    sharding: str = "auto"  # as the launcher says; none: whole models (DDP); fsdp2, zero3: each process holds a part
-    sharded_checkpoints: bool = False  # every process writes its part; the model is then made by `mmattn export`
-    activation_checkpointing: bool = False  # layers run again in the backward pass: less memory, the forward pass twice
-    torch_compile: bool = False  # the repeated layers by torch.compile; the first steps take long
+    mixed_precision: str = "auto"
+    device: str = "auto"
+    sharding: str = "auto"
+    sharded_checkpoints: bool = False
+    activation_checkpointing: bool = False
+    torch_compile: bool = False
     ema_decay: float | None = None
-    average_last: int = 0  # final/: the mean weights of so many checkpoints of every save_every steps; 0: the last step
-    eval_every: int = 0  # 0: never; otherwise also after the last step
-    save_every: int = 0  # 0: after the last step, and at a best evaluation or a signal
-    keep_last: int = 2  # beside the best, which always stays
-    log_every: int = 10  # console and trackers; metrics.jsonl has every step
+    average_last: int = 0
+    eval_every: int = 0
+    save_every: int = 0
+    keep_last: int = 2
+    log_every: int = 10
     num_workers: int = 0
     trackers: list[str] = field(default_factory=list)
-    max_bad_steps: int = 10  # so many non-finite steps in a row stop the run
+    max_bad_steps: int = 10
     seed: int = 0
 
     def validate(self) -> None:

@@ -17,9 +17,13 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @dataclass
 class LoRAConfig:
-    """Low-rank adapters (arXiv 2106.09685), put in by peft.
+    """Low-rank adapters (arXiv 2106.09685), put in by peft; for `train_what: lora`.
 
-    `targets` are the ends of module names ("q_proj"), or one regular expression over whole names.
+    Args:
+        rank: Inner width of an adapter: more learns more, and is larger.
+        alpha: An adapter's output is multiplied by `alpha / rank`.
+        dropout_p: Dropout on an adapter's input, in training only.
+        targets: Which Linears get one: ends of their names ("q_proj"), or a single regular expression over whole names.
     """
 
     rank: int = 8

@@ -22,7 +22,8 @@ def test_ls(toy_tree: Path, capsys):
 
 def test_cp_then_train(toy_tree: Path, capsys):
     assert main(["cp", "toy/debug", "my.yaml"]) == 0
-    assert capsys.readouterr().out == "wrote my.yaml: edit it, then run `mmattn train my.yaml`\n"
+    explains = "`mmattn show my.yaml --explain` says what each setting means"
+    assert capsys.readouterr().out == f"wrote my.yaml: edit it ({explains}), then run `mmattn train my.yaml`\n"
     Path("my.yaml").write_text(CONFIG.replace("11", "13"))
     assert main(["train", "my.yaml"]) == 0
     assert capsys.readouterr().out == "done: step 13; written to runs/toy\n"
@@ -45,6 +46,43 @@ def test_show_prints_every_value_and_reads_back(toy_tree: Path, capsys):
     Path("shown.yaml").write_text(shown)
     assert main(["show", "shown.yaml"]) == 0
     assert capsys.readouterr().out == shown
+
+
+def test_show_explains_every_setting(toy_tree: Path, capsys):
+    assert main(["show", "toy/debug", "training.learning_rate=0.5", "--explain"]) == 0
+    shown = capsys.readouterr().out
+    assert shown == (
+        "# What is trained; `mmattn ls` lists the recipes.\nrecipe: toy\n"
+        "# [default from the defaults]\nname: from the file\nfailure: ''\noutput_dir: runs/toy\n\n"
+        "# How long, and how fast.\ntraining:\n"
+        "  # Steps of the whole run. [default 7]\n  max_steps: 11\n  # [default 0.001]\n  learning_rate: 0.5\n"
+    )
+    Path("shown.yaml").write_text(shown)
+    assert main(["show", "shown.yaml", "--explain"]) == 0
+    assert capsys.readouterr().out == shown
+    assert main(["check", "shown.yaml"]) == 0
+    assert main(["train", "shown.yaml"]) == 0
+    assert capsys.readouterr().out.endswith("done: step 11; written to runs/toy\n")
+
+
+def test_show_a_part(toy_tree: Path, capsys):
+    assert main(["show", "toy/debug", "--only", "training"]) == 0
+    assert capsys.readouterr().out == "training:\n  max_steps: 11\n  learning_rate: 0.001\n"
+    assert main(["show", "toy/debug", "--only", "training.max_steps", "--explain"]) == 0
+    expected = "training:\n  # Steps of the whole run. [default 7]\n  max_steps: 11\n"
+    assert capsys.readouterr().out == expected
+    assert main(["show", "toy/debug", "--only", "training.max_step"]) == 2
+    expected = "mmattn: unknown key 'training.max_step'. Did you mean 'training.max_steps'?\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_show_without_docstrings_says_so(toy_tree: Path):
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-OO", "-m", "mmattn", "show", "vlm/debug", "--explain"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    message = "mmattn: --explain reads docstrings, and python -OO leaves them out: run without -OO (PYTHONOPTIMIZE)\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 def test_check_prints_what_the_recipe_says(toy_tree: Path, capsys):

@@ -15,7 +15,7 @@ from mmattn.cli.main import app, main
 SURFACE = {
     "ls": [],
     "cp": ["name", "target"],
-    "show": ["config", "overrides"],
+    "show": ["config", "overrides", "--explain", "--only"],
     "check": ["config", "overrides"],
     "train": ["config", "overrides", "--resume", "--resume-from", "--processes -n"],
     "eval": ["folder", "overrides", "--data", "--output -o", "--json"],

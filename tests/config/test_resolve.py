@@ -43,6 +43,8 @@ def test_a_wheel_layout(tmp_path: Path):
         return done.stdout
 
     assert run("ls") == ("Recipes:\n  toy        A recipe for tests.\nConfigs:\n  toy/debug  A config for tests\n")
+    shown = run("show", "toy/debug", "--explain", "--only", "training.max_steps")
+    assert shown == "training:\n  # Steps of the whole run. [default 7]\n  max_steps: 11\n"
     assert run("train", "toy/debug") == "done: step 11; written to runs/toy\n"
 
 

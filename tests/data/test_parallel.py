@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 
-from mmattn.config.load import load_config, to_yaml
+from mmattn.config import load_config, to_yaml
 from mmattn.data.parallel import open_parallel
 from mmattn.data.parallel_spec import ParallelColumns, ParallelConfig, ParallelPart
 from mmattn.data.scenes.translation import SceneTranslations

@@ -57,3 +57,4 @@ def test_it_runs_without_the_source_tree(wheel: Path, tmp_path: Path):
         copied = f"{path.parent.name}-{path.name}"
         assert run("cp", name, copied).startswith(f"wrote {copied}")
         assert (tmp_path / copied).read_bytes() == path.read_bytes()
+    assert "\n  # Steps of the whole run" in run("show", "vlm/debug", "--explain", "--only", "training")

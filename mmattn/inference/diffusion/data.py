@@ -44,11 +44,11 @@ class CacheConfig:
     """What frozen encoders compute is kept on disk.
 
     Args:
-        folder: Where; None: `cache` in the run's output folder. Runs may share one.
-        latents: Encode every picture once, before training (and its mirror image with `pictures.flip`). Not with
-            random crops.
+        folder: Where it lies. None: `cache` in the run's output folder. Runs may share one.
+        latents: Stable Diffusion: encode every picture once, before training (and its mirror image with
+            `pictures.flip`). Not with random crops, nor with `data.streaming`.
         texts: Encode every caption once, where the text encoder is frozen; else in every step. Stable Diffusion's are
-            always kept, but where a new token is trained.
+            always kept, but where a new token is trained. Not with `data.streaming`.
     """
 
     folder: Optional[str] = None  # noqa: UP045 (OmegaConf reads Optional on every Python version)

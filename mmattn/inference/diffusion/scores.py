@@ -35,20 +35,23 @@ class EvalConfig:
     """What is scored, during training and by `mmattn eval`, and which pictures are drawn to be looked at.
 
     Args:
-        splits: Splits of the data whose captions are drawn (scenes), or whose pictures are denoised.
+        splits: Splits of the data whose captions are drawn (scenes), or whose pictures are denoised: "validation",
+            "test", "train"; scenes also have "heldout".
         limit: Captions of each kind (pictures, for the loss) at most.
-        objects: Scenes: captions with so many objects are scored, each number by itself.
+        objects: scenes: captions with so many objects are scored, each number by itself.
         guidance_scales: Pictures are drawn and scored at each. Empty: at the scale that is the model's own.
-        num_inference_steps: Denoising steps.
-        scheduler: Name of another scheduler than the model's; None: the model's.
+        num_inference_steps: Denoising steps of a picture.
+        scheduler: Name of another scheduler than the model's, such as "ddim" or "dpm++". None: the model's.
         loss: Denoising loss on the split's pictures, with the same noise every time.
         fid: Frechet Inception Distance of the drawn pictures to the split's (torchmetrics; downloads its network). It
             means something from some thousands of pictures on: raise `limit`.
         clip_score: CLIP model, hub id or folder, that compares the drawn pictures with their captions (torchmetrics).
-        best: The metric that chooses the best checkpoint, such as "heldout/1_object/guidance_5/both"; None keeps none.
+            None: no such score.
+        best: The metric that chooses the best checkpoint, such as "heldout/1_object/guidance_5/both" or
+            "validation/loss"; None keeps none.
         sample_prompts: Drawn at each evaluation, always from the same seeds, into `samples/`. Empty: the first captions
             of the first split.
-        sample_columns: Pictures of each prompt.
+        sample_columns: Pictures of each prompt; 0 draws none.
     """
 
     splits: list[str] = field(default_factory=lambda: ["validation"])

@@ -29,16 +29,16 @@ TRAIN_WHAT = ("all", "lora", "cross_attention_kv")
 
 @dataclass
 class UNetConfig:
-    """Form of a new U-Net that works on pixels. The width of the text is the text encoder's.
+    """Form of a U-Net that works on pixels; the width of the text is the text encoder's.
 
     Args:
-        block_out_channels: Channels of each level, from the finest to the coarsest.
+        block_out_channels: Channels of each level, from the finest to the coarsest; each level halves the side.
         attention: For each level, whether it has transformer blocks.
         layers_per_block: ResNets (and transformers) of each level on the way down; one more on the way up.
         transformer_layers: Layers of each transformer.
-        num_heads: Heads of each attention.
+        num_heads: Heads of each attention; they divide the channels.
         norm_groups: Groups of the group norms; they divide the channels.
-        dropout_p: In the ResNets, in training only.
+        dropout_p: Dropout in the ResNets, in training only.
     """
 
     block_out_channels: list[int] = field(default_factory=lambda: [64, 96, 128])
@@ -52,13 +52,13 @@ class UNetConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Noise schedule of a new model.
+    """Noise schedule.
 
     Args:
-        prediction_type: "epsilon" (the noise) or "v_prediction" (velocity, arXiv 2202.00512).
+        prediction_type: What the U-Net predicts: "epsilon" (the noise) or "v_prediction" (velocity, arXiv 2202.00512).
         beta_schedule: Of diffusers: "squaredcos_cap_v2" (cosine, for pixels), "scaled_linear", "linear".
         num_train_timesteps: Noise levels.
-        zero_terminal_snr: The last level is noise alone (arXiv 2305.08891); needs v_prediction.
+        zero_terminal_snr: The last level is noise alone (arXiv 2305.08891); needs "v_prediction".
     """
 
     prediction_type: str = "v_prediction"
@@ -72,15 +72,16 @@ class ModelConfig:
     """The model: a Stable Diffusion or pixel-space folder to start from, or the form of a new pixel-space model.
 
     Args:
-        from_pretrained: Hub id or folder; the form of a new one is then ignored.
+        from_pretrained: Hub id, a model's folder or a training run's. None makes a new model; what is said of new
+            models is refused beside it.
         revision: Branch, tag or commit on the hub.
         variant: Infix of the weight files, such as fp16; training itself is in float32 or mixed precision.
-        image_size: Of a new model, in pixels.
-        pixel_unshuffle: Of a new model: its U-Net sees squares of so many pixels as one place.
-        text_encoder: Of a new model; of an opened pixel-space model only `frozen` counts.
+        image_size: Of a new model: side of its pictures in pixels, the same as `pictures.resolution`.
+        pixel_unshuffle: Of a new model: its U-Net sees squares of so many pixels a side as one place. 1: every pixel.
         guidance_scale: Of a new model: what its pictures are drawn with where nothing else is asked for.
-        unet: Of a new model.
-        schedule: Of a new model.
+        text_encoder: Only for a new model; of an opened pixel-space model only `frozen` counts.
+        unet: Only for a new model.
+        schedule: Only for a new model.
     """
 
     from_pretrained: Optional[str] = None  # noqa: UP045 (OmegaConf reads Optional on every Python version)
@@ -96,11 +97,11 @@ class ModelConfig:
 
 @dataclass
 class NewTokenConfig:
-    """A new word for `train_what=cross_attention_kv`; captions and prompts name the subject by it.
+    """A new word for `train_what: cross_attention_kv`; captions and prompts name the subject by it.
 
     Args:
-        token: Such as `<new1>`; None adds none.
-        initializer: A known word, of one token, that it starts from.
+        token: The word, such as `<new1>`; None adds none.
+        initializer: A known word, of one token, that it starts from: what the subject is, in a short word.
     """
 
     token: Optional[str] = None  # noqa: UP045

@@ -57,8 +57,13 @@ _TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 @dataclass
 class LossConfig:
-    """`min_snr_gamma`: cut-off of the weights by signal-to-noise ratio (arXiv 2303.09556); null weighs all alike.
-    `caption_dropout`: part of the captions left out, so that guidance has something to guide away from."""
+    """What the loss weighs, and what it leaves out.
+
+    Args:
+        min_snr_gamma: Cut-off of the weights by signal-to-noise ratio (arXiv 2303.09556), such as 5. None weighs all
+            noise levels alike.
+        caption_dropout: Part of the captions that is left out, so that guidance has something to guide away from.
+    """
 
     min_snr_gamma: Optional[float] = None  # noqa: UP045 (OmegaConf reads Optional on every Python version)
     caption_dropout: float = 0.1
@@ -72,14 +77,20 @@ class LossConfig:
 
 @dataclass
 class DiffusionConfig:
-    """The whole configuration of the recipe."""
+    """The whole configuration of the recipe.
 
+    Args:
+        train_what: "all" (the U-Net, and the text encoder unless that is frozen), "lora" (small adapters in the U-Net;
+            section `lora`) or "cross_attention_kv" (what the U-Net's cross-attention makes of the text, and a new word;
+            section `new_token`). The last two need `model.from_pretrained`.
+    """
+
+    train_what: str = "all"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     pictures: PictureConfig = field(default_factory=lambda: PictureConfig(resolution=32))
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    train_what: str = "all"  # or "lora", "cross_attention_kv"
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(targets=list(_TARGETS)))
     new_token: NewTokenConfig = field(default_factory=NewTokenConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -20,17 +20,17 @@ class TextEncoderConfig:
     """The text encoder: one to open, or the form of a new one.
 
     Args:
-        from_pretrained: Hub id or folder; all that is said of a new one is then ignored.
+        from_pretrained: Hub id or folder. None makes a new one; what is said of a new one is ignored beside it.
         revision: Branch, tag or commit on the hub.
         frozen: Whether its weights stay as they are; None freezes an opened one and trains a new one.
         max_length: Tokens of a prompt at most; None for what an opened encoder takes, and 77 for a new one.
         tokenizer: Of a new one, trained on its texts: "word" for small closed vocabularies, "bpe" for natural text.
-        max_vocab_size: Upper bound of that tokenizer.
-        lowercase: Whether that tokenizer folds case.
-        width: Channels of a new one.
-        num_layers: Layers of a new one; 0 leaves token and position embeddings under a norm.
-        num_heads: Heads of each layer; they divide the width.
-        dropout_p: Of the new one's attention, while it is trained.
+        max_vocab_size: Of a new one: upper bound of that tokenizer's vocabulary.
+        lowercase: Of a new one: whether that tokenizer folds case.
+        width: Of a new one: channels.
+        num_layers: Of a new one: layers; 0 leaves token and position embeddings under a norm.
+        num_heads: Of a new one: heads of each layer; they divide the width.
+        dropout_p: Of a new one: dropout on its attention weights, in training only.
     """
 
     from_pretrained: Optional[str] = None  # noqa: UP045 (OmegaConf reads Optional on every Python version)

@@ -14,32 +14,45 @@ POSITIONS = ("sinusoidal", "tensor2tensor", "learned", "rotary")
 
 @dataclass
 class TranslatorConfig:
-    """An encoder-decoder translator (arXiv 1706.03762). The defaults are the shape of OPUS-MT's Marian checkpoints.
+    """Form of an encoder-decoder translator (arXiv 1706.03762). The defaults are those of OPUS-MT's Marian models.
 
     Args:
-        vocab_size: tokens of the source vocabulary, and of the target's unless `target_vocab_size` says otherwise.
-        target_vocab_size: a vocabulary and an embedding of the target's own; None: one embedding for both sides.
-        embed_dim: C.
-        encoder_layers, decoder_layers: number of layers.
-        encoder_heads, decoder_heads: H.
-        encoder_kv_heads, decoder_kv_heads: G of every attention of that side (GQA, MQA); H when None.
-        encoder_ffn_dim, decoder_ffn_dim: width inside the feed-forward.
-        activation: of the feed-forward, as in `mmattn.nn.FeedForward`.
-        norm_first: pre-norm, with a norm after the last layer (M2M100), or post-norm (Marian).
+        vocab_size: Tokens of the vocabulary of the source, and of the target unless `target_vocab_size` says otherwise.
+            A new model has its tokenizer's instead.
+        target_vocab_size: A vocabulary and an embedding of the target's own. None: one for both sides, as new models
+            have.
+        embed_dim: Width of the network; heads divide it.
+        encoder_layers: Layers of the encoder.
+        decoder_layers: Layers of the decoder.
+        encoder_heads: Heads of each attention of the encoder.
+        decoder_heads: Heads of each attention of the decoder.
+        encoder_kv_heads: Key/value heads of the encoder's attention (GQA; 1: MQA). None: as many as heads.
+        decoder_kv_heads: Key/value heads of the decoder's attention, self and cross; fewer make the cache smaller.
+            None: as many as heads.
+        encoder_ffn_dim: Width inside the encoder's feed-forward.
+        decoder_ffn_dim: Width inside the decoder's feed-forward.
+        activation: Function inside the feed-forward: "relu", "silu", "gelu", "gelu_tanh", or gated "swiglu", "geglu".
+        norm_first: True: pre-norm, with a norm after the last layer (M2M100). False: post-norm (Marian).
+        norm_eps: Added to the variance in norms.
         positions: "sinusoidal" (as Marian spaces the frequencies), "tensor2tensor" (as M2M100 does), "learned" or
             "rotary" (self-attention only).
-        position_offset: the position of the first token.
-        max_positions: longest text on either side, in tokens.
-        scale_embedding: multiply embeddings by sqrt(C).
-        logits_bias: a fixed bias on the logits (Marian's `final_logits_bias`).
-        tie_word_embeddings: the vocabulary head uses the target embedding's matrix.
-        dropout_p, attention_dropout_p, activation_dropout_p: in training only.
-        label_smoothing: of the training loss.
-        alignment_layer: the decoder layer whose cross-attention says which source word a target word comes from,
-            counted from 0; None: the last but one, or the only one.
-        alignment_heads: the heads that are averaged for it; None: all.
-        pad_token_id, eos_token_id, decoder_start_token_id: special tokens.
-        stock: the stock config's fields that the network has no use for; written back when it is saved.
+        position_offset: The position of the first token.
+        max_positions: Longest text on either side, in tokens.
+        scale_embedding: Multiply embeddings by the root of `embed_dim`.
+        logits_bias: A fixed bias on the logits (Marian's `final_logits_bias`).
+        tie_word_embeddings: The vocabulary head uses the target embedding's matrix.
+        dropout_p: Dropout on embeddings and on what each sublayer adds, in training only.
+        attention_dropout_p: Dropout on attention weights, in training only.
+        activation_dropout_p: Dropout inside the feed-forward, in training only.
+        label_smoothing: Of the training loss. In a recipe set `examples.label_smoothing` instead.
+        alignment_layer: The decoder layer whose cross-attention says which source word a target word comes from,
+            counted from 0. None: the last but one, or the only one.
+        alignment_heads: The heads that are averaged for it, counted from 0. None: all.
+        pad_token_id: Number of the padding token; a new model has its tokenizer's.
+        eos_token_id: Number of the token that ends a text; a new model has its tokenizer's.
+        decoder_start_token_id: Number of the token that a translation starts from; of a new model the padding.
+        stock: Fields of an opened checkpoint's config that the network has no use for, written back when it is saved;
+            empty for a new model.
     """
 
     vocab_size: int = 58101

@@ -16,12 +16,27 @@ IMAGE_ENCODERS = ("vit", "conv")
 
 @dataclass
 class ImageEncoderConfig:
-    """The part that turns a picture into features `[B, Lk, C]`.
+    """The part that turns a picture into features `[B, Lk, C]`, which the text network looks at.
 
-    `vit` (arXiv 2010.11929) cuts the picture into patches and puts a class token first:
-    Lk = (image_size / patch_size)^2 + 1.
-    `conv` runs 3x3 convolutions with batch norm, the first stage at full resolution, each later one halving the side
-    until it is `grid`: Lk = grid^2. It learns from few pictures, where a ViT does not.
+    Args:
+        kind: "vit" (arXiv 2010.11929) cuts the picture into patches and puts a class token first:
+            (image_size / patch_size)^2 + 1 features. "conv" runs 3x3 convolutions with batch norm, the first stage at
+            full resolution, each later one halving the side until it is `grid`: grid^2 features. It learns from few
+            pictures, where a ViT does not.
+        image_size: Side of the square that every picture is resized to, in pixels.
+        embed_dim: Width C of the features; heads divide it.
+        num_layers: Transformer layers; 0 leaves patches or convolutions under a norm.
+        num_heads: Heads of each layer.
+        ffn_dim: Width inside the feed-forward.
+        activation: Function inside the feed-forward: "gelu", "gelu_tanh", "relu", "silu", or gated "geglu", "swiglu".
+        norm_eps: Added to the variance in layer norms.
+        dropout_p: Dropout on what each sublayer adds, in training only.
+        attention_dropout_p: Dropout on attention weights, in training only.
+        position_std: Spread of the position table at the start.
+        patch_size: vit: side of a patch in pixels; divides `image_size`.
+        conv_channels: conv: channels of each stage.
+        convs_per_stage: conv: convolutions of each stage.
+        grid: conv: side of the grid of features; `image_size` halved once for each stage after the first.
     """
 
     kind: str = "vit"
@@ -34,11 +49,11 @@ class ImageEncoderConfig:
     norm_eps: float = 1e-5
     dropout_p: float = 0.0
     attention_dropout_p: float = 0.0
-    position_std: float = 0.02  # spread of the position table at the start
-    patch_size: int = 16  # vit only
-    conv_channels: list[int] = field(default_factory=lambda: [32, 64, 128])  # conv only: one stage each
-    convs_per_stage: list[int] = field(default_factory=lambda: [1, 1, 3])  # conv only: how many in each stage
-    grid: int = 8  # conv only
+    position_std: float = 0.02
+    patch_size: int = 16
+    conv_channels: list[int] = field(default_factory=lambda: [32, 64, 128])
+    convs_per_stage: list[int] = field(default_factory=lambda: [1, 1, 3])
+    grid: int = 8
 
     @property
     def num_features(self) -> int:
@@ -73,7 +88,36 @@ class TextConfig:
     """The text network: embeddings, transformer layers, vocabulary head.
 
     The defaults are our own decoder: pre-norm, a cross-attention sub-layer in every layer. BLIP's is post-norm
-    (`norm_first=False`) with `embedding_norm` and `head_transform`, as in BERT (arXiv 1810.04805).
+    (`norm_first: false`) with `embedding_norm` and `head_transform`, as in BERT (arXiv 1810.04805).
+
+    Args:
+        vocab_size: Tokens of the vocabulary; a new model has its tokenizer's instead.
+        embed_dim: Width; heads divide it.
+        num_layers: Transformer layers.
+        num_heads: Heads of each attention.
+        num_kv_heads: Key/value heads of each attention (GQA; 1: MQA); fewer make the cache smaller. None: as many as
+            heads.
+        ffn_dim: Width inside the feed-forward.
+        max_positions: Longest text in tokens, prompt or question included.
+        positions: "learned", or "rotary": relative, so that "the word before this one" is the same everywhere.
+        activation: Function inside the feed-forward: "gelu", "gelu_tanh", "relu", "silu", or gated "geglu", "swiglu".
+        norm_first: True: pre-norm, with a norm after the last layer. False: post-norm (BLIP).
+        norm_eps: Added to the variance in layer norms.
+        dropout_p: Dropout on embeddings and on what each sublayer adds, in training only.
+        attention_dropout_p: Dropout on attention weights, in training only.
+        cross_attention_every: Which layers look at the picture: 1: every one; n: layers n, 2n, ... counted from one.
+        gated: Look at the picture in tanh-gated blocks before those layers (arXiv 2204.14198), else inside them.
+        embedding_norm: A norm after the embeddings.
+        head_transform: A Linear, the activation and a norm before the vocabulary head.
+        tie_word_embeddings: The vocabulary head uses the embedding's matrix.
+        label_smoothing: Part of the probability that the loss spreads over all tokens.
+        initializer_range: Spread of embeddings and vocabulary head at the start.
+        bos_token_id: Number of the token that starts a text; a new model has its tokenizer's.
+        eos_token_id: Number of the token that ends a text; a new model has its tokenizer's.
+        pad_token_id: Number of the padding token; a new model has its tokenizer's.
+        sep_token_id: Number of the token between question and answer; a new model has its tokenizer's. None: it answers
+            no questions.
+        stop_token_id: Number of the token that ends a generated text. None: `eos_token_id` (BLIP stops at sep).
     """
 
     vocab_size: int = 30524
@@ -83,16 +127,16 @@ class TextConfig:
     num_kv_heads: int | None = None
     ffn_dim: int = 3072
     max_positions: int = 512
-    positions: str = "learned"  # or "rotary": relative, so that "the word before this one" is the same everywhere
+    positions: str = "learned"
     activation: str = "gelu"
     norm_first: bool = True
     norm_eps: float = 1e-5
     dropout_p: float = 0.0
     attention_dropout_p: float = 0.0
-    cross_attention_every: int = 1  # 1: every layer; n: layers n, 2n, ... counted from one
-    gated: bool = False  # tanh-gated cross-attention blocks before the layer (arXiv 2204.14198), else inside it
+    cross_attention_every: int = 1
+    gated: bool = False
     embedding_norm: bool = False
-    head_transform: bool = False  # dense + activation + norm before the vocabulary
+    head_transform: bool = False
     tie_word_embeddings: bool = True
     label_smoothing: float = 0.0
     initializer_range: float = 0.02
@@ -100,7 +144,7 @@ class TextConfig:
     eos_token_id: int = 2
     pad_token_id: int = 0
     sep_token_id: int | None = None
-    stop_token_id: int | None = None  # the token that ends a generated text; None: eos_token_id (BLIP stops at sep)
+    stop_token_id: int | None = None
 
     def has_cross_attention(self, layer: int) -> bool:
         """Whether layer number `layer`, counted from 0, attends to the context."""
@@ -128,10 +172,14 @@ class TextConfig:
 
 @dataclass
 class VLMConfig:
-    """A vision-language network. `task` says which: `captioning`, `question_answering` or `matching`.
+    """Form of a vision-language network.
 
-    `image_text_dim` is the width of the common space of the matching task's cosine score. `stock` holds the fields of
-    the stock config that the network has no use for; they are written back when it is saved.
+    Args:
+        task: What it is for: "captioning" (the one that the recipe trains; a new one answers questions, too),
+            "question_answering" or "matching" (as BLIP has them).
+        image_text_dim: matching: width of the common space of the cosine score.
+        stock: Fields of an opened checkpoint's config that the network has no use for, written back when it is saved;
+            empty for a new model.
     """
 
     task: str = "captioning"
