@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from mmattn.models.checkpoints import WeightTable
 from mmattn.training.publish import PUBLISHED, is_outdated
 from mmattn.training.selection import LoRAConfig, adapter_state, add_lora, lora_config, train_only
 
+_log = logging.getLogger(__name__)
 _MODEL_FILES = ("config.json", "model_index.json")  # of one model, of a diffusion pipeline
 TRAIN_WHAT = ("all", "lora", "cross_attention")
 
@@ -78,6 +81,59 @@ def model_source(name: str) -> str | Path:
     """What `from_pretrained` opens for a name given by hand: a run's or a model's own folder, else a hub id."""
     folder = Path(name)
     return trained_model(folder) if folder.is_dir() else name
+
+
+def check_form(given: Any, opened: Any, source: str, path: str = "model.network") -> None:
+    """See that no setting of a new model's form contradicts the checkpoint that is opened instead.
+
+    Args:
+        given: the form in the config, a dataclass whose fields have defaults.
+        opened: the checkpoint's, of the same class.
+        source: the checkpoint's name, for the message.
+        path: of the form in the config, for the message.
+
+    Raises:
+        ConfigError: a setting that is neither the default nor what the checkpoint has.
+    """
+    plain = type(given)()
+    for name, value in vars(given).items():
+        if is_dataclass(value):
+            check_form(value, getattr(opened, name), source, f"{path}.{name}")
+        elif value not in (getattr(plain, name), getattr(opened, name)):
+            raise ConfigError(
+                f"{path}.{name} is {value!r}, but {source} has {getattr(opened, name)!r}: it is for a new model, and "
+                "model.from_pretrained opens one: leave it out"
+            )
+
+
+def warn_of_unused(config: Any, names: Collection[str], path: str = "model") -> None:
+    """Say which settings of something new are given beside a checkpoint, which has it already.
+
+    Args:
+        config: the section, a dataclass whose fields have defaults.
+        names: of those settings.
+        path: of the section.
+    """
+    plain = type(config)()
+    given = [f"{path}.{name}" for name in names if getattr(config, name) != getattr(plain, name)]
+    if given:
+        _log.warning("%s: not used, %s is opened as it is", ", ".join(given), config.from_pretrained)
+
+
+def require_source(config: Any, names: Collection[str], path: str = "model") -> None:
+    """See that nothing is said of a checkpoint where none is opened.
+
+    Args:
+        config: the section with `from_pretrained`.
+        names: of settings that say something of that.
+        path: of the section.
+
+    Raises:
+        ConfigError: one is set without it.
+    """
+    given = [f"{path}.{name}" for name in names if getattr(config, name) is not None]
+    if given and config.from_pretrained is None:
+        raise ConfigError(f"{', '.join(given)}: of {path}.from_pretrained, which is not set")
 
 
 def choose_trained(

@@ -54,8 +54,8 @@ class ModelConfig:
     """The model: a checkpoint to start from, or the form of a new one.
 
     Args:
-        from_pretrained: Hub id, a model's folder or a training run's. None makes a new model; what is said of new
-            models is ignored beside it.
+        from_pretrained: Hub id, a model's folder or a training run's. None makes a new model; beside
+            it, `network` may not contradict the checkpoint, which has a tokenizer of its own.
         revision: Branch, tag or commit on the hub.
         kv_heads: Only beside `from_pretrained`.
         alignment_layer: The decoder layer whose cross-attention says which source word a target word comes from, and
@@ -145,8 +145,11 @@ def make_translator(
         CheckpointError: the checkpoint cannot be opened.
         ConfigError: settings that do not fit together.
     """
+    trained.require_source(config, ["revision"])
     if config.from_pretrained is not None:
+        trained.warn_of_unused(config, ("tokenizer", "max_vocab_size", "byte_fallback", "languages"))
         translator = _open_translator(config.from_pretrained, config.revision)
+        trained.check_form(config.network, translator.network.config, config.from_pretrained)
         _reduce_kv_heads(translator.network, config.kv_heads)
     elif (config.kv_heads.encoder, config.kv_heads.decoder) != (None, None):
         raise ConfigError(

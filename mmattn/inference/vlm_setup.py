@@ -36,8 +36,8 @@ class ModelConfig:
     """The model: a checkpoint to start from, or the form of a new one.
 
     Args:
-        from_pretrained: Hub id or folder of a captioning checkpoint. None makes a new model; what is said of new models
-            is ignored beside it.
+        from_pretrained: Hub id or folder of a captioning checkpoint. None makes a new model; beside it,
+            `network` may not contradict the checkpoint, which has a tokenizer of its own.
         revision: Branch, tag or commit on the hub.
         tokenizer: Of a new model, trained on its texts: "word" for small closed vocabularies, "bpe" for natural text.
         max_vocab_size: Of a new model: upper bound of that tokenizer's vocabulary.
@@ -93,10 +93,14 @@ def make_vlm(config: ModelConfig, texts: Iterable[str]) -> VisionLanguageModel:
 
     Raises:
         CheckpointError: the checkpoint cannot be opened.
-        ConfigError: a form that does not fit together, or a checkpoint that does not caption.
+        ConfigError: a form that does not fit together, or not the checkpoint; a checkpoint that does not caption.
     """
+    trained.require_source(config, ["revision"])
     if config.from_pretrained is not None:
-        return _open_vlm(config.from_pretrained, config.revision)
+        trained.warn_of_unused(config, ("tokenizer", "max_vocab_size", "lowercase"))
+        vlm = _open_vlm(config.from_pretrained, config.revision)
+        trained.check_form(config.network, vlm.network.config, config.from_pretrained)
+        return vlm
     tokenizer = train_tokenizer(texts, config.tokenizer, vocab_size=config.max_vocab_size, lowercase=config.lowercase)
     network = build_network(_with_vocabulary(config.network, tokenizer))
     if not isinstance(network, CaptioningNetwork):

@@ -58,6 +58,20 @@ def test_a_missing_file(captions, capsys):
     assert not (captions / "run").exists()
 
 
+def test_a_form_that_is_not_the_checkpoint_s(captions, capsys):
+    message = (
+        r"^mmattn: model\.network\.image\.image_size is 480, but \S+blip has \d+: it is for a new model, and "
+        r"model\.from_pretrained opens one: leave it out$"
+    )
+    for verb in ("train", "check"):
+        _fails(capsys, [verb, *_train(captions, "model.network.image.image_size=480")[1:]], 2, message)
+    revision = r"model\.revision: of model\.from_pretrained, which is not set"
+    _fails(
+        capsys, ["train", "vlm/debug", "model.revision=main", f"training.output_dir={captions / 'run'}"], 2, revision
+    )
+    assert not (captions / "run").exists()
+
+
 def test_a_wrong_column_names_those_that_are_there(captions, capsys):
     for verb in ("train", "check"):
         arguments = [verb, *_train(captions, "data.columns.text=txt")[1:]]

@@ -308,6 +308,13 @@ def test_key_value_heads_can_be_made_in_several_ways(trained: Path, tmp_path: Pa
     assert not torch.isclose(new, old[:, 0], atol=1e-3).all()
 
 
+def test_a_new_tokenizer_beside_a_checkpoint_is_said_not_to_be_made(trained: Path, tmp_path: Path, caplog):
+    values = [f"model.from_pretrained={trained}", "model.max_vocab_size=300", "model.tokenizer=bpe"]
+    task = recipe.TranslateTask(_debug_config(tmp_path / "run", *values))
+    assert f"model.tokenizer, model.max_vocab_size: not used, {trained} is opened as it is" in caplog.text
+    assert task.model.config.embed_dim == 32
+
+
 def test_messages_of_wrong_configs(trained: Path, tmp_path: Path):
     def fails(error: type[Exception], message: str, *overrides: str) -> None:
         with pytest.raises(error, match=message):
@@ -321,6 +328,11 @@ def test_messages_of_wrong_configs(trained: Path, tmp_path: Path):
     fails(ConfigError, "a new model has one vocabulary, leave it out", "model.network.target_vocab_size=50")
     opened = f"model.from_pretrained={trained}"
     fails(ConfigError, r"model.kv_heads: .*4 key/value heads, not divisible into 3", opened, "model.kv_heads.decoder=3")
+    form = (
+        r"^model\.network\.embed_dim is 64, but \S+ has 32: it is for a new model, and model.from_pretrained opens one"
+    )
+    fails(ConfigError, form, opened, "model.network.embed_dim=64")
+    fails(ConfigError, r"^model\.revision: of model.from_pretrained, which is not set", "model.revision=main")
     fails(ConfigError, r"how='last' is unknown", opened, "model.kv_heads.encoder=1", "model.kv_heads.how=last")
     fails(ConfigError, r"alignment_layer 2: there are 2 decoder layers", "model.alignment_layer=2")
     fails(ConfigError, "evaluation.quantize is for `mmattn eval`", "evaluation.quantize=int8")

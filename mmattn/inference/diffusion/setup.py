@@ -19,7 +19,7 @@ from mmattn.inference.diffusion.pixel_pipeline import GUIDANCE_SCALE, PixelPipel
 from mmattn.inference.diffusion.text_encoder_setup import TextEncoderConfig, make_text_encoding
 from mmattn.inference.diffusion.unet_files import save_unet_lora
 from mmattn.inference.text_to_image import TextToImage
-from mmattn.inference.trained import model_source, run_part, trained_model
+from mmattn.inference.trained import model_source, require_source, run_part, trained_model
 from mmattn.models.unet import UNet
 from mmattn.models.unet.kv_file import cross_attention_kv_names, save_cross_attention_kv
 from mmattn.training.selection import LoRAConfig, add_lora, train_only
@@ -119,6 +119,7 @@ def make_text_to_image(config: ModelConfig, captions: Iterable[str]) -> TextToIm
         CheckpointError: the checkpoint cannot be opened.
         ConfigError: a form that does not fit together, or one beside a checkpoint, which has its own.
     """
+    require_source(config, ["revision", "variant"])
     if config.from_pretrained is not None:
         _require_defaults(config)
         opened = TextToImage.from_pretrained(

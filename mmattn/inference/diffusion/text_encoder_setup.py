@@ -13,6 +13,10 @@ from mmattn.data.tokenizer import BOS, EOS, train_tokenizer
 from mmattn.errors import ConfigError
 from mmattn.inference.diffusion.text_encoder_files import open_text_encoder
 from mmattn.inference.diffusion.text_encoding import TextEncoding
+from mmattn.inference.trained import require_source, warn_of_unused
+
+_PATH = "model.text_encoder"
+_OF_A_NEW_ONE = ("tokenizer", "max_vocab_size", "lowercase", "width", "num_layers", "num_heads", "dropout_p")
 
 
 @dataclass
@@ -20,7 +24,8 @@ class TextEncoderConfig:
     """The text encoder: one to open, or the form of a new one.
 
     Args:
-        from_pretrained: Hub id or folder. None makes a new one; what is said of a new one is ignored beside it.
+        from_pretrained: Hub id or folder. None makes a new one; what is said of a new one is not used beside it, which
+            the log says.
         revision: Branch, tag or commit on the hub.
         frozen: Whether its weights stay as they are; None freezes an opened one and trains a new one.
         max_length: Tokens of a prompt at most; None for what an opened encoder takes, and 77 for a new one.
@@ -58,8 +63,10 @@ def make_text_encoding(texts: Iterable[str], config: TextEncoderConfig) -> TextE
         ConfigError: a form that does not fit together, or a new encoder that shall not be trained.
         DataError: no text to train a tokenizer on.
     """
+    require_source(config, ["revision"], _PATH)
     if config.from_pretrained is None:
         return new_text_encoder(texts, config)
+    warn_of_unused(config, _OF_A_NEW_ONE, _PATH)
     encoding = open_text_encoder(config.from_pretrained, revision=config.revision, max_length=config.max_length)
     return encoding if config.frozen is False else encoding.freeze()
 

@@ -161,6 +161,17 @@ def test_a_frozen_or_trained_one_as_the_config_says(folders):
     assert not make_text_encoding(TEXTS, TextEncoderConfig(width=12, num_heads=3)).is_frozen
 
 
+def test_what_is_said_of_a_new_one_beside_one_that_is_opened(folders, caplog):
+    source = str(folders["t5"])
+    make_text_encoding([], TextEncoderConfig(from_pretrained=source, width=12, num_heads=3))
+    unused = f"model.text_encoder.width, model.text_encoder.num_heads: not used, {source} is opened as it is"
+    assert unused in caplog.text
+    with pytest.raises(
+        ConfigError, match=r"^model\.text_encoder\.revision: of model\.text_encoder\.from_pretrained, wh"
+    ):
+        make_text_encoding(TEXTS, TextEncoderConfig(revision="main"))
+
+
 @pytest.mark.parametrize("tokenizer", ["word", "bpe"])
 @pytest.mark.parametrize("num_layers", [0, 1])
 @torch.no_grad()
