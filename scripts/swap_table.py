@@ -1,7 +1,7 @@
 """The table of model families with stock, swapped and restored attention, from runs of all of them.
 
-    python scripts/swap_table.py                       print it; exit code 1 when a row is bad
-    python scripts/swap_table.py --write README.md     and put it between the two markers of a file
+    python scripts/swap_table.py                         print it; exit code 1 when a row is bad
+    python scripts/swap_table.py --write docs/swap.md    and put it between the two markers of a file
 
 Every family of tests/swap/zoo (real classes of diffusers and transformers, shrunken real configurations, random
 weights) runs stock, swapped, swapped with attention by the specification in its own precision and in float64, and
