@@ -18,7 +18,7 @@
 # Imports, compilation and models of several parts are prepared side by side (--at-once); one measures at a time, while all
 # others are stopped.
 #
-# Exit status: 0 all well, 1 something failed (the rest was still run), 2 no CUDA card here.
+# Exit status: 0 all well, 1 something failed or ran out of time (the rest was still run), 2 no CUDA card here.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 

@@ -33,20 +33,33 @@ Written by `scripts/gpu_check.sh`. Do not edit: on a machine with a CUDA card ru
 pictures mean nothing. Parts import, compile and load side by side; while one measures, all others are stopped. A part's
 seconds are those in which it could run. Times of one table were taken in one process, its variants in turn; ± is half
 the distance from the shortest to the longest. A dash: not measured, because that kernel does not serve the call (flash
-and a mask), or because it would need too much memory.
+and a mask), or because it would need too much memory. A part that was out of time has not failed: it was ended before
+all was measured, and its rows so far are here.
 """
 FILE = "run.json"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended: `error` is None when all was well, `failed` names tests."""
+    """How a part ended.
+
+    Attributes:
+        error: what was wrong, None when all was well.
+        failed: names of tests.
+        is_out_of_time: that nothing has failed: the part was ended, or not begun, for want of time.
+    """
 
     part: str
     seconds: float
     error: str | None
     last_line: str
     failed: list[str] = field(default_factory=list)
+    is_out_of_time: bool = False
+
+    @property
+    def result(self) -> str:
+        """In words."""
+        return "ok" if self.error is None else f"{'out of time' if self.is_out_of_time else 'failed'}: {self.error}"
 
 
 @dataclass
@@ -133,18 +146,7 @@ def chosen(runs: list[Run], parts: list[str]) -> dict[str, tuple[int, Outcome]]:
 def page(runs: list[Run], kept: dict[str, tuple[int, Outcome]]) -> str:
     """The whole page."""
     parts = [f"# Measured on a card\n\n{HOW}", table(machines(runs))]
-    done = [
-        {
-            "part": outcome.part,
-            "run": number,
-            "card": runs[number - 1].card,
-            "result": "ok" if outcome.error is None else f"**failed: {outcome.error}**",
-            "seconds": f"{outcome.seconds:.0f}",
-            "last line": f"`{outcome.last_line}`" if outcome.last_line else "",
-        }
-        for number, outcome in kept.values()
-    ]
-    parts += ["## What was run\n", table(done)]
+    parts += ["## What was run\n", table(results(runs, kept))]
     failed = [name for _, outcome in kept.values() for name in outcome.failed]
     if failed:
         parts.append("Failed:\n\n" + "".join(f"- `{name}`\n" for name in failed))
@@ -154,6 +156,21 @@ def page(runs: list[Run], kept: dict[str, tuple[int, Outcome]]) -> str:
         for name, rows in run.tables[part].items():
             parts += [f"## {name}\n", f"Part `{part}`, run {number}, {run.card}{cut}.\n", table(rows)]
     return "\n".join(parts)
+
+
+def results(runs: list[Run], kept: dict[str, tuple[int, Outcome]]) -> list[dict[str, Any]]:
+    """A row for each part: where it was run, and how it ended."""
+    return [
+        {
+            "part": outcome.part,
+            "run": number,
+            "card": runs[number - 1].card,
+            "result": "ok" if outcome.error is None else f"**{outcome.result}**",
+            "seconds": f"{outcome.seconds:.0f}",
+            "last line": f"`{outcome.last_line}`" if outcome.last_line else "",
+        }
+        for number, outcome in kept.values()
+    ]
 
 
 def table_data(runs: list[Run], kept: dict[str, tuple[int, Outcome]]) -> str:

@@ -2,7 +2,8 @@
 
 Every part is one process or several, each with a time limit; one that fails costs its own rows only. They prepare side
 by side and measure one at a time (`side_by_side`). What is kept of a run (`--keep`) can be joined into a later page
-(`--join`): two short runs make one page. Exit status 0: all well, 1: a part failed, 2: no CUDA card.
+(`--join`): two short runs make one page. Exit status 0: all well, 1: a part failed or ran out
+of time, 2: no CUDA card.
 """
 
 from __future__ import annotations
@@ -165,6 +166,7 @@ def outcome(part: str, ended: list[Ended]) -> Outcome:
     errors = [_named(each, each.error) for each in ended if each.error is not None]
     if len(ended) < len(PARTS[part].jobs):
         errors.append("cut off with the whole check")
+    are_late = all(each.is_out_of_time for each in ended if each.error is not None)
     last = [_named(each, _last_line(text)) for each, text in said if _ran(each)]
     return Outcome(
         part,
@@ -172,6 +174,7 @@ def outcome(part: str, ended: list[Ended]) -> Outcome:
         "; ".join(errors) or None,
         "; ".join(last)[:150],
         list(dict.fromkeys(failed))[:40],
+        bool(errors) and are_late and not failed,
     )
 
 
@@ -191,7 +194,7 @@ def _last_line(text: str) -> str:
 def show(each: Ended) -> None:
     """A line for a process; for one that failed what it said, tests by their names."""
     text = each.job.log.read_text(encoding="utf-8", errors="replace") if _ran(each) else ""
-    result = "ok" if each.error is None else f"FAILED ({each.error})"
+    result = "ok" if each.error is None else f"{'OUT OF TIME' if each.is_out_of_time else 'FAILED'} ({each.error})"
     name = f"{each.job.part} {each.job.name}".strip()
     print(f"== {name}: {result}, {each.seconds:.0f} s: {_last_line(text) if text else ''}", flush=True)
     if each.error is not None and text:

@@ -22,6 +22,7 @@ from processes import freeze, thaw
 
 TURN = "MMATTN_TURN"  # two file descriptors: to be read from, and to be written to
 ASK, GIVE_BACK, GRANT = b"+", b"-", b"!"
+OUT_OF_TIME = 124  # exit status of a process that ended itself at a time limit of its own; timeout(1) has the same
 _POLL_S = 0.05
 _SETTLE_S = 0.5  # what a process that was stopped has queued on the card runs to its end
 LAST_WORDS_S = 5.0
@@ -55,11 +56,25 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended: seconds that it ran, and what was wrong, None when it was all well."""
+    """How a job ended.
+
+    Attributes:
+        seconds: that it ran.
+        error: what was wrong, None when it was all well.
+        is_out_of_time: that it has not failed, but was ended or not begun for want of time.
+    """
 
     job: Job
     seconds: float
     error: str | None
+    is_out_of_time: bool = False
+
+    @classmethod
+    def of(cls, job: Job, seconds: float, code: int | None) -> Ended:
+        """By its exit status: None for one that was ended here, `OUT_OF_TIME` for one that ended itself in time."""
+        if code is None or code == OUT_OF_TIME:
+            return cls(job, seconds, f"not done in {seconds:.0f} s", is_out_of_time=True)
+        return cls(job, seconds, f"exit status {code}" if code else None)
 
 
 @dataclass(eq=False)
@@ -129,7 +144,7 @@ class SideBySide:
         while (job := self._next()) is not None:
             self._queue.remove(job)
             if self._end - time.monotonic() < _LEAST_S:
-                self._on_end(Ended(job, 0.0, "not begun: no time was left"))
+                self._on_end(Ended(job, 0.0, "not begun: no time was left", is_out_of_time=True))
             else:
                 self._active.append(self._started(job))
 
@@ -215,8 +230,7 @@ class SideBySide:
             self._active.remove(each)
             if each is self._holder:
                 self._release()
-            error = f"not done in {each.spent:.0f} s" if code is None else f"exit status {code}" if code else None
-            self._on_end(Ended(each.job, each.spent, error))
+            self._on_end(Ended.of(each.job, each.spent, code))
 
     def _stop(self, ending: Sequence[_Active]) -> None:
         """An interrupt, on which pytest says what has failed and Python where it was; then the end of all processes."""

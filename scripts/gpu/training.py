@@ -21,6 +21,7 @@ from typing import Any
 
 from measure import ROOT, Options, read_options
 from processes import freeze, thaw, usable_cores
+from side_by_side import OUT_OF_TIME
 
 sys.path.insert(0, str(ROOT / "scripts" / "accept"))
 from kill_resume import kill, last_step
@@ -250,15 +251,15 @@ def so_far(folder: Path) -> dict[str, Any]:
 
 
 def rows(table: str, row: Callable[[str, Path], dict[str, Any]], options: Options) -> int:
-    """A row for each recipe; one that fails costs its own row only. The exit status."""
-    failed = False
+    """A row for each recipe; one that fails costs its own row only. The exit status: `OUT_OF_TIME` if that is all."""
+    statuses = set()
     with tempfile.TemporaryDirectory() as name:
         for recipe in SIZES if options.only is None else [options.only]:
             folder = Path(name) / recipe
             try:
                 cells = row(recipe, folder)
             except (RuntimeError, TimeoutError, OSError, KeyboardInterrupt) as error:
-                failed = True
+                statuses.add(OUT_OF_TIME if isinstance(error, TimeoutError) else 1)
                 with contextlib.suppress(OSError):
                     print(said(folder)[-3000:], flush=True)
                 with contextlib.suppress(OSError, IndexError):
@@ -268,7 +269,7 @@ def rows(table: str, row: Callable[[str, Path], dict[str, Any]], options: Option
                     return 1
                 continue
             options.add(table, recipe=recipe, **cells)
-    return 1 if failed else 0
+    return min(statuses, default=0)
 
 
 def main() -> int:

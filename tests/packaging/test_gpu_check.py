@@ -56,13 +56,14 @@ def test_a_full_page_even_if_parts_fail(runner, monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "== attention: FAILED (exit status 1)" in printed
     assert "ValueError: no kernel" in printed
-    assert "== translator: FAILED (not done in " in printed
+    assert "== translator: OUT OF TIME (not done in " in printed
     assert "== vlm: ok" in printed  # its status says so
     assert "Failed:\n\n- `tests/a.py::test_b[1]`\n" in output.read_text()
     text = output.read_text()
     assert text.count("| 1 | x/y |\n") == 3
     assert "| attention | 1 | " in text
     assert "**failed: exit status 1** |" in text
+    assert re.search(r"\| translator \| 1 \| .* \| \*\*out of time: not done in \d+ s\*\* \|", text)
     assert "Part `attention`, run 1, " in text
     assert "; **not complete: exit status 1**." in text
     assert "`ValueError: no kernel`" in text
@@ -116,8 +117,44 @@ def test_a_folder_without_a_run_is_refused(runner, monkeypatch, tmp_path, capsys
 def test_what_has_no_time_left_is_not_begun(runner, monkeypatch, tmp_path, capsys):
     assert run(runner, monkeypatch, "--part", "translator", "--part", "vlm", "--seconds", "0.5") == 1
     printed = capsys.readouterr().out
-    assert "== translator: FAILED (not begun: no time was left)" in printed
-    assert "== vlm: FAILED (not begun: no time was left)" in printed
+    assert "== translator: OUT OF TIME (not begun: no time was left)" in printed
+    assert "== vlm: OUT OF TIME (not begun: no time was left)" in printed
+
+
+@pytest.mark.parametrize(
+    ("ends", "result"),
+    [
+        ({"a": None}, "out of time: a: not done in 3 s; cut off with the whole check"),
+        ({"a": 124, "b": 0}, "out of time: a: not done in 3 s"),
+        ({"a": None, "b": 2}, "failed: a: not done in 3 s; b: exit status 2"),
+        ({"a": 0, "b": 0}, "ok"),
+        ({}, "out of time: cut off with the whole check"),
+    ],
+)
+def test_a_part_has_failed_if_more_than_time_was_wanting(runner, monkeypatch, tmp_path, ends, result):
+    monkeypatch.setitem(runner.PARTS, "vlm", runner.Part("vlm.py", 30, ("a", "b")))
+    jobs = {name: runner.Job("vlm", name, [], {}, tmp_path / name, 30) for name in ends}
+    found = runner.outcome("vlm", [runner.Ended.of(jobs[name], 3.0, code) for name, code in ends.items()])
+    assert found.result == result
+
+
+def test_tests_that_are_cut_off_have_failed_if_one_has(runner, tmp_path):
+    job = runner.Job("tests", "", [], {}, tmp_path / "log", 30)
+    job.log.write_text("FAILED tests/a.py::test_b - wrong\nno tests ran in 3 s\n")
+    found = runner.outcome("tests", [runner.Ended.of(job, 3.0, None)])
+    assert (found.result, found.failed) == ("failed: not done in 3 s", ["tests/a.py::test_b"])
+    job.log.write_text("212 passed\n")
+    assert runner.outcome("tests", [runner.Ended.of(job, 3.0, None)]).result == "out of time: not done in 3 s"
+
+
+def test_the_page_says_of_each_part_what_its_figures_for_programs_do(unchanged):
+    report = sys.modules["report"]
+    data = json.loads((ROOT / "docs" / "gpu.json").read_text(encoding="utf-8"))
+    runs = [report.Run(each["begun"], each["machine"], []) for each in data["runs"]]
+    kept = {}
+    for name, fields in data["parts"].items():
+        kept[name] = (fields.pop("run"), report.Outcome(**fields))
+    assert report.table(report.results(runs, kept)) in (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
 
 
 def test_every_part_has_its_script(unchanged):
@@ -159,7 +196,7 @@ def test_what_was_done_is_kept_when_the_check_itself_is_ended(runner, monkeypatc
     with pytest.raises(SystemExit):
         with_sigterm(lambda: run(runner, monkeypatch, "--part", "tests", "--part", "vlm", "--keep", tmp_path))
     kept = runner.read_run(tmp_path)
-    assert [outcome.error for outcome in kept.outcomes] == [None, "cut off with the whole check"]
+    assert [outcome.result for outcome in kept.outcomes] == ["ok", "out of time: cut off with the whole check"]
     assert kept.tables["vlm"] == {"T": [{"a": 1, "b": "x|y"}]}
 
 

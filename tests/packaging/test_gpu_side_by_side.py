@@ -120,8 +120,8 @@ def test_being_stopped_costs_no_time_of_its_own(crew):
 
 def test_one_that_takes_too_long_is_ended_and_its_turn_given_to_the_next(crew):
     said, ended = crew(("first", "turn 30 back", {"seconds": 1.0}), ("second", "0.1 turn 0.1 back", {}))
-    assert ended["first"].error == "not done in 1 s"
-    assert ended["second"].error is None
+    assert (ended["first"].error, ended["first"].is_out_of_time) == ("not done in 1 s", True)
+    assert (ended["second"].error, ended["second"].is_out_of_time) == (None, False)
     assert when(said["second"], "end")
 
 
@@ -242,7 +242,8 @@ def test_a_recipe_is_killed_resumed_and_measured_to_its_end(training, tmp_path):
 def test_a_recipe_that_is_cut_off_says_how_far_it_came(training, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "LIMIT_ON_CPU_S", 3.0)
     options = sys.modules["measure"].Options("cpu", False, tmp_path / "rows.jsonl", "translate")
-    assert training.rows("T", lambda *call: training.measured(*call, 100_000, options), options) == 1
+    code = training.rows("T", lambda *call: training.measured(*call, 100_000, options), options)
+    assert code == sys.modules["side_by_side"].OUT_OF_TIME
     row = json.loads((tmp_path / "rows.jsonl").read_text())
     assert row["table"] == "T: cut off"
     assert row["cells"]["MFU, so far"] == "25.0%"
