@@ -8,7 +8,7 @@ import typer
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="Folder or hub id, of diffusers or transformers."),
+    typer.Argument(metavar="MODEL", help="Folder or hub id, of diffusers or transformers; or a training run."),
 ]
 BackendOption = Annotated[str, typer.Option("--backend", metavar="NAME", help="One that `mmattn doctor` lists.")]
 RoleOption = Annotated[Literal["cross", "self"] | None, typer.Option("--role", help="Only these layers.")]
@@ -36,16 +36,18 @@ def swap(
     if dry_run and verify:
         raise UsageError("--verify compares a swapped model: leave out --dry-run")
     from mmattn.cli.stock_models import open_model, outline_model
+    from mmattn.inference.trained import model_source
     from mmattn.swap import plan_attention_swap, swap_attention
     from mmattn.swap.parts import MOTION
 
     # Wrong usage is found before any weights are read, and only the parts concerned are read.
-    plan = plan_attention_swap(outline_model(model), backend, role, part, strict)
+    source = str(model_source(model))
+    plan = plan_attention_swap(outline_model(source), backend, role, part, strict)
     if dry_run:
         print(f"dry run, nothing is swapped; a swap would do this:\n{plan}")
         return
     parts = {"unet" if layer.part == MOTION else layer.part for layer in plan.swapped} | set(part or ())
-    with swap_attention(open_model(model, parts), backend, role, part, strict=strict) as swapped:
+    with swap_attention(open_model(source, parts), backend, role, part, strict=strict) as swapped:
         print(swapped.report())
         if verify:
             verification = swapped.verify()

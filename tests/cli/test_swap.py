@@ -91,6 +91,12 @@ def test_verify(folders: Path, capsys, name: str):
     assert printed.endswith("same output\n")
 
 
+def test_a_training_run_is_swapped_by_its_result(folders: Path, tmp_path: Path, capsys):
+    shutil.copytree(folders / "marian", tmp_path / "run" / "final")
+    assert main(["swap", str(tmp_path / "run"), "--verify"]) == 0
+    assert "6 of 6 attention layers swapped, 0 refused" in capsys.readouterr().out
+
+
 def test_parts_roles_and_backend(folders: Path, capsys):
     folder = str(folders / "sd1_controlnet")
     options = ["--part", "unet", "--part", "text_encoder", "--role", "cross", "--backend", "sdpa"]
@@ -144,7 +150,7 @@ def test_wrong_usage_is_found_before_weights_are_read(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "neither a diffusers pipeline (model_index.json) nor a diffusers or transformers model (config.json)"),
+        (None, "no model here: neither config.json nor model_index.json nor best/ nor final/"),
         ({}, "its config.json names no class (_class_name, architectures or model_type)"),
         ({"_class_name": "UNet9D"}, "has no class UNet9D"),
         ({"architectures": ["NobodyModel"]}, "has no class NobodyModel"),
