@@ -5,14 +5,15 @@
 # translator, vision-language model and diffusion models beside stock; written to docs/gpu.md and docs/gpu.json.
 #
 #   scripts/gpu_check.sh [--quick] [--output FILE] [--part PART]... [--seconds N] [--at-once N] [--keep FOLDER]
-#                        [--join FOLDER]...
+#                        [--join KEPT]...
 #
-# In two runs, of parts named, each kept; then the page of both, which needs no card:
+# In two runs, of parts named, each kept; then the page of both, which needs no card. What both lack is taken from the
+# page as it is. (Starting takes up to half a minute more than --seconds, and ending 5 s.)
 #
-#   scripts/gpu_check.sh --part tests --part training --part training_compiled --part short_keys --seconds 570 \
-#                        --keep one
-#   scripts/gpu_check.sh --part compiled --part decode --part packed ... --seconds 570 --keep two
-#   scripts/gpu_check.sh --join one --join two
+#   scripts/gpu_check.sh --part training --part training_compiled --part decode --part varlen --part maps \
+#                        --part attention --seconds 530 --keep one
+#   scripts/gpu_check.sh --part tests --part compiled --part packed ... --seconds 200 --keep two
+#   scripts/gpu_check.sh --join one --join two --join docs/gpu.json
 #
 # It makes .venv as scripts/test.sh does. With MMATTN_PYTHON=/path/to/python it uses that Python and installs nothing.
 # Imports, compilation and models of several parts are prepared side by side (--at-once); one measures at a time, while all

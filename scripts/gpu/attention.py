@@ -17,12 +17,11 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from measure import Ceilings, Options, card_us, host_us, measure_ceilings, read_options
+from measure import Ceilings, Options, card_us, host_us, measure_ceilings, read_options, tell
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mmattn
-from mmattn.errors import MmattnError
 from mmattn.ops.registry import explain
 
 PINNED = {
@@ -139,9 +138,10 @@ def measured(attend: Attend, sets: list[Inputs], has_gradients: bool, device: st
     try:
         error = distance(run(sets[0]), sets[0])
         microseconds, is_graphed = card_us([functools.partial(run, inputs) for inputs in sets], device)
-    except (RuntimeError, MmattnError) as problem:  # a kernel that does not serve the call says so
-        print(f"    {type(problem).__name__}: {str(problem).splitlines()[0][:150]}", flush=True)
-        torch.cuda.empty_cache()
+    except Exception as problem:  # a kernel that does not serve the call says so; the others' cells are wanted
+        tell(problem)
+        if device == "cuda":
+            torch.cuda.empty_cache()
         return "-"
     text = f"{microseconds:.1f}" + ("" if is_graphed or device == "cpu" else " (launches counted)")
     return text if error < FURTHEST else f"wrong: {error:.2g}"
@@ -205,8 +205,8 @@ def run_once(attend: Attend, inputs: Inputs) -> None:
             tensor.requires_grad_(has_gradients)
         try:
             with_gradients(attend, inputs) if has_gradients else attend(inputs)
-        except (RuntimeError, MmattnError) as problem:  # said again where it is measured
-            print(f"    {type(problem).__name__}: {str(problem).splitlines()[0][:150]}", flush=True)
+        except Exception as problem:  # said again where it is measured
+            tell(problem)
 
 
 def flex_rows(shape: Shape, batch: int, options: Options) -> None:

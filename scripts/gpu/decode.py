@@ -23,13 +23,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from attention import CACHE_BYTES, FURTHEST, MATH_BYTES, PINNED
-from measure import Ceilings, Options, card_us, host_us, measure_ceilings, read_options
+from measure import Ceilings, Options, card_us, host_us, measure_ceilings, read_options, tell
 from processes import usable_cores
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mmattn
-from mmattn.errors import MmattnError
 from mmattn.kernels.decode import DecodeConfig, decode_launches
 from mmattn.kernels.launch import Launch
 from mmattn.kernels.resources import compiling_for
@@ -175,8 +174,8 @@ def timed(attend: Attend, sets: list[Inputs], device: str) -> tuple[float, str]:
             error = distance(attend(sets[0]), sets[0])
             microseconds, is_graphed = card_us([functools.partial(attend, inputs) for inputs in sets], device)
     except Exception as problem:  # a kernel that does not serve the call says so; the others' rows are wanted
-        print(f"    {type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:150]}", flush=True)
-        if isinstance(problem, RuntimeError | MmattnError) and device == "cuda":
+        tell(problem)
+        if device == "cuda":
             torch.cuda.empty_cache()
         return math.inf, "-"
     if error > FURTHEST:
@@ -279,7 +278,8 @@ def compile_all(shapes: list[Shape], tuned: list[Shape]) -> None:
     card = (10 * major + minor, torch.cuda.get_device_properties(0).multi_processor_count)
     jobs: list[Job] = [(shape, None, *card) for shape in shapes]
     jobs += [(shape, config, *card) for shape in tuned for config in choices(shape)[1:]]
-    with multiprocessing.get_context("spawn").Pool(max(1, min(14, usable_cores() - 2))) as pool:
+    # Importing takes each of them as long as a third of the kernels.
+    with multiprocessing.get_context("spawn").Pool(max(1, min(4, usable_cores() - 2))) as pool:
         for problem in pool.imap_unordered(compile_job, jobs):
             if problem:
                 print(f"  not compiled: {problem}", flush=True)
@@ -310,7 +310,7 @@ def flex_row(shape: Shape, options: Options) -> None:
         with torch.no_grad():
             ours("flex")(Inputs(shape, options.device))
     except Exception as problem:  # the row has a dash
-        print(f"    {type(problem).__name__}: {str(problem).splitlines()[0][:150]}", flush=True)
+        tell(problem)
     with options.turn():
         _flex_row(shape, options)
 
@@ -332,8 +332,8 @@ def launch_row(options: Options) -> None:
                 call = functools.partial(attend, inputs)
                 call()
                 cells[name] = f"{host_us(call, 3 if options.tiny else 500, options.device):.1f}"
-            except (RuntimeError, MmattnError) as problem:
-                print(f"    {str(problem).splitlines()[0][:150]}", flush=True)
+            except Exception as problem:
+                tell(problem)
                 cells[name] = "-"
     options.add("Launching one decoding attention from Python, µs of the processor", **cells)
 

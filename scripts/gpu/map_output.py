@@ -25,7 +25,7 @@ if "cpu" in sys.argv:  # Triton decides when a kernel is defined whether its int
 
 import torch
 from attention import CACHE_BYTES, PINNED, SHAPES, Shape
-from measure import Options, card_us, measure_ceilings, read_options, wait
+from measure import Options, card_us, measure_ceilings, read_options, tell, wait
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
@@ -132,7 +132,7 @@ def timed(run: Callable[[Call], object], calls: list[Call], device: str) -> floa
     try:
         return card_us([functools.partial(run, call) for call in calls], device)[0]
     except Exception as error:
-        print(f"    {type(error).__name__}: {str(error).splitlines()[0][:150]}", flush=True)
+        tell(error)
         return math.inf
 
 

@@ -90,6 +90,12 @@ def read_options(description: str | None, jobs: Sequence[str] = ()) -> Options:
     return Options(arguments.device, arguments.tiny, arguments.rows, only, (reads, writes) if turns else None)
 
 
+def tell(problem: Exception) -> None:
+    """One line of why there is no figure."""
+    first = (str(problem).splitlines() or [""])[0]
+    print(f"    {type(problem).__name__}: {first[:150]}", flush=True)
+
+
 def wait(device: str) -> None:
     """Until the card has done what it was given."""
     if device == "cuda" and torch.cuda.is_initialized():
@@ -132,13 +138,16 @@ def card_us(calls: list[Callable[[], Any]], device: str) -> tuple[float, bool]:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # Around it once more: where a capture fails, torch leaves its stream the current one.
+        with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
             for call in calls:
                 call()
         replay, is_graphed = graph.replay, True
     except Exception as error:
-        print(f"  not captured: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+        print("  not captured:", end="")
+        tell(error)
         torch.cuda.synchronize()
+        _renew_generator()
 
         def replay() -> None:
             for call in calls:
@@ -146,6 +155,12 @@ def card_us(calls: list[Callable[[], Any]], device: str) -> tuple[float, bool]:
 
         is_graphed = False
     return _event_us(replay) / len(calls), is_graphed
+
+
+def _renew_generator() -> None:
+    """After a capture that failed, torch (2.11) takes the default generator for one that is being captured still, and
+    refuses to draw with it."""
+    torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(torch.Generator("cuda"))
 
 
 def _event_us(replay: Callable[[], Any]) -> float:

@@ -15,11 +15,10 @@ from unittest import mock
 
 import torch
 from attention import PASSES
-from measure import Options, card_us, measure_ceilings, read_options
+from measure import Options, card_us, measure_ceilings, read_options, tell
 from torch import Tensor
 
 import mmattn
-from mmattn.errors import MmattnError
 from mmattn.ops.packed import packed_attention
 from mmattn.ops.segments import Segments
 
@@ -116,8 +115,8 @@ def cell(call: Callable[[], Any], options: Options) -> str:
     """Microseconds, or a dash where the call is refused."""
     try:
         microseconds, is_graphed = card_us([call], options.device)
-    except (RuntimeError, MmattnError) as problem:
-        print(f"    {type(problem).__name__}: {str(problem).splitlines()[0][:150]}", flush=True)
+    except Exception as problem:
+        tell(problem)
         return "-"
     return f"{microseconds:.1f}" + ("" if is_graphed or options.device == "cpu" else " (launches counted)")
 

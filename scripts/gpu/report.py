@@ -27,6 +27,7 @@ Written by `scripts/gpu_check.sh`. Do not edit: on a machine with a CUDA card ru
     scripts/gpu_check.sh --quick          # the tests only; writes nothing
     scripts/gpu_check.sh --part training --part tests --keep one    # some parts only, everything kept in a folder
     scripts/gpu_check.sh --join one --join two                      # this page from kept folders; needs no card
+    scripts/gpu_check.sh --join one --join docs/gpu.json            # what `one` lacks as this page has it
     MMATTN_PYTHON=/path/to/python scripts/gpu_check.sh --output gpu.md    # with what that Python has; installs nothing
 
 `gpu.json` beside this page has the same figures for programs. Weights are random: sizes are the real ones, words and
@@ -109,6 +110,19 @@ def read_run(folder: Path) -> Run:
     return Run(content["begun"], content["machine"], outcomes, content.get("seconds", 0.0), tables)
 
 
+def read_runs(kept: Path) -> list[Run]:
+    """The run that a folder keeps; or, of a page's JSON file, all of its runs with the parts that it has of them."""
+    if kept.is_dir():
+        return [read_run(kept)]
+    content = json.loads(kept.read_text(encoding="utf-8"))
+    runs = [Run(each["begun"], each["machine"], [], each.get("seconds", 0.0)) for each in content["runs"]]
+    for part, facts in content["parts"].items():
+        run = runs[facts.pop("run") - 1]
+        run.outcomes.append(Outcome(**facts))
+        run.tables[part] = content["tables"][part]
+    return runs
+
+
 def row_files(folder: Path, part: str) -> list[Path]:
     """Where a part has written its rows, those of several processes in their order."""
     return [*folder.glob(f"{part}.jsonl"), *sorted(folder.glob(f"{part}.*.jsonl"))]
@@ -141,6 +155,13 @@ def chosen(runs: list[Run], parts: list[str]) -> dict[str, tuple[int, Outcome]]:
             _, number, outcome = max(found, key=lambda each: each[0])
             kept[part] = (number, outcome)
     return kept
+
+
+def shown(runs: list[Run], parts: list[str]) -> tuple[list[Run], dict[str, tuple[int, Outcome]]]:
+    """Those of the runs that a part is taken from, and `chosen` of them."""
+    used = {number for number, _ in chosen(runs, parts).values()}
+    runs = [run for number, run in enumerate(runs, start=1) if number in used]
+    return runs, chosen(runs, parts)
 
 
 def page(runs: list[Run], kept: dict[str, tuple[int, Outcome]]) -> str:

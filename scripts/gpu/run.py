@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from processes import usable_cores
-from report import ROOT, Outcome, Run, chosen, machine, now, page, read_run, row_files, table_data
+from report import FILE, ROOT, Outcome, Run, machine, now, page, read_run, read_runs, row_files, shown, table_data
 from side_by_side import Ended, Job, SideBySide
 
 HERE = Path(__file__).parent
@@ -50,19 +50,19 @@ class Part:
 # The most important first: a page that is cut off lacks the last.
 PARTS = {
     "tests": Part("pytest", 190, is_alone=True),
-    "training": Part("training.py", 230, RECIPES, gib=28),
+    "training": Part("training.py", 300, RECIPES, gib=26),
     # The one that compiles longest begins first.
-    "training_compiled": Part("training_compiled.py", 310, ("diffusion", "translate", "vlm"), gib=28),
-    "short_keys": Part("short_keys.py", 100),
-    "compiled": Part("compiled.py", 200, ("translator", "unet", "vlm"), gib=12),
-    "decode": Part("decode.py", 100),
-    "packed": Part("packed.py", 120, gib=16),
-    "varlen": Part("varlen.py", 90),
-    "maps": Part("map_output.py", 90),
-    "attention": Part("attention.py", 180, gib=16),
-    "translator": Part("translator.py", 120),
-    "vlm": Part("vlm.py", 100),
-    "diffusion": Part("diffusion.py", 200, ("pixart", "unets", "compiled-1", "compiled-2"), gib=24),
+    "training_compiled": Part("training_compiled.py", 310, ("diffusion", "translate", "vlm"), gib=22),
+    "short_keys": Part("short_keys.py", 140),
+    "compiled": Part("compiled.py", 260, ("translator", "unet", "vlm"), gib=12),
+    "decode": Part("decode.py", 150, gib=4),
+    "packed": Part("packed.py", 150, gib=16),
+    "varlen": Part("varlen.py", 120, gib=4),
+    "maps": Part("map_output.py", 120),
+    "attention": Part("attention.py", 270, gib=16),
+    "translator": Part("translator.py", 150),
+    "vlm": Part("vlm.py", 130),
+    "diffusion": Part("diffusion.py", 240, ("pixart", "unets", "compiled-1", "compiled-2"), gib=24),
 }
 TOTAL = 885
 CARD_SHARE = 0.9
@@ -81,18 +81,19 @@ def arguments() -> argparse.Namespace:
         "--at-once",
         type=int,
         metavar="N",
-        default=max(1, min(5, usable_cores() // 3)),
-        help="so many processes prepare side by side; they measure one at a time (default: a third of the cores, at "
-        "most 5; here %(default)s)",
+        default=max(1, min(6, usable_cores() * 3 // 8)),
+        help="so many processes prepare side by side; they measure one at a time (default: three for eight cores, at "
+        "most 6; here %(default)s)",
     )
     parser.add_argument(
         "--join",
         type=Path,
         action="append",
         default=[],
-        metavar="FOLDER",
-        help="a folder that an earlier run kept: the page gets its parts too (may be repeated). Without --part nothing "
-        "is run, and no card is needed",
+        metavar="KEPT",
+        help="a folder that an earlier run kept, or the JSON file of an earlier page: the page gets its parts too, of "
+        "each part the latest in which all was well (may be repeated). Without --part nothing is run, and no card is "
+        "needed",
     )
     # To see on a CPU that every script runs: sizes that mean nothing.
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
@@ -100,9 +101,9 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.at_once < 1:
         parser.error(f"--at-once {options.at_once}: it has to be at least 1")
-    for folder in options.join:
-        if not (folder / "run.json").is_file():
-            parser.error(f"--join {folder}: no run.json there; give a folder that --keep has filled")
+    for kept in options.join:
+        if not (kept / FILE if kept.suffix != ".json" else kept).is_file():
+            parser.error(f"--join {kept}: no {FILE} there; give a folder that --keep has filled, or a page's JSON file")
     return options
 
 
@@ -136,8 +137,10 @@ def environment(part: str, options: argparse.Namespace, caches: Path) -> dict[st
     if part == "tests":  # in processes side by side
         return settings | {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     if options.at_once > 1:
-        each = str(max(2, usable_cores() // options.at_once))
-        settings |= {"OMP_NUM_THREADS": each, "TORCHINDUCTOR_COMPILE_THREADS": each}
+        cores = usable_cores()
+        # Of those that are there few compile at once, and one that does waits for it after every graph.
+        settings |= {"OMP_NUM_THREADS": str(max(2, cores // options.at_once))}
+        settings |= {"TORCHINDUCTOR_COMPILE_THREADS": str(max(2, cores // 2))}
         # Of its own: one that is stopped may hold a lock in there. (Our own kernels' cache has none, and is shared.)
         settings["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=caches)
     return settings
@@ -247,8 +250,8 @@ def main() -> int:
         folder = options.keep or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         own = [run_parts(parts, options, folder)] if parts else []
-        runs = [*(read_run(each) for each in options.join), *(read_run(folder) for _ in own)]
-        kept = chosen(runs, list(PARTS))
+        joined = [run for each in options.join for run in read_runs(each)]
+        runs, kept = shown([*joined, *(read_run(folder) for _ in own)], list(PARTS))
         output = options.output or (PAGE if len(kept) == len(PARTS) else None)
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -264,6 +267,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # Processes learn by an interrupt that their time is over: also where a shell has this one in the background, and
+    # has it ignore interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # A part is ended with its processes, whoever ends this one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

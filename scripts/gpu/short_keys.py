@@ -28,7 +28,7 @@ if "cpu" in sys.argv:  # Triton decides when a kernel is defined whether its int
 import attention as pinned_attention
 import torch
 from attention import CACHE_BYTES, PASSES, PINNED, SHAPES, Attend, Shape, floor, measured, ours, pinned, stock
-from measure import Ceilings, Options, host_us, measure_ceilings, read_options, wait
+from measure import Ceilings, Options, host_us, measure_ceilings, read_options, tell, wait
 from processes import usable_cores
 from torch import Tensor
 
@@ -169,7 +169,7 @@ def eager(attend_to: Attend, sets: list[Inputs], has_gradients: bool, options: O
             once(place)
         wait(options.device)
     except Exception as error:
-        print(f"    {type(error).__name__}: {str(error).splitlines()[0][:150]}", flush=True)
+        tell(error)
         return "-"
     return f"{(time.perf_counter() - begin) / count * 1e6:.1f}"
 
@@ -276,7 +276,7 @@ def _cost(call: Callable[[], object], count: int, options: Options) -> str:
         wait(options.device)
         return f"{host_us(call, count, options.device):.1f}"
     except Exception as error:
-        print(f"    {type(error).__name__}: {str(error).splitlines()[0][:150]}", flush=True)
+        tell(error)
         return "-"
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from attention import CACHE_BYTES, PINNED, SHAPES, Shape
-from measure import Ceilings, Options, card_us, measure_ceilings, read_options
+from measure import Ceilings, Options, card_us, measure_ceilings, read_options, tell
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -167,7 +167,7 @@ def timed(run: Callable[[Inputs], object], sets: list[Inputs], device: str) -> f
     try:
         return card_us([functools.partial(run, inputs) for inputs in sets], device)[0]
     except Exception as error:
-        print(f"    {type(error).__name__}: {str(error).splitlines()[0][:150]}", flush=True)
+        tell(error)
         torch.cuda.empty_cache()
         return math.inf
 

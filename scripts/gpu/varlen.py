@@ -13,10 +13,9 @@ from dataclasses import replace
 
 import torch
 from attention import CACHE_BYTES, FURTHEST, PASSES, PINNED, Attend, Inputs, Shape, measured, ours, pinned, run_once
-from measure import Ceilings, Options, card_us, host_us, measure_ceilings, read_options
+from measure import Ceilings, Options, card_us, host_us, measure_ceilings, read_options, tell
 
 import mmattn
-from mmattn.errors import MmattnError
 from mmattn.ops.packed import packed_attention
 from mmattn.ops.segments import Segments
 
@@ -126,8 +125,8 @@ def graph_us(call: Callable[[], object], options: Options) -> str:
     """A cell: microseconds, or a dash where the call is refused."""
     try:
         microseconds, is_graphed = card_us([call], options.device)
-    except (RuntimeError, MmattnError) as problem:
-        print(f"    {type(problem).__name__}: {str(problem).splitlines()[0][:150]}", flush=True)
+    except Exception as problem:
+        tell(problem)
         return "-"
     return f"{microseconds:.1f}" + ("" if is_graphed or options.device == "cpu" else " (launches counted)")
 

@@ -107,11 +107,31 @@ def test_two_short_runs_make_one_page(runner, monkeypatch, tmp_path, capsys):
     assert (again["parts"]["attention"]["run"], again["parts"]["attention"]["error"]) == (1, None)
 
 
+def test_a_page_keeps_what_a_later_run_has_not_done(runner, monkeypatch, tmp_path):
+    old, new, whole = tmp_path / "old.json", tmp_path / "new", tmp_path / "docs" / "gpu.json"
+    days = iter(("2026-01-01", "2026-01-02", "2026-01-03"))
+    monkeypatch.setattr(runner, "now", lambda: next(days))
+    for part in ("attention", "translator"):
+        monkeypatch.setitem(PARTS, part, PARTS["vlm"])
+    assert run(runner, monkeypatch, "--output", old.with_suffix(".md")) == 0
+    monkeypatch.setitem(PARTS, "attention", "raise SystemExit(1)")
+    monkeypatch.setitem(PARTS, "tests", PARTS["vlm"].replace("'a': 1", "'a': 2"))
+    assert run(runner, monkeypatch, "--part", "tests", "--part", "attention", "--keep", new, "--join", old) == 1
+    data = json.loads(whole.read_text())
+    assert [data["parts"][part]["run"] for part in PARTS] == [2, 1, 1, 1]
+    assert [data["tables"][part]["T"][0]["a"] for part in ("tests", "attention")] == [2, 1]
+    # A run that nothing is taken from any more is not shown.
+    monkeypatch.setitem(PARTS, "attention", PARTS["tests"])
+    every = [word for part in PARTS for word in ("--part", part)]
+    assert run(runner, monkeypatch, *every, "--keep", new, "--join", whole) == 0
+    assert [each["begun"] for each in json.loads(whole.read_text())["runs"]] == ["2026-01-03"]
+
+
 def test_a_folder_without_a_run_is_refused(runner, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         run(runner, monkeypatch, "--join", tmp_path)
     assert caught.value.code == 2
-    assert "no run.json there; give a folder that --keep has filled" in capsys.readouterr().err
+    assert "no run.json there; give a folder that --keep has filled, or a page's JSON file" in capsys.readouterr().err
 
 
 def test_what_has_no_time_left_is_not_begun(runner, monkeypatch, tmp_path, capsys):
@@ -248,3 +268,13 @@ def test_the_tests_say_how_many_have_passed(unchanged, monkeypatch, tmp_path):
     done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     last = [line for line in done.stdout.splitlines() if line.strip()][-1]
     assert re.match(r"\d+ passed", last), done.stdout
+
+
+def test_interrupted_tests_say_at_once_how_many_have_ended(tmp_path):
+    tests = ["passes(): pass", "fails(): assert 1 == 2", "hangs(): raise KeyboardInterrupt", "last(): pass"]
+    (tmp_path / "test_it.py").write_text("".join(f"def test_{each}\n" for each in tests))
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "failures", "-p", "no:cacheprovider", "test_it.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts" / "gpu")}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "\nFAILED test_it.py::test_fails - assert 1 == 2\n" in done.stdout
+    assert "\ninterrupted: 1 passed, 1 failed\n" in done.stdout

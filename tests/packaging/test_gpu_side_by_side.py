@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = str(ROOT / "scripts" / "gpu")
-NAMES = ("measure", "processes", "side_by_side", "training", "kill_resume")
+NAMES = ("measure", "processes", "side_by_side", "training", "training_compiled", "kill_resume")
 # What a part's process does, by letters: t asks for its turn, and gives it back; its log has what it did and when.
 PLAYER = r"""
 import os, sys, time
@@ -194,6 +195,19 @@ def test_options_ask_for_the_turn_and_give_it_back(scripts, monkeypatch):
         pass
 
 
+def test_a_call_that_cannot_be_captured_is_timed_with_its_launches_and_leaves_no_trace(scripts, monkeypatch):
+    measure, torch, calls = scripts("measure"), mock.MagicMock(), []
+    torch.cuda.graph.return_value.__exit__.side_effect = RuntimeError("invalidated\nby a wait")
+    torch.cuda.stream.return_value.__exit__.return_value = False
+    monkeypatch.setattr(measure, "torch", torch)
+    monkeypatch.setattr(measure, "_event_us", lambda replay: (replay(), 6.0)[1])
+    assert measure.card_us([lambda: calls.append(1), lambda: calls.append(2)], "cuda") == (3.0, False)
+    assert calls[-2:] == [1, 2]
+    # Streams are entered once to warm up, once around the capture, and left as often.
+    assert torch.cuda.stream.return_value.__exit__.call_count == 2
+    torch.cuda.default_generators.__getitem__.return_value.graphsafe_set_state.assert_called_once()
+
+
 # A recipe's stand-in: a line of metrics every 20 ms; resumed it takes a while, then cuts the lines after step 12 off.
 RECIPE = """
 import json, pathlib, sys, time
@@ -249,6 +263,16 @@ def test_a_recipe_that_is_cut_off_says_how_far_it_came(training, tmp_path, monke
     assert row["cells"]["MFU, so far"] == "25.0%"
     assert "MFU" not in row["cells"]
     assert row["cells"]["reached"] > 20
+
+
+def test_a_compiled_recipe_is_not_waited_for_after_its_last_step(training, scripts, monkeypatch, tmp_path):
+    compiled = scripts("training_compiled")
+    monkeypatch.setattr(compiled, "launch", training.launch)
+    monkeypatch.setitem(globals(), "RECIPE", RECIPE + "time.sleep(60)\n")
+    options, begin = sys.modules["measure"].Options("cpu", False, None, "translate"), time.monotonic()
+    cells = compiled.measured("translate", tmp_path / "translate", 40, options)
+    assert cells["MFU"] == "25.0%"
+    assert time.monotonic() - begin < 40
 
 
 def test_a_limit_does_not_run_while_the_process_is_stopped(training):
