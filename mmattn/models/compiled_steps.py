@@ -95,7 +95,9 @@ def captured(
                 step(*tensors)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+        # The stream of now is entered once more: where a capture fails, torch leaves that of the capture the current one.
+        with torch.cuda.stream(torch.cuda.current_stream()), capture:
             outputs = step(*tensors)
 
     def replay() -> OutputsT:

@@ -45,6 +45,32 @@ def test_warm_ups_and_capture_are_for_replaying():
     assert not is_replayed()
 
 
+@pytest.mark.usefixtures("no_card")
+def test_a_capture_that_fails_leaves_the_stream_of_before(monkeypatch):
+    current = ["before"]
+
+    @contextlib.contextmanager
+    def entered(stream):
+        previous, current[0] = current[0], stream
+        try:
+            yield
+        finally:
+            current[0] = previous
+
+    @contextlib.contextmanager
+    def failing(*_, **__):
+        current[0] = "of the capture"
+        yield
+        raise RuntimeError("invalidated by a wait")  # as torch does, before it goes back
+
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.MagicMock(side_effect=lambda: mock.MagicMock(of=current[0])))
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    with pytest.raises(RuntimeError, match="invalidated"):
+        captured(lambda number: number, [7], torch.device("cuda"))
+    assert current == ["before"]
+
+
 @pytest.mark.parametrize("is_captured", [False, True])
 def test_decoding_steps_are_compiled_for_it(monkeypatch, is_captured):
     seen = []
