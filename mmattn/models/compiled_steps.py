@@ -96,7 +96,7 @@ def captured(
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         capture = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
-        # The stream of now is entered once more: where a capture fails, torch leaves that of the capture the current one.
+        # The current stream is entered once more: after a capture that fails, torch does not go back to it.
         with torch.cuda.stream(torch.cuda.current_stream()), capture:
             outputs = step(*tensors)
 
