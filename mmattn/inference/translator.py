@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from mmattn.data.languages import LanguageCodes
 from mmattn.errors import UsageError
 from mmattn.inference import folders
+from mmattn.inference.call_plan import plan_call, target_tokens
 from mmattn.inference.decode import DecodeSettings
 from mmattn.inference.hub import evaluating, push_folder
 from mmattn.inference.linear import use_fast_products
@@ -20,14 +21,12 @@ from mmattn.inference.sources import (
     EncodedBatch,
     EncodedSources,
     Plan,
-    each_text,
     encode_batch,
-    make_plan,
     token_batches,
     with_bar,
 )
 from mmattn.inference.traced_products import trace_products
-from mmattn.inference.translation import MemoryUse, Piece, TargetSide, Translated, assemble
+from mmattn.inference.translation import MemoryUse, Piece, TargetSide, Translated, assemble, stream_document
 from mmattn.inference.translation_maps import translation_recorder
 from mmattn.inference.translator_checks import check_vocabulary, generation_defaults
 from mmattn.models.sources import find_folder
@@ -215,7 +214,7 @@ class Translator:
         progress: bool | None = None,
     ) -> EncodedSources:
         """Run the encoder once, for any number of translations. Arguments as in `translate`."""
-        plan = self._plan(texts, src_lang, tgt_lang, on_long)
+        plan = plan_call(texts, self.codes, src_lang, tgt_lang, on_long, limit=self.network.config.max_positions)
         with evaluating(self.network):
             batches = list(self._encoded(plan, batch_tokens, progress, "Encoding"))
         return EncodedSources(plan, batches)
@@ -273,8 +272,10 @@ class Translator:
                 )
             plan, ready = texts.plan, texts
         else:
-            plan, ready = self._plan(texts, src_lang, tgt_lang, on_long), None
-        targets = self._target_tokens(plan, tgt_lang if ready is not None else None, settings.forced_bos_token_id)
+            limit = self.network.config.max_positions
+            plan, ready = plan_call(texts, self.codes, src_lang, tgt_lang, on_long, limit=limit), None
+        later = tgt_lang if ready is not None else None
+        targets = target_tokens(plan, self.codes, later, settings.forced_bos_token_id)
         recorder = translation_recorder(self, window=window, stream=stream)
         if stream:
             if return_scores or return_alignment:
@@ -338,40 +339,6 @@ class Translator:
     def _element_size(self) -> int:
         return next(self.network.parameters()).element_size()
 
-    def _plan(
-        self, texts: Texts, src_lang: str | Sequence[str] | None, tgt_lang: str | Sequence[str] | None, on_long: str
-    ) -> Plan:
-        if on_long not in ("split", "error"):
-            raise UsageError(f"on_long={on_long!r} is unknown: use 'split' or 'error'")
-        kind = self.codes.kind
-        if kind != "token" and src_lang is not None:
-            raise UsageError("src_lang is given, but this model knows its source language: leave it out")
-        limit = self.network.config.max_positions
-        plan = make_plan(texts, self.codes, src_lang, tgt_lang, limit=limit, may_split=on_long == "split")
-        if kind == "tag" and any(each.tgt_lang is None and not self.codes.has_tag(each.text) for each in plan.segments):
-            raise UsageError(
-                f"this model translates into {len(self.languages)} languages: give tgt_lang, one of "
-                f"{', '.join(self.languages[:8])}{'...' if len(self.languages) > 8 else ''}"
-            )
-        return plan
-
-    def _target_tokens(self, plan: Plan, tgt_lang: str | Sequence[str] | None, forced: int | None) -> list[int | None]:
-        """The first token forced on each segment's translation, or None; `forced` where no language asks for one."""
-        if self.codes.kind != "token":
-            if tgt_lang is not None:
-                raise UsageError("tgt_lang belongs to encode() for this model: it is part of the source text")
-            return [forced] * len(plan.segments)
-        codes: list[str | None] = [segment.tgt_lang for segment in plan.segments]
-        for document, code in zip(plan.documents, each_text(tgt_lang, len(plan.documents), "tgt_lang"), strict=True):
-            for number in document.segments if code is not None else ():
-                codes[number] = code
-        if forced is None and any(code is None for code in codes):
-            raise UsageError(
-                f"this model translates into {len(self.languages)} languages: give tgt_lang, such as "
-                f"{', '.join(self.languages[:4])}"
-            )
-        return [forced if code is None else self.codes.target_token(code) for code in codes]
-
     def _encoded(
         self, plan: Plan, batch_tokens: int | None, progress: bool | None, label: str
     ) -> Iterator[EncodedBatch]:
@@ -397,28 +364,7 @@ class Translator:
     ) -> Iterator[str]:
         side = TargetSide(self.network, self.codes, settings, window, compiled=self.compiled)
         side.check_streaming()
-        return self._streamed(plan, ready, targets, side, generator)
-
-    def _streamed(
-        self,
-        plan: Plan,
-        ready: EncodedSources | None,
-        targets: list[int | None],
-        side: TargetSide,
-        generator: torch.Generator | None,
-    ) -> Iterator[str]:
-        for place, line in enumerate(plan.documents[0].lines):
-            if place:
-                yield "\n"
-            for first, number in enumerate(line):
-                if first:
-                    yield " "
-                with evaluating(self.network):
-                    batch = encode_batch(self.network, plan.segments, [number]) if ready is None else None
-                if batch is None:
-                    assert ready is not None
-                    batch = ready.segment(number)
-                yield from side.stream(batch, targets[number], generator)
+        return stream_document(side, plan, ready, targets, generator)
 
 
 __all__ = ["MemoryUse", "Translated", "Translator"]
