@@ -15,7 +15,7 @@ from mmattn.inference import folders
 from mmattn.inference.call_plan import plan_call, target_tokens
 from mmattn.inference.decode import DecodeSettings
 from mmattn.inference.hub import evaluating, push_folder
-from mmattn.inference.linear import use_fast_products
+from mmattn.inference.moving import NetworkFacade, suit_products
 from mmattn.inference.quantized import quantize_linears
 from mmattn.inference.sources import (
     EncodedBatch,
@@ -31,7 +31,6 @@ from mmattn.inference.translation_maps import translation_recorder
 from mmattn.inference.translator_checks import check_vocabulary, generation_defaults
 from mmattn.models.sources import find_folder
 from mmattn.models.translator import CompiledDecoder, TranslatorNetwork, family_of, open_network, save_network
-from mmattn.nn import fuse
 
 Texts = str | Sequence[str]
 QUANTIZATIONS = ("int8",)
@@ -39,7 +38,7 @@ _BATCH_TOKENS = {"cpu": 1024}
 _BATCH_TOKENS_ELSEWHERE = 8192
 
 
-class Translator:
+class Translator(NetworkFacade[TranslatorNetwork]):
     """A translation network with its tokenizer: OPUS-MT (Marian), M2M100 and NLLB checkpoints, and our own.
 
     Generation arguments have transformers' names (`num_beams`, `length_penalty`, `max_new_tokens`, `do_sample`,
@@ -122,7 +121,7 @@ class Translator:
         folder = find_folder(
             id_or_folder, revision=revision, token=token, variant=variant, local_files_only=local_files_only
         )
-        device = folders.default_device() if device is None else torch.device(device)
+        device = folders.usable_device(device)
         dtype = folders.default_dtype(device) if dtype is None else dtype
         network = open_network(folder, variant=variant, dtype=dtype, device=device)
         tokenizer = folders.open_tokenizer(
@@ -137,10 +136,8 @@ class Translator:
         if quantize is not None:
             quantize_linears(self.network)
             self.quantization = quantize
-        elif self.device.type == "cpu":
-            use_fast_products(self.network)
         else:
-            fuse(self.network)
+            suit_products(self.network)
         if compile:
             self.compile()
 
@@ -187,11 +184,6 @@ class Translator:
     ) -> str:
         """Save to a hub repository, made when it is not there; returns its address."""
         return push_folder(self.save_pretrained, repo_id, private=private, token=token, commit_message=commit_message)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.network.parameters()).device
 
     @property
     def is_stock(self) -> bool:
@@ -270,6 +262,8 @@ class Translator:
                 raise UsageError(
                     "src_lang, on_long and batch_tokens belong to encode(): these texts are encoded already"
                 )
+            for batch in texts.batches:
+                self._check_encoded("sources", batch.contexts)
             plan, ready = texts.plan, texts
         else:
             limit = self.network.config.max_positions
@@ -330,14 +324,11 @@ class Translator:
         config = self.network.config
         kv_heads = config.decoder_kv_heads or config.decoder_heads
         head_dim = config.embed_dim // config.decoder_heads
-        per_token = 2 * config.decoder_layers * kv_heads * head_dim * self._element_size()
+        per_token = 2 * config.decoder_layers * kv_heads * head_dim * self.dtype.itemsize
         kept = target_length if window is None else min(target_length, 2 * window)
         return MemoryUse(batch_size * source_length * per_token, batch_size * num_beams * kept * per_token)
 
     # The parts of a call.
-
-    def _element_size(self) -> int:
-        return next(self.network.parameters()).element_size()
 
     def _encoded(
         self, plan: Plan, batch_tokens: int | None, progress: bool | None, label: str
