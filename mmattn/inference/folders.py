@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mmattn.errors import CheckpointError
+from mmattn.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -87,6 +87,26 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def usable_device(device: torch.device | str | int | None) -> torch.device:
+    """The device that is meant, with its number; None: the default.
+
+    Raises:
+        UsageError: no device, one that this machine does not have, or "meta", which holds no numbers.
+    """
+    if device is None:
+        return default_device()
+    try:
+        found = torch.empty(0, device=torch.device(device)).device
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:  # all of these, for one device or another
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {device!r} cannot be used here: {reason}; mmattn doctor names those there are") from (
+            error
+        )
+    if found.type == "meta":
+        raise UsageError(f"device {device!r} holds no numbers: weights there would be lost")
+    return found
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

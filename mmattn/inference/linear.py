@@ -222,6 +222,10 @@ class FastHead(VocabularyHead):
         return self.fast_product(hidden, weight, bias)
 
 
+_FASTER: dict[type, type] = {nn.Linear: FastLinear, VocabularyHead: FastHead}
+_PLAIN = {fast: plain for plain, fast in _FASTER.items()}
+
+
 def use_fast_products(network: nn.Module) -> None:
     """Let every plain Linear and vocabulary head of a network use a `FastProduct`, in place.
 
@@ -232,6 +236,11 @@ def use_fast_products(network: nn.Module) -> None:
         UsageError: a network in training mode, or one whose projections cannot be fused; see `mmattn.nn.fuse`.
     """
     fuse(network)
+    add_fast_products(network)
+
+
+def add_fast_products(network: nn.Module) -> None:
+    """As `use_fast_products`, for a network whose projections stay as they are, fused or not."""
     groups: dict[tuple[int, ...], list[FastProduct]] = {}
 
     def product_for(weight: Tensor | None, bias: Tensor | None) -> FastProduct:
@@ -242,16 +251,27 @@ def use_fast_products(network: nn.Module) -> None:
             product.hold(weight, bias)
         return product
 
-    faster: dict[type, type] = {nn.Linear: FastLinear, VocabularyHead: FastHead}
     for module in network.modules():
         # Exact classes only: a subclass has a forward of its own.
-        if type(module) in faster:
+        if type(module) in _FASTER:
             weight = cast("Tensor | None", module.weight)
             product = product_for(weight, cast("Tensor | None", module.bias))
-            module.__class__ = faster[type(module)]
+            module.__class__ = _FASTER[type(module)]
             module.fast_product = product  # type: ignore[assignment]
         elif isinstance(module, ProjectedAttention) and module.packed is not None:
             module.packed.product = product_for(module.packed.weight, module.packed.bias)
+
+
+def drop_fast_products(network: nn.Module) -> bool:
+    """Undo `add_fast_products`, in place; whether there were any."""
+    fast = [module for module in network.modules() if type(module) in _PLAIN]
+    for module in fast:
+        module.__class__ = _PLAIN[type(module)]
+        del module.fast_product
+    for module in network.modules():
+        if isinstance(module, ProjectedAttention) and module.packed is not None:
+            module.packed.product = None
+    return bool(fast)
 
 
 def copied_bytes(network: nn.Module) -> int:

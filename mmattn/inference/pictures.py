@@ -93,6 +93,11 @@ class Pictures:
         images = tuple(self.images[number] for number in numbers)
         return Pictures(self.features.index_select(0, rows), contexts, images, is_single)
 
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pictures:
+        """The same pictures on another device or in another dtype: those of the model that shall take them."""
+        contexts = tuple(None if context is None else context.to(device, dtype) for context in self.contexts)
+        return Pictures(self.features.to(device=device, dtype=dtype), contexts, self.images, self.is_single)
+
     @property
     def nbytes(self) -> int:
         """Bytes of features, keys and values on the model's device; the pictures themselves are not counted."""

@@ -95,6 +95,11 @@ def quantize_linears(network: nn.Module) -> None:
             module.__class__ = Int8Head
 
 
+def is_quantized(network: nn.Module) -> bool:
+    """Whether `quantize_linears` has been at a network."""
+    return any(isinstance(module, Int8Linear | Int8Head) for module in network.modules())
+
+
 class _InPacked(nn.Module):
     """Stands where a projection was that is now part of an `Int8Packed`."""
 

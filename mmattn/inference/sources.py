@@ -68,6 +68,17 @@ class EncodedSources:
         """Bytes held."""
         return sum(batch.nbytes for batch in self.batches)
 
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> EncodedSources:
+        """The same texts on another device or in another dtype: those of the model that shall take them."""
+        batches = [
+            EncodedBatch(
+                batch.numbers,
+                tuple(None if context is None else context.to(device, dtype) for context in batch.contexts),
+            )
+            for batch in self.batches
+        ]
+        return EncodedSources(self.plan, batches)
+
     def segment(self, number: int) -> EncodedBatch:
         """A batch of one segment."""
         batch = next(batch for batch in self.batches if number in batch.numbers)

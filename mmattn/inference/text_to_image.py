@@ -30,6 +30,7 @@ from mmattn.inference.diffusion.prompts import EncodedPrompts, check_encoded, en
 from mmattn.inference.diffusion.schedulers import check_seeded, make_scheduler
 from mmattn.inference.diffusion.seeds import make_generators, noise_sources
 from mmattn.inference.hub import evaluating, push_folder
+from mmattn.inference.moving import Movable
 from mmattn.maps.record import recorders_of
 from mmattn.models.unet import CompiledUNet
 
@@ -40,7 +41,7 @@ _PIXELS_AT_ONCE = 4 * 512 * 512
 _MOST_AT_ONCE = 64
 
 
-class TextToImage:
+class TextToImage(Movable):
     """Stable Diffusion 1.x, 2.x and XL, and pixel-space pipelines of ours, as one thing that draws pictures.
 
     A thin layer on diffusers' pipelines and schedulers: what it adds is that a seed gives the same picture whatever it
@@ -348,10 +349,12 @@ class TextToImage:
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for part in self._pipeline.components.values():
-                if isinstance(part, nn.Module):
-                    stack.enter_context(evaluating(part))
+            for model in self._models():
+                stack.enter_context(evaluating(model))
             yield
+
+    def _models(self) -> list[nn.Module]:
+        return [part for part in self._pipeline.components.values() if isinstance(part, nn.Module)]
 
     @contextlib.contextmanager
     def _bar(self, progress: bool | None, done: int, drawing: int, total: int) -> Iterator[None]:

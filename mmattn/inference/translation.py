@@ -15,7 +15,7 @@ from mmattn.inference.alignments import Alignment, align_words, join_alignments
 from mmattn.inference.decode import DecodeSettings, Generated, decode, stream
 from mmattn.inference.hub import evaluating
 from mmattn.inference.segments import Segment
-from mmattn.inference.sources import EncodedBatch, Plan
+from mmattn.inference.sources import EncodedBatch, EncodedSources, Plan, encode_batch
 from mmattn.inference.translation_maps import TranslationRecorder
 from mmattn.models.static_decoding import StaticState
 from mmattn.models.translator import CompiledDecoder, TranslationState, TranslatorNetwork
@@ -205,6 +205,28 @@ class TargetSide:
         # Such a Marian tokenizer turns ids into tokens by the target's vocabulary.
         pieces = {number: piece for piece, number in self.tokenizer.get_vocab().items()}
         return [pieces[number] for number in ids]
+
+
+def stream_document(
+    side: TargetSide,
+    plan: Plan,
+    ready: EncodedSources | None,
+    targets: Sequence[int | None],
+    generator: torch.Generator | None,
+) -> Iterator[str]:
+    """The translation of a plan's only text in pieces, its segments encoded one by one unless they are `ready`."""
+    for place, line in enumerate(plan.documents[0].lines):
+        if place:
+            yield "\n"
+        for first, number in enumerate(line):
+            if first:
+                yield " "
+            if ready is None:
+                with evaluating(side.network):
+                    batch = encode_batch(side.network, plan.segments, [number])
+            else:
+                batch = ready.segment(number)
+            yield from side.stream(batch, targets[number], generator)
 
 
 def assemble(

@@ -12,27 +12,25 @@ from transformers import PreTrainedTokenizerBase
 from mmattn.data.languages import LanguageCodes
 from mmattn.errors import UsageError
 from mmattn.inference import folders
+from mmattn.inference.call_plan import plan_call, target_tokens
 from mmattn.inference.decode import DecodeSettings
 from mmattn.inference.hub import evaluating, push_folder
-from mmattn.inference.linear import use_fast_products
+from mmattn.inference.moving import NetworkFacade, suit_products
 from mmattn.inference.quantized import quantize_linears
 from mmattn.inference.sources import (
     EncodedBatch,
     EncodedSources,
     Plan,
-    each_text,
     encode_batch,
-    make_plan,
     token_batches,
     with_bar,
 )
 from mmattn.inference.traced_products import trace_products
-from mmattn.inference.translation import MemoryUse, Piece, TargetSide, Translated, assemble
+from mmattn.inference.translation import MemoryUse, Piece, TargetSide, Translated, assemble, stream_document
 from mmattn.inference.translation_maps import translation_recorder
 from mmattn.inference.translator_checks import check_vocabulary, generation_defaults
 from mmattn.models.sources import find_folder
 from mmattn.models.translator import CompiledDecoder, TranslatorNetwork, family_of, open_network, save_network
-from mmattn.nn import fuse
 
 Texts = str | Sequence[str]
 QUANTIZATIONS = ("int8",)
@@ -40,7 +38,7 @@ _BATCH_TOKENS = {"cpu": 1024}
 _BATCH_TOKENS_ELSEWHERE = 8192
 
 
-class Translator:
+class Translator(NetworkFacade[TranslatorNetwork]):
     """A translation network with its tokenizer: OPUS-MT (Marian), M2M100 and NLLB checkpoints, and our own.
 
     Generation arguments have transformers' names (`num_beams`, `length_penalty`, `max_new_tokens`, `do_sample`,
@@ -123,7 +121,7 @@ class Translator:
         folder = find_folder(
             id_or_folder, revision=revision, token=token, variant=variant, local_files_only=local_files_only
         )
-        device = folders.default_device() if device is None else torch.device(device)
+        device = folders.usable_device(device)
         dtype = folders.default_dtype(device) if dtype is None else dtype
         network = open_network(folder, variant=variant, dtype=dtype, device=device)
         tokenizer = folders.open_tokenizer(
@@ -138,10 +136,8 @@ class Translator:
         if quantize is not None:
             quantize_linears(self.network)
             self.quantization = quantize
-        elif self.device.type == "cpu":
-            use_fast_products(self.network)
         else:
-            fuse(self.network)
+            suit_products(self.network)
         if compile:
             self.compile()
 
@@ -190,11 +186,6 @@ class Translator:
         return push_folder(self.save_pretrained, repo_id, private=private, token=token, commit_message=commit_message)
 
     @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.network.parameters()).device
-
-    @property
     def is_stock(self) -> bool:
         """Whether stock transformers opens what `save_pretrained` writes."""
         return family_of(self.network.config) is not None
@@ -215,7 +206,7 @@ class Translator:
         progress: bool | None = None,
     ) -> EncodedSources:
         """Run the encoder once, for any number of translations. Arguments as in `translate`."""
-        plan = self._plan(texts, src_lang, tgt_lang, on_long)
+        plan = plan_call(texts, self.codes, src_lang, tgt_lang, on_long, limit=self.network.config.max_positions)
         with evaluating(self.network):
             batches = list(self._encoded(plan, batch_tokens, progress, "Encoding"))
         return EncodedSources(plan, batches)
@@ -271,10 +262,14 @@ class Translator:
                 raise UsageError(
                     "src_lang, on_long and batch_tokens belong to encode(): these texts are encoded already"
                 )
+            for batch in texts.batches:
+                self._check_encoded("sources", batch.contexts)
             plan, ready = texts.plan, texts
         else:
-            plan, ready = self._plan(texts, src_lang, tgt_lang, on_long), None
-        targets = self._target_tokens(plan, tgt_lang if ready is not None else None, settings.forced_bos_token_id)
+            limit = self.network.config.max_positions
+            plan, ready = plan_call(texts, self.codes, src_lang, tgt_lang, on_long, limit=limit), None
+        later = tgt_lang if ready is not None else None
+        targets = target_tokens(plan, self.codes, later, settings.forced_bos_token_id)
         recorder = translation_recorder(self, window=window, stream=stream)
         if stream:
             if return_scores or return_alignment:
@@ -329,48 +324,11 @@ class Translator:
         config = self.network.config
         kv_heads = config.decoder_kv_heads or config.decoder_heads
         head_dim = config.embed_dim // config.decoder_heads
-        per_token = 2 * config.decoder_layers * kv_heads * head_dim * self._element_size()
+        per_token = 2 * config.decoder_layers * kv_heads * head_dim * self.dtype.itemsize
         kept = target_length if window is None else min(target_length, 2 * window)
         return MemoryUse(batch_size * source_length * per_token, batch_size * num_beams * kept * per_token)
 
     # The parts of a call.
-
-    def _element_size(self) -> int:
-        return next(self.network.parameters()).element_size()
-
-    def _plan(
-        self, texts: Texts, src_lang: str | Sequence[str] | None, tgt_lang: str | Sequence[str] | None, on_long: str
-    ) -> Plan:
-        if on_long not in ("split", "error"):
-            raise UsageError(f"on_long={on_long!r} is unknown: use 'split' or 'error'")
-        kind = self.codes.kind
-        if kind != "token" and src_lang is not None:
-            raise UsageError("src_lang is given, but this model knows its source language: leave it out")
-        limit = self.network.config.max_positions
-        plan = make_plan(texts, self.codes, src_lang, tgt_lang, limit=limit, may_split=on_long == "split")
-        if kind == "tag" and any(each.tgt_lang is None and not self.codes.has_tag(each.text) for each in plan.segments):
-            raise UsageError(
-                f"this model translates into {len(self.languages)} languages: give tgt_lang, one of "
-                f"{', '.join(self.languages[:8])}{'...' if len(self.languages) > 8 else ''}"
-            )
-        return plan
-
-    def _target_tokens(self, plan: Plan, tgt_lang: str | Sequence[str] | None, forced: int | None) -> list[int | None]:
-        """The first token forced on each segment's translation, or None; `forced` where no language asks for one."""
-        if self.codes.kind != "token":
-            if tgt_lang is not None:
-                raise UsageError("tgt_lang belongs to encode() for this model: it is part of the source text")
-            return [forced] * len(plan.segments)
-        codes: list[str | None] = [segment.tgt_lang for segment in plan.segments]
-        for document, code in zip(plan.documents, each_text(tgt_lang, len(plan.documents), "tgt_lang"), strict=True):
-            for number in document.segments if code is not None else ():
-                codes[number] = code
-        if forced is None and any(code is None for code in codes):
-            raise UsageError(
-                f"this model translates into {len(self.languages)} languages: give tgt_lang, such as "
-                f"{', '.join(self.languages[:4])}"
-            )
-        return [forced if code is None else self.codes.target_token(code) for code in codes]
 
     def _encoded(
         self, plan: Plan, batch_tokens: int | None, progress: bool | None, label: str
@@ -397,28 +355,7 @@ class Translator:
     ) -> Iterator[str]:
         side = TargetSide(self.network, self.codes, settings, window, compiled=self.compiled)
         side.check_streaming()
-        return self._streamed(plan, ready, targets, side, generator)
-
-    def _streamed(
-        self,
-        plan: Plan,
-        ready: EncodedSources | None,
-        targets: list[int | None],
-        side: TargetSide,
-        generator: torch.Generator | None,
-    ) -> Iterator[str]:
-        for place, line in enumerate(plan.documents[0].lines):
-            if place:
-                yield "\n"
-            for first, number in enumerate(line):
-                if first:
-                    yield " "
-                with evaluating(self.network):
-                    batch = encode_batch(self.network, plan.segments, [number]) if ready is None else None
-                if batch is None:
-                    assert ready is not None
-                    batch = ready.segment(number)
-                yield from side.stream(batch, targets[number], generator)
+        return stream_document(side, plan, ready, targets, generator)
 
 
 __all__ = ["MemoryUse", "Translated", "Translator"]

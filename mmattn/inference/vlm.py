@@ -16,7 +16,7 @@ from mmattn.errors import UsageError
 from mmattn.inference import folders
 from mmattn.inference.decode import DecodeSettings
 from mmattn.inference.hub import evaluating, push_folder
-from mmattn.inference.linear import use_fast_products
+from mmattn.inference.moving import NetworkFacade, suit_products
 from mmattn.inference.pictures import ImageInput, Pictures, join, open_images
 from mmattn.inference.text_side import TextSide
 from mmattn.inference.texts import Pairing, pair_texts
@@ -32,14 +32,13 @@ from mmattn.models.vlm import (
     save_network,
 )
 from mmattn.models.vlm.blip import is_blip
-from mmattn.nn import fuse
 
 ItemT = TypeVar("ItemT")
 Images = ImageInput | Sequence[ImageInput] | Pictures
 Texts = str | Sequence[str] | Sequence[Sequence[str]]
 
 
-class VisionLanguageModel:
+class VisionLanguageModel(NetworkFacade[VisionLanguageNetwork]):
     """A vision-language network with its tokenizer and image processor.
 
     BLIP captioning, question answering and matching, and our own networks (which caption and answer). Results come in
@@ -112,15 +111,12 @@ class VisionLanguageModel:
         folder = find_folder(
             id_or_folder, revision=revision, token=token, variant=variant, local_files_only=local_files_only
         )
-        device = folders.default_device() if device is None else torch.device(device)
+        device = folders.usable_device(device)
         dtype = folders.default_dtype(device) if dtype is None else dtype
         network = open_network(folder, variant=variant, dtype=dtype, device=device)
         tokenizer = folders.open_tokenizer(folder, is_stock=is_blip(network.config))
         processor = folders.open_image_processor(folder)
-        if device.type == "cpu":
-            use_fast_products(network)  # packed projections gain nothing here
-        else:
-            fuse(network)
+        suit_products(network)
         model = cls(network, tokenizer, processor, folders.read_generation_config(folder))
         if compile:
             model.compile()
@@ -163,16 +159,6 @@ class VisionLanguageModel:
     ) -> str:
         """Save to a hub repository, made when it is not there; returns its address."""
         return push_folder(self.save_pretrained, repo_id, private=private, token=token, commit_message=commit_message)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.network.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the network's weights."""
-        return next(self.network.parameters()).dtype
 
     def encode(self, images: Images, *, batch_size: int | None = None, progress: bool | None = None) -> Pictures:
         """Encode pictures once, for any number of captions, questions and texts.
@@ -322,6 +308,8 @@ class VisionLanguageModel:
         progress: bool | None,
     ) -> Any:
         """Call `run` on batch after batch of encoded pictures, each with its texts."""
+        if isinstance(images, Pictures):
+            self._check_encoded("pictures", images.contexts)
         opened, is_single = (None, images.is_single) if isinstance(images, Pictures) else open_images(images)
         count = len(images) if opened is None else len(opened)  # type: ignore[arg-type]
         pairing: Pairing = pair_texts(texts, count, is_single=is_single, name=name)

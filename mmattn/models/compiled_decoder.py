@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -122,7 +123,6 @@ class CompiledSteps:
 
     Attributes:
         idle: buffers that wait for a text, those given back last at the end.
-        num_lent: how many are in use.
 
     Raises:
         UsageError: a device other than a CPU or a CUDA device, or graphs on a CPU.
@@ -138,28 +138,42 @@ class CompiledSteps:
         context_length: int | None = None,
     ) -> None:
         self.decoder, self.context_length = decoder, context_length
-        device = check_device(self._module)
-        if use_graphs and device.type != "cuda":
-            raise UsageError(f"use_graphs=True needs a CUDA device, the network is on {device}: leave it out")
+        check_device(self._module, use_graphs)
         self._backend, self._use_graphs, self._idle_bytes = backend, use_graphs, idle_bytes
         self._steps: dict[_Kind, Step] = {}
         self.idle: list[StepBuffers] = []
-        self.num_lent = 0
+        self._lent: weakref.WeakSet[StepBuffers] = weakref.WeakSet()
         self._watch = StepState(self._module, "the decoder")
         self._structure: tuple[Any, ...] | None = None
         self._generation = 0
         self._lock = threading.Lock()
         self._returned: deque[StepBuffers] = deque()
 
+    @property
+    def num_lent(self) -> int:
+        """How many buffers are in use."""
+        return len(self._lent)
+
     def start(self, contexts: LayerContexts, **arguments: Any) -> StaticState:
         """Begin decoding; arguments as in `StaticState`.
 
         Raises:
-            UsageError: a call under autocast, or as in `lend` and `StaticState`.
+            UsageError: a call under autocast, a device as for the class, or as in `lend` and `StaticState`.
             RunError: as in `lend`.
         """
-        check_not_autocast(check_device(self._module))
+        check_not_autocast(check_device(self._module, self._use_graphs))
         return StaticState(self, contexts, **arguments)
+
+    def reset(self) -> None:
+        """Forget all that was compiled and captured, and free what is idle; a text that is being decoded can't go on.
+
+        For a network that has been moved: what was captured would read where its weights were.
+        """
+        with self._lock:
+            self._forget(None)
+            for buffers in self._lent:
+                buffers.run = _cannot_go_on
+        self._take_back()
 
     def lend(self, shape: StepShape) -> StepBuffers:
         """See `StepSource`.
@@ -173,7 +187,7 @@ class CompiledSteps:
                 self._file_returned()
                 self._look_for_changes()
                 buffers = self._ready(shape)
-                self.num_lent += 1
+                self._lent.add(buffers)
                 return buffers
         finally:
             self._take_back()  # what came back meanwhile
@@ -196,7 +210,7 @@ class CompiledSteps:
     def _file_returned(self) -> None:
         while self._returned:
             buffers = self._returned.popleft()
-            self.num_lent -= 1
+            self._lent.discard(buffers)
             if buffers.made_for[2] == self._generation:
                 self.idle.append(buffers)
             most = self._most_idle(buffers.ids.device)
@@ -207,10 +221,13 @@ class CompiledSteps:
         self._watch.check_forwards()
         structure, _ = self._watch.read()
         if structure != self._structure:  # what was compiled or captured would go on as it was
-            self._structure = structure
-            self._generation += 1
-            self._steps.clear()
-            self.idle.clear()
+            self._forget(structure)
+
+    def _forget(self, structure: tuple[Any, ...] | None) -> None:
+        self._structure = structure
+        self._generation += 1
+        self._steps.clear()
+        self.idle.clear()
 
     def _ready(self, shape: StepShape) -> StepBuffers:
         source = None if shape.is_masked else shape.source
@@ -277,6 +294,10 @@ class CompiledSteps:
         with compiling(), replayed() if is_replayed else contextlib.nullcontext():
             step(*buffers.tensors)
         return step
+
+
+def _cannot_go_on() -> Outputs:
+    raise UsageError("the model was moved while this text was being decoded: start the text again")
 
 
 def _mark_sizes(buffers: StepBuffers, *, is_single: bool) -> None:

@@ -19,15 +19,21 @@ _WARM_UPS = 2  # runs before a capture, in which libraries set themselves up
 OutputsT = TypeVar("OutputsT")
 
 
-def check_device(network: nn.Module) -> torch.device:
+def check_device(network: nn.Module, use_graphs: bool | None = None) -> torch.device:
     """Where the weights are.
 
+    Args:
+        network: whose steps are compiled.
+        use_graphs: whether they are captured; None: on a CUDA device.
+
     Raises:
-        UsageError: a device other than a CPU or a CUDA device.
+        UsageError: a device other than a CPU or a CUDA device, or graphs on a CPU.
     """
     device = next(network.parameters()).device
     if device.type not in DEVICES:
         raise UsageError(f"compile=True works on {' and '.join(DEVICES)}, the network is on {device}: leave it out")
+    if use_graphs and device.type != "cuda":
+        raise UsageError(f"use_graphs=True needs a CUDA device, the network is on {device}: leave it out")
     return device
 
 

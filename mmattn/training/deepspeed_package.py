@@ -8,9 +8,9 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
-from accelerate.utils import patch_environment
 from packaging.specifiers import SpecifierSet
 
+from mmattn._environment import changed_environment
 from mmattn._optional import require
 from mmattn.errors import UsageError
 
@@ -27,7 +27,7 @@ def open_deepspeed(device_type: str) -> ModuleType:
         UsageError: it is of another version, or has been set up for another kind of device.
     """
     # On a CPU it would take a GPU that is there.
-    with patch_environment(**{_ACCELERATOR: "cpu"}) if device_type == "cpu" else nullcontext():
+    with changed_environment({_ACCELERATOR: "cpu"}) if device_type == "cpu" else nullcontext():
         deepspeed = require("deepspeed", "training.sharding=zero3")
         found = importlib.import_module("deepspeed.accelerator").get_accelerator().device_name()
     if not VERSIONS.contains(deepspeed.__version__.split("+")[0], prereleases=True):
@@ -52,4 +52,4 @@ def told_local_size() -> AbstractContextManager[None]:
     """Inside, DeepSpeed knows how many processes this machine has: on a CPU it would start `numactl` to count its nodes
     at every sum of gradients."""
     known = os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return patch_environment(LOCAL_SIZE=known)
+    return changed_environment({"LOCAL_SIZE": known})

@@ -7,11 +7,11 @@ Launchers say it in the environment: `accelerate launch` with a config file, or 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env, patch_environment
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 
+from mmattn._environment import changed_environment
 from mmattn.errors import UsageError
 
 _USE_FSDP, _USE_DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
@@ -119,23 +119,11 @@ def fsdp_plugin() -> FullyShardedDataParallelPlugin:
     return FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False, auto_wrap_policy="no_wrap")
 
 
-@contextmanager
-def unchanged_environment() -> Iterator[None]:
+def unchanged_environment() -> AbstractContextManager[None]:
     """Inside, Accelerate may set variables for the plugin that it was given; a later run shall not find them."""
-    before = {name: os.environ.get(name) for name in (_USE_FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING")}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    return changed_environment({name: os.environ.get(name) for name in (_USE_FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING")})
 
 
-@contextmanager
-def without_deepspeed() -> Iterator[None]:
+def without_deepspeed() -> AbstractContextManager[None]:
     """Inside, Accelerate does not see that the launcher asks for DeepSpeed, which the loop sets up by itself."""
-    with patch_environment(**{_USE_DEEPSPEED: "false"}):
-        del os.environ[_USE_DEEPSPEED]
-        yield
+    return changed_environment({_USE_DEEPSPEED: None})

@@ -20,6 +20,7 @@ from mmattn.training.averaging import LastCheckpoints
 from mmattn.training.batch_norm import shared_batch_norm
 from mmattn.training.batches import make_sampler, step_batches
 from mmattn.training.checkpoint import CheckpointStore, model_folder
+from mmattn.training.checkpoint_writer import CheckpointWriter, RunFacts
 from mmattn.training.config import TrainingConfig, config_dict
 from mmattn.training.devices import describe_processes, make_accelerator, on_main
 from mmattn.training.kept_memory import kept_memory, memory_remarks
@@ -31,20 +32,10 @@ from mmattn.training.peers import deaths_said
 from mmattn.training.publish import how_to_export, is_better, missing_best, publish_best
 from mmattn.training.rates import Rates
 from mmattn.training.recipe_settings import recipe_changes
-from mmattn.training.sharded_state import save_sharded
-from mmattn.training.sharding import ShardedModel
 from mmattn.training.shardings import prepare_model
 from mmattn.training.signals import EvaluationInterrupted, StopSignal, TrainingStoppedError
 from mmattn.training.start import Start, check_continuation, find_start
-from mmattn.training.state import (
-    FullState,
-    LoopState,
-    read_facts,
-    stored_buffers,
-    write_run_facts,
-    write_state,
-    write_tensors,
-)
+from mmattn.training.state import LoopState, read_facts, stored_buffers
 from mmattn.training.step import BufferGuard, StepResult, run_step, seed_draws
 from mmattn.training.step_record import record_step
 from mmattn.training.task import Batch, Task
@@ -130,12 +121,10 @@ class _Run:
             self.closing = closing.pop_all()
         self.model, self.optimizer, self.average = self.prepared.model, self.prepared.optimizer, self.prepared.average
         self.losses: list[float] = []
-        self.saved_step: int | None = None
 
     def start(self, resume: bool | str | Path, command: str, resolved_config: dict[str, Any] | None) -> None:
         """Find and load the starting point, open the logs, say what will happen."""
-        self.command, self.resolved_config = command, resolved_config
-        self.facts = {
+        compared = {
             "training": config_dict(self.config),
             "num_processes": self.accelerator.num_processes,
             "num_examples": len(self.task),
@@ -144,6 +133,15 @@ class _Run:
             "frozen_checksum": self.prepared.frozen_checksum,
             "sharding": self.sharding,
         }
+        self.checkpoints = CheckpointWriter(
+            self.task,
+            self.config,
+            self.accelerator,
+            self.store,
+            self.prepared,
+            self.last_checkpoints,
+            RunFacts(command, resolved_config, compared),
+        )
         start = on_main(self.accelerator, lambda: find_start(self.store, resume))
         remarks = list(start.remarks)
         if start.checkpoint is not None:
@@ -161,16 +159,16 @@ class _Run:
 
     def _load(self, start: Start) -> list[str]:
         assert start.checkpoint is not None
-        saved = read_facts(start.checkpoint)
+        saved, facts = read_facts(start.checkpoint), self.checkpoints.facts
         has_best = saved["best_step"] is not None
-        recipe = recipe_changes(start.checkpoint, self.resolved_config, self.task.free_settings, has_best=has_best)
-        remarks = check_continuation(start, saved, self.facts, self.config, recipe)
+        recipe = recipe_changes(start.checkpoint, facts.resolved_config, self.task.free_settings, has_best=has_best)
+        remarks = check_continuation(start, saved, facts.compared, self.config, recipe)
         self.state = self.prepared.load(start.checkpoint)
         if self.accelerator.scaler is not None and self.state.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         if start.is_continued:
             is_saved_as_asked = self.config.sharded_checkpoints or model_folder(start.checkpoint) is not None
-            self.saved_step = self.state.step if is_saved_as_asked else None
+            self.checkpoints.saved_step = self.state.step if is_saved_as_asked else None
         else:  # the best of another folder's run is not here to be kept
             self.state.best_step = self.state.best_value = None
             self.state.is_evaluation_due = False
@@ -211,7 +209,7 @@ class _Run:
                 result = self._step(micro_batches)
             self._record(result, data_s=working - waiting, step_s=time.perf_counter() - waiting)
             self._after_step(result)
-        self._save()
+        self.checkpoints.save(self.state, self.log)
         metrics, best_step, best_value = on_main(self.accelerator, self._publish)
         best = None if best_step is None else {"step": best_step, "value": best_value, "metric": self.task.best}
         return TrainingResult(self.state.step, metrics, best, self.store.output_dir, self.losses)
@@ -280,7 +278,7 @@ class _Run:
         self.state.is_evaluation_due = has_evaluation and bool(stop_signal)
         is_best = has_evaluation and not stop_signal and self._evaluate()
         if is_last or is_best or stop_signal or (config.save_every and step % config.save_every == 0):
-            self._save()
+            self.checkpoints.save(self.state, self.log)
         if is_best and not is_last and not config.sharded_checkpoints:
             on_main(self.accelerator, self._publish_best)
         if stop_signal and (has_evaluation or not is_last):
@@ -299,10 +297,10 @@ class _Run:
         self.model.train()
         self.state.is_evaluation_due = isinstance(metrics, int)
         if isinstance(metrics, int):
-            self._save()
+            self.checkpoints.save(self.state, self.log)
             self._stop(metrics, "in the evaluation after")
         self.state.metrics = metrics
-        self.saved_step = None  # a checkpoint of this step, from before a stop, does not know the outcome
+        self.checkpoints.saved_step = None  # a checkpoint of this step, from before a stop, does not know the outcome
         self._require_best(metrics)
         is_best = is_better(self.task, metrics, self.state.best_value)
         if is_best:
@@ -316,7 +314,7 @@ class _Run:
     def _require_best(self, metrics: dict[str, float]) -> None:
         if problem := missing_best(self.task, metrics, self.state.step):
             self.state.is_evaluation_due = True  # a misspelt metric does not cost the steps so far
-            self._save()
+            self.checkpoints.save(self.state, self.log)
             raise RunError(problem)
 
     def _score_or_stop(self, tensors: dict[str, Tensor]) -> dict[str, float] | int:
@@ -335,47 +333,6 @@ class _Run:
             metrics = {key: float(value) for key, value in self.task.evaluate(model).items()}
             self.log.show(self.task.draw(model), self.state.step)
             return metrics
-
-    def _save(self) -> None:
-        if self.saved_step == self.state.step:
-            return
-        if self.average is not None:
-            self.state.average_updates = self.average.updates
-        if self.accelerator.scaler is not None:
-            self.state.scaler = self.accelerator.scaler.state_dict()
-        on_main(self.accelerator, self._sync_log)
-        step = self.state.step
-        if isinstance(self.prepared, ShardedModel) and self.config.sharded_checkpoints:
-            save_sharded(self.accelerator, self.store, step, self.prepared, self._write_facts)
-        else:
-            full = self.prepared.full_state()
-            on_main(self.accelerator, lambda: self._save_whole(full))
-        on_main(self.accelerator, self._prune)
-        self.saved_step = step
-
-    def _sync_log(self) -> None:
-        with self.store.failing_as_a_whole(self.state.step):
-            self.log.sync()
-
-    def _save_whole(self, full: FullState) -> None:
-        self.store.save(self.state.step, functools.partial(self._write_checkpoint, full))
-
-    def _prune(self) -> None:
-        kept = {self.state.best_step} if self.state.best_step is not None else set()
-        if self.last_checkpoints is not None:
-            kept.update(self.last_checkpoints.until(self.state.step))
-        self.store.prune(self.config.keep_last, kept)
-
-    def _write_checkpoint(self, full: FullState, folder: Path) -> None:
-        write_tensors(folder, full)
-        self._write_facts(folder)
-        (folder / "model").mkdir()
-        with self.prepared.holding(self.prepared.to_hold(full)):
-            self.task.save(self.prepared.plain, folder / "model")
-
-    def _write_facts(self, folder: Path) -> None:
-        write_state(folder, self.state, self.facts)
-        write_run_facts(folder, self.command, self.facts["training"], self.resolved_config)
 
     def _publish(self) -> tuple[dict[str, float], int | None, float | None]:
         """Write `final/` and `best/`; the last evaluation, and step and value of the best one."""

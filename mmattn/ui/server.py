@@ -12,6 +12,7 @@ from typing import Any
 
 import gradio as gr
 
+from mmattn._environment import changed_environment
 from mmattn.errors import RunError, UsageError
 from mmattn.ui.look import CSS, theme
 from mmattn.ui.page import PageModel, build_page
@@ -59,7 +60,7 @@ def serving(models: Sequence[PageModel], *, host: str, port: int, share: bool) -
         UsageError: the port was taken meanwhile.
         RunError: the page could not be reached, or no public address could be had.
     """
-    with tempfile.TemporaryDirectory(prefix="mmattn-ui-") as folder, _environment(_for_gradio(folder)):
+    with tempfile.TemporaryDirectory(prefix="mmattn-ui-") as folder, changed_environment(_for_gradio(folder)):
         page = build_page(models)
         try:
             _launch(page, host, port, share)
@@ -70,7 +71,7 @@ def serving(models: Sequence[PageModel], *, host: str, port: int, share: bool) -
 
 def _launch(page: gr.Blocks, host: str, port: int, share: bool) -> None:
     name = f"[{host}]" if ":" in host else host  # as in an address of a page
-    with _environment(_past_proxies(host, share)):
+    with changed_environment(_past_proxies(host, share)):
         try:
             page.launch(server_name=name, server_port=port, share=share, **_settings())
         except OSError as error:
@@ -98,25 +99,6 @@ def _past_proxies(host: str, share: bool) -> dict[str, str | None]:
     given = [os.environ[name] for name in ("NO_PROXY", "no_proxy") if os.environ.get(name)]
     value = ",".join([*given, *own])
     return {"NO_PROXY": value, "no_proxy": value}
-
-
-@contextlib.contextmanager
-def _environment(changes: dict[str, str | None]) -> Iterator[None]:
-    """Other environment variables for a while; None: not there."""
-    before = {name: os.environ.get(name) for name in changes}
-    _set_variables(changes)
-    try:
-        yield
-    finally:
-        _set_variables(before)
-
-
-def _set_variables(values: dict[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 def _settings() -> dict[str, Any]:

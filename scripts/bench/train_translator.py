@@ -191,7 +191,7 @@ class Stock:
             rows = [torch.tensor(feature[name]) for feature in features]
             return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
-        ids = padded("input_ids", self.model.config.pad_token_id)
+        ids = padded("input_ids", cast(int, self.model.config.pad_token_id))
         mask = nn.utils.rnn.pad_sequence(
             [torch.ones(len(feature["input_ids"]), dtype=torch.int64) for feature in features], batch_first=True
         )

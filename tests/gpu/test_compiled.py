@@ -79,6 +79,17 @@ def test_weights_changed_in_place_and_replaced(folders):
     assert pair.num_compiled == 2
 
 
+def test_moved_away_and_back(folders):
+    pair = Pair(folders["marian"], backend="aot_eager", device=DEVICE, idle_bytes=None)
+    before = pair.check(ENGLISH[:3])
+    for place, dtype in (("cpu", torch.float64), (DEVICE, torch.float32)):
+        for translator in (pair.eager, pair.ours):
+            assert translator.to(place, dtype).device.type == torch.device(place).type
+        assert pair.ours.compiled.idle == []
+        found = pair.check(ENGLISH[:3])
+    assert [one.text for one in found] == [one.text for one in before]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_types(folders, dtype):
     ours = Translator.from_pretrained(folders["marian"], device=DEVICE, dtype=dtype, compile=True)

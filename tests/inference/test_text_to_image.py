@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import mmattn
 from mmattn.inference.diffusion.context_once import context_projected_once
@@ -227,6 +228,49 @@ def test_lora_files(folders, lora_files, kind, tmp_path):
     first, second = t2i.load_lora(lora_file / "pytorch_lora_weights.safetensors"), t2i.load_lora(lora_file, 0.5)
     assert first != second
     assert sorted(t2i.pipeline.get_active_adapters()) == sorted([first, second])
+
+
+@pytest.mark.parametrize("kind", ["sd", "pixels"])
+def test_a_lora_file_without_a_text_encoder_is_nothing_to_warn_of(folders, lora_files, kind, caplog):
+    t2i = TextToImage.from_pretrained(folders[kind], device="cpu")
+    state = torch.get_rng_state()
+    t2i.load_lora(lora_files[kind])
+    assert not caplog.records
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+def test_lora_files_of_text_encoders(stocks, folders, kind, tmp_path):
+    parts = {"sd": ["text_encoder"], "xl": ["unet", "text_encoder", "text_encoder_2"]}[kind]
+    trained, stock = (quiet(type(stocks[kind]).from_pretrained(folders[kind])) for _ in range(2))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        for part in parts:
+            targets = ["to_q", "to_v"] if part == "unet" else ["q_proj", "fc1"]
+            lora = LoraConfig(r=3, init_lora_weights=False, target_modules=targets)
+            inject_adapter_in_model(lora, getattr(trained, part))
+    layers = {f"{part}_lora_layers": get_peft_model_state_dict(getattr(trained, part)) for part in parts}
+    trained.save_lora_weights(tmp_path, **layers)
+    stock.load_lora_weights(tmp_path, adapter_name="a")
+    t2i = TextToImage.from_pretrained(folders[kind], device="cpu")
+    plain = draw(t2i)
+    name = t2i.load_lora(tmp_path, 0.7)
+    assert t2i.pipeline.get_list_adapters() == {part: [name] for part in parts}
+    stock.set_adapters(["a"], [0.7])
+    expected = stock(PROMPTS, generator=seeds(0, 0), num_inference_steps=STEPS, guidance_scale=5.0).images
+    assert difference(draw(t2i), expected) <= 1
+    assert difference(draw(t2i), plain) > 3
+    t2i.unload_lora()
+    assert difference(draw(t2i), plain) == 0
+
+
+def test_a_lora_file_with_other_weights_is_refused(folders, lora_files, tmp_path):
+    held = load_file(lora_files["sd"] / "pytorch_lora_weights.safetensors")
+    save_file(held | {"unet.conv_in.weight": torch.zeros(2)}, tmp_path / "more.safetensors")
+    t2i = TextToImage.from_pretrained(folders["sd"], device="cpu")
+    with pytest.raises(mmattn.errors.CheckpointError, match="it holds unet.conv_in.weight, which is no part of one"):
+        t2i.load_lora(tmp_path)
+    assert t2i.pipeline.get_list_adapters() == {}
 
 
 def test_lora_file_of_another_model(folders, lora_files, tmp_path):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from mmattn.errors import MmattnError
-from mmattn.training import Batch, Loss, launcher_sharding, loop, rates, sharding, train, zero3
+from mmattn.training import Batch, Loss, checkpoint_writer, launcher_sharding, rates, sharding, train, zero3
 from mmattn.training.state import LoopState
 from tests.ranks import Ranks
 from tests.training.toy import VOCAB, WIDTH, ToyTask, toy_config
@@ -264,18 +264,18 @@ def _kill_at_fsync(rank: int, number: int) -> None:
 @contextlib.contextmanager
 def _full_disk(step: int | None) -> Iterator[None]:
     """Inside, the facts of that step's checkpoint cannot be written."""
-    write_state = loop.write_state
+    write_state = checkpoint_writer.write_state
 
     def failing(folder: Path, state: LoopState, facts: dict[str, Any]) -> None:
         if state.step == step:
             raise OSError(errno.ENOSPC, "No space left on device")
         write_state(folder, state, facts)
 
-    loop.write_state = failing
+    checkpoint_writer.write_state = failing
     try:
         yield
     finally:
-        loop.write_state = write_state
+        checkpoint_writer.write_state = write_state
 
 
 def run_all(runs: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from mmattn.models.unet.kv_file import merge_cross_attention_kv, read_cross_atte
 
 # The first matrix of a pair, by the names that diffusers, PEFT and the older formats have for it.
 _PAIR = re.compile(r"lora_A\.|lora[._]down\.|lora_linear_layer\.down\.")
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _CANNOT = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
@@ -97,8 +98,7 @@ class Adapters:
         file = _find_file(path)
         name = self._new_name(Path(path))
         try:
-            held = self._pipeline.lora_state_dict(str(file), unet_config=self._pipeline.unet.config)[0]
-            self._pipeline.load_lora_weights(str(file), adapter_name=name)
+            held = self._load_parts(file, name)
         except _CANNOT as error:
             self._remove(name)
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
@@ -107,6 +107,29 @@ class Adapters:
         self._scales[name] = float(scale)
         self._pipeline.set_adapters(list(self._scales), list(self._scales.values()))
         return name
+
+    def _load_parts(self, file: Path, name: str) -> list[str]:
+        """Load what a file has for each model; its keys.
+
+        Diffusers' `load_lora_weights` warns of every model that a file has nothing for, as most have not for text
+        encoders.
+        """
+        pipeline = self._pipeline
+        held, alphas, metadata = pipeline.lora_state_dict(
+            str(file), unet_config=pipeline.unet.config, return_lora_metadata=True
+        )
+        strange = next((key for key in held if "lora" not in key), None)
+        if strange is not None:
+            raise ValueError(f"it holds {strange}, which is no part of one")
+        options = {"network_alphas": alphas, "metadata": metadata, "adapter_name": name, "_pipeline": pipeline}
+        options["low_cpu_mem_usage"] = True  # no weights are drawn that the file's would overwrite
+        if any(key.startswith("unet.") for key in held):
+            pipeline.load_lora_into_unet(held, unet=pipeline.unet, **options)
+        for part in _TEXT_ENCODERS:
+            encoder = getattr(pipeline, part, None)
+            if encoder is not None and any(key.startswith(f"{part}.") for key in held):
+                pipeline.load_lora_into_text_encoder(held, text_encoder=encoder, prefix=part, **options)
+        return list(held)
 
     def unload(self) -> None:
         """Take all of them off again."""

@@ -53,7 +53,7 @@ def open_pipeline(
         CheckpointError: nothing there, a model of another family, or weights that are missing.
         UsageError: a dtype that is none.
     """
-    device = folders.default_device() if device is None else torch.device(device)
+    device = folders.usable_device(device)
     dtype = weights_dtype(folders.default_dtype(device) if dtype is None else dtype)
     if dtype is None:
         raise UsageError("dtype 'auto' is not offered here, since a pipeline's parts must agree: name one")

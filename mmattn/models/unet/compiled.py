@@ -95,9 +95,7 @@ class CompiledUNet:
                 f"compile=True compiles mmattn.UNet, not a {type(unet).__name__}: open it with UNet.from_pretrained, or"
                 " UNet.from_stock(unet)"
             )
-        device = check_device(unet)
-        if use_graphs and device.type != "cuda":
-            raise UsageError(f"use_graphs=True needs a CUDA device, the network is on {device}: leave it out")
+        check_device(unet, use_graphs)
         self.unet = unet
         self._backend, self._use_graphs = backend, use_graphs
         self._compiled: dict[_Kind, Callable[..., Tensor]] = {}
@@ -112,16 +110,23 @@ class CompiledUNet:
         """Shapes of inputs that are kept."""
         return len(self._steps)
 
+    def reset(self) -> None:
+        """Forget all that was compiled and captured, and free its buffers: for a U-Net that has been moved."""
+        with self._lock:
+            self._forget(None)
+
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Within it, the U-Net's forward is the compiled one.
 
         Raises:
-            UsageError: hooks or another forward on the U-Net or a part of it, such as those of offloading.
+            UsageError: hooks or another forward on the U-Net or a part of it, such as those of offloading; or a device
+                as for the class.
         """
         unet: Any = self.unet
         with self._lock:
             self._watch.check_forwards()
+            check_device(self.unet, self._use_graphs)
             for step in self._steps.values():
                 step.text = ()  # weights written to through `tensor.data` have the version that they had
             unet.forward = self._forward
@@ -173,10 +178,7 @@ class CompiledUNet:
     def _step_for(self, inputs: dict[str, Tensor], given: Tensor | UNetContext) -> _Step:
         structure, versions = self._watch.read()
         if structure != self._structure:
-            self._steps.clear()
-            self._compiled.clear()
-            self._pool = None  # a pool whose graphs are all gone cannot be used again
-        self._structure = structure
+            self._forget(structure)
         text = given.text if isinstance(given, UNetContext) else given
         key_mask = given.key_mask if isinstance(given, UNetContext) else None
         length = text.shape[1] if key_mask is None else -(-text.shape[1] // _TEXT_MULTIPLE) * _TEXT_MULTIPLE
@@ -197,6 +199,12 @@ class CompiledUNet:
         self._steps.move_to_end(wanted)
         step.text = _marks(text, key_mask, versions)
         return step
+
+    def _forget(self, structure: tuple[Any, ...] | None) -> None:
+        self._structure = structure
+        self._steps.clear()
+        self._compiled.clear()
+        self._pool = None  # a pool whose graphs are all gone cannot be used again
 
     def _projected(self, text: Tensor, key_mask: Tensor | None, length: int) -> UNetContext:
         """A context of tensors of its own, contiguous, with every layer's keys and values."""
