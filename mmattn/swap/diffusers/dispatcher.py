@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
@@ -38,6 +38,7 @@ class RegisterBackend:
 
     role: str
     backend: str
+    _members: list[Any] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -61,6 +62,19 @@ class RegisterBackend:
                 table.pop(member, None)
         return None
 
+    def member(self, before: Any) -> Any:
+        """What the processors are set to whose backend was `before`: one object for all of them, since torch.compile
+        looks at its identity, and would else compile every block of `compile_repeated_blocks` by itself."""
+        for member in self._members:
+            if member.before is before:
+                return member
+        member = _member(self.name)
+        member.before = before
+        member.__deepcopy__ = lambda memo: before
+        member.__reduce_ex__ = lambda protocol: (type(None), ()) if before is None else before.__reduce_ex__(protocol)
+        self._members.append(member)
+        return member
+
     def problem(self) -> str | None:
         """Whether somebody took it out."""
         is_there = self.name in attention_dispatch.AttentionBackendName._value2member_map_
@@ -69,8 +83,8 @@ class RegisterBackend:
 
 @dataclass(eq=False)
 class UseBackend:
-    """Lets one processor of a dispatcher model use a registered backend. A copy of the processor has what was set
-    before: no handle takes care of it, and the backend may go."""
+    """Lets one processor of a dispatcher model use a registered backend. A copy of the processor, pickled or not, has
+    what was set before: no handle takes care of it, and the backend may go, or be of another process."""
 
     processor: Any
     backend: RegisterBackend
@@ -82,9 +96,7 @@ class UseBackend:
         current = self.processor._attention_backend  # of its class, where it has none itself
         self._was_there = "_attention_backend" in vars(self.processor)
         self._before = getattr(current, "before", current)  # of stock, where a swap's handle is gone
-        member = _member(self.backend.name)
-        member.before, member.__deepcopy__ = self._before, lambda memo: self._before
-        self.processor._attention_backend = member
+        self.processor._attention_backend = self.backend.member(self._before)
         for users in _USERS.values():
             users.discard(self.processor)
         _USERS[self.backend.name].add(self.processor)
