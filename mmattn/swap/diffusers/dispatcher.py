@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from diffusers import __version__
@@ -24,7 +24,7 @@ from mmattn.ops.masks import causal_mask
 from mmattn.swap.attend import attend
 
 _USERS: defaultdict[str, WeakSet[Any]] = defaultdict(WeakSet)  # a backend's name: the processors that are set to it
-_DEFAULTS: list[KeepProcessDefault] = []  # in the order in which they were taken
+_DEFAULTS: list[ref[KeepProcessDefault]] = []  # in the order in which they were taken
 
 
 @dataclass(eq=False)
@@ -135,15 +135,16 @@ class KeepProcessDefault:
         self._before = registry._active_backend
         if self._left is not None:
             registry.set_active_backend(self._left)
-        _DEFAULTS.append(self)
+        _DEFAULTS[:] = [kept for kept in _DEFAULTS if kept() is not None] + [ref(self)]
 
     def undo(self, *, force: bool = False) -> str | None:
         """Put it back. What was set meanwhile is not a later swap's "before" either."""
         registry = attention_dispatch._AttentionBackendRegistry
-        later = _DEFAULTS[_DEFAULTS.index(self) + 1 :]
+        kept = [step for each in _DEFAULTS if (step := each()) is not None]
+        later = kept[kept.index(self) + 1 :]
         if later:
             later[0]._before = self._before
-        _DEFAULTS.remove(self)
+        _DEFAULTS.remove(ref(self))
         self._left = registry._active_backend
         registry.set_active_backend(self._before)
         return None
