@@ -132,14 +132,14 @@ class CrossAttention(ProjectedAttention):
             context, key_mask = self._project(context, key_mask), None
         rows, length, _ = x.shape
         batch = context.key.shape[0]
-        if rows % max(batch, 1):
+        if rows % batch if batch else rows:
             raise UsageError(
                 f"CrossAttention: x has {rows} rows and the context {batch}: x needs a multiple of the context's rows"
             )
         query = self.q_proj(x)
-        repeats = rows // max(batch, 1)
+        repeats = rows // batch if batch else 1
         if repeats != 1:
-            query = query.reshape(batch, repeats * length, -1)
+            query = query.reshape(batch, repeats * length, query.shape[2])
             attn_mask = None if attn_mask is None else fold_attn_mask(attn_mask, rows, length, repeats)
         query = split_heads(query, self.num_heads)
         if self.q_norm is not None:
@@ -154,7 +154,7 @@ class CrossAttention(ProjectedAttention):
             is_causal=False,
         )
         if repeats != 1:
-            attended = attended.reshape(rows, length, -1)
+            attended = attended.reshape(rows, length, attended.shape[2])
         return self.out_proj(attended)
 
     def _forward_packed(

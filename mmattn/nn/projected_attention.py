@@ -258,5 +258,5 @@ class ProjectedAttention(nn.Module):
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """View `[B, L, N * D]` as `[B, N, L, D]`, without a copy."""
-    batch, length, _ = x.shape
-    return x.reshape(batch, length, num_heads, -1).transpose(1, 2)
+    batch, length, width = x.shape
+    return x.reshape(batch, length, num_heads, width // num_heads).transpose(1, 2)

@@ -146,6 +146,22 @@ def test_rows_without_any_key_give_the_projection_of_zeros(x: Tensor, context: T
     assert torch.equal(out[REPEATS : 2 * REPEATS], module.out_proj.bias.expand(REPEATS, LENGTH, EMBED_DIM))
 
 
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("sizes", [(0, 7, 0, 11), (0, 7, 3, 11), (6, 0, 3, 11), (6, 7, 3, 0)])
+def test_nothing_to_attend_from_or_to(sizes: tuple[int, ...], is_fused: bool) -> None:
+    rows, length, batch, context_length = sizes
+    module = make()
+    x = torch.randn(rows, length, EMBED_DIM).double()
+    context = torch.randn(batch, context_length, CONTEXT_DIM).double()
+    if is_fused:
+        module.requires_grad_(False).fuse()
+    out = module(x, context, key_mask=torch.ones(batch, context_length, dtype=torch.bool))
+    assert torch.equal(out, module.out_proj.bias.expand(rows, length, EMBED_DIM))
+    if not is_fused:
+        out.sum().backward()
+        assert all(parameter.grad is not None for parameter in module.parameters())
+
+
 @pytest.mark.parametrize("context_length", [1, 3])
 def test_gradients_reach_the_shared_context(x: Tensor, context: Tensor, context_length: int) -> None:
     module = make(qk_norm="layer")
@@ -175,6 +191,8 @@ def test_layer_shares_one_context_among_rows(x: Tensor, context: Tensor, key_mas
 @torch.no_grad()
 def test_wrong_arguments_are_named(x: Tensor, context: Tensor) -> None:
     module = make()
+    with pytest.raises(UsageError, match="x has 15 rows and the context 0"):
+        module(x, context[:0])
     with pytest.raises(UsageError, match="x has 14 rows and the context 3: x needs a multiple"):
         module(x[1:], context)
     with pytest.raises(UsageError, match=r"context has shape \[3, 11, 16\], expected \[batch, length, 17\]"):
