@@ -12,6 +12,7 @@ from mmattn.nn import CrossAttention, TransformerLayer, fuse
 from mmattn.nn.cross_attention import fold_attn_mask
 from mmattn.ops.cache import ContextKV
 from mmattn.ops.observe import AttentionCall, observing
+from mmattn.ops.segments import Segments
 
 BATCH, REPEATS, LENGTH, CONTEXT_LENGTH = 3, 5, 7, 11
 EMBED_DIM, CONTEXT_DIM, NUM_HEADS, NUM_KV_HEADS = 24, 17, 6, 2
@@ -193,6 +194,10 @@ def test_wrong_arguments_are_named(x: Tensor, context: Tensor) -> None:
     module = make()
     with pytest.raises(UsageError, match="x has 15 rows and the context 0"):
         module(x, context[:0])
+    cu_seqlens = torch.tensor([0, 4, 11])
+    with pytest.raises(UsageError, match=r"not by a Tensor: Segments\.of\(lengths\), or Segments\.of\(cu_seqlens\."):
+        module(x[0], context[0], segments=Segments.of([3, 4]), context_segments=cu_seqlens)  # type: ignore[arg-type]
+    assert Segments.of(cu_seqlens.diff()).lengths == (4, 7)
     with pytest.raises(UsageError, match="x has 14 rows and the context 3: x needs a multiple"):
         module(x[1:], context)
     with pytest.raises(UsageError, match=r"context has shape \[3, 11, 16\], expected \[batch, length, 17\]"):
