@@ -85,7 +85,7 @@ class TranslationRecorder:
         contexts = tuple(
             None if each is None else each.select(torch.tensor([row], device=device)) for each in batch.contexts
         )
-        align = functools.partial(self._align, source, target, length)
+        align = functools.partial(_align, source, target, length, self._special, self._unknown)
         spot = network.decoder.layers[config.chosen_alignment_layer].cross_attn, config.alignment_heads
         hidden = self._special | {""}
         self._kept[number] = [
@@ -105,5 +105,8 @@ class TranslationRecorder:
             for recorder, recording in zip(self._recorders, self._kept[number], strict=True):
                 recorder.texts.append(recording)
 
-    def _align(self, source: list[str], target: list[str], length: int, weights: np.ndarray) -> Alignment:
-        return align_words(source, target, weights[:, :length], self._special, unknown=self._unknown)
+
+def _align(
+    source: list[str], target: list[str], length: int, special: frozenset[str], unknown: str | None, weights: np.ndarray
+) -> Alignment:
+    return align_words(source, target, weights[:, :length], special, unknown=unknown)

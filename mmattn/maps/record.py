@@ -53,7 +53,7 @@ class AttentionMaps:
     """
 
     def __init__(self, target: Any, wanted: Wanted) -> None:
-        self.target = target
+        self.target: Any = target  # None when the block has ended
         self.wanted = wanted
         self.texts: list[Recorded] = []
         self.layer_names: dict[int, str] = {}
@@ -131,6 +131,12 @@ class AttentionMaps:
     def take_images(self, images: Sequence[Image.Image]) -> None:
         """The pictures that came of what was recorded last."""
         self.drawing.take_images(images)
+
+    def end(self) -> None:
+        """Let go of the target, its model and pipeline: maps may outlive them."""
+        reason = self.why_empty()
+        self.why_empty = lambda: reason
+        self.target = self.drawing = None
 
     # Used by everybody.
 
@@ -329,6 +335,7 @@ def record_attention(
     wanted = Wanted.checked(role, layers, heads, steps, tokens, views, guidance, prompts, tokenizer)
     maps = AttentionMaps(target, wanted)
     with contextlib.ExitStack() as stack:
+        stack.callback(maps.end)
         stack.enter_context(_watching(target, maps))
         token = _RECORDERS.set((*_RECORDERS.get(), maps))
         stack.callback(_RECORDERS.reset, token)

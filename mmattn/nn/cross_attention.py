@@ -125,21 +125,20 @@ class CrossAttention(ProjectedAttention):
                 context or one kind of segments alone with segments.
         """
         if segments is not None or context_segments is not None:
-            self._check_packed(x, self.embed_dim, "x", key_mask=key_mask, attn_mask=attn_mask)
-            return self._forward_packed(x, context, segments, context_segments)
+            return self._forward_packed(x, context, segments, context_segments, key_mask=key_mask, attn_mask=attn_mask)
         self._check_input(x, self.embed_dim, "x")
         if not isinstance(context, ContextKV):
             context, key_mask = self._project(context, key_mask), None
         rows, length, _ = x.shape
         batch = context.key.shape[0]
-        if rows % max(batch, 1):
+        if rows % batch if batch else rows:
             raise UsageError(
                 f"CrossAttention: x has {rows} rows and the context {batch}: x needs a multiple of the context's rows"
             )
         query = self.q_proj(x)
-        repeats = rows // max(batch, 1)
+        repeats = rows // batch if batch else 1
         if repeats != 1:
-            query = query.reshape(batch, repeats * length, -1)
+            query = query.reshape(batch, repeats * length, query.shape[2])
             attn_mask = None if attn_mask is None else fold_attn_mask(attn_mask, rows, length, repeats)
         query = split_heads(query, self.num_heads)
         if self.q_norm is not None:
@@ -154,17 +153,23 @@ class CrossAttention(ProjectedAttention):
             is_causal=False,
         )
         if repeats != 1:
-            attended = attended.reshape(rows, length, -1)
+            attended = attended.reshape(rows, length, attended.shape[2])
         return self.out_proj(attended)
 
     def _forward_packed(
-        self, x: Tensor, context: Tensor | ContextKV, segments: Segments | None, context_segments: Segments | None
+        self,
+        x: Tensor,
+        context: Tensor | ContextKV,
+        segments: Segments | None,
+        context_segments: Segments | None,
+        **masks: Tensor | None,
     ) -> Tensor:
         if segments is None or context_segments is None or isinstance(context, ContextKV):
             raise UsageError(
                 "CrossAttention: packed sequences need segments, context_segments and the context's rows [M, Cc]"
             )
-        self._check_packed(context, self.context_dim, "context")
+        self._check_packed(x, self.embed_dim, "x", segments, **masks)
+        self._check_packed(context, self.context_dim, "context", context_segments)
         query = self.q_proj(x).unflatten(1, (self.num_heads, -1))
         queries = segments.merged(len(context_segments))
         if self._is_absorbed(query, context, queries, context_segments):

@@ -22,7 +22,8 @@ def convert_kv_heads(module: ModuleT, num_kv_heads: int, *, how: KVHeadSource = 
 
     Neighbouring heads are mean-pooled (arXiv 2305.13245, section 2.1). The output is unchanged when the heads pooled
     together are equal; otherwise a short further training is meant to follow. An optimiser made before must be made
-    anew, since the weights are new parameters. Either all attentions are converted or, on an error, none.
+    anew, since the weights are new parameters. Weights that several attentions share stay shared. Either all attentions
+    are converted or, on an error, none.
 
     Args:
         module: `SelfAttention`, `CrossAttention`, a layer or a whole network.
@@ -37,7 +38,7 @@ def convert_kv_heads(module: ModuleT, num_kv_heads: int, *, how: KVHeadSource = 
     Raises:
         UsageError: When there is no attention in the module, the number does not divide, `how` is unknown, or a
             projection is not a plain Linear (adapter, quantised weight), or with "svd" one that norms or rotates its
-            keys.
+            keys, or shares a weight.
     """
     if how not in get_args(KVHeadSource):
         raise UsageError(f"convert_kv_heads: how={how!r} is unknown: use {', '.join(get_args(KVHeadSource))}")
@@ -46,9 +47,25 @@ def convert_kv_heads(module: ModuleT, num_kv_heads: int, *, how: KVHeadSource = 
         raise UsageError(f"convert_kv_heads: {type(module).__name__} holds no attention of mmattn.nn")
     for name, child in attentions.items():
         _check_convertible(name or type(child).__name__, child, num_kv_heads, how)
+    if how == "svd":
+        _check_unshared(attentions)
+    made: dict[int, nn.Parameter] = {}
     for child in attentions.values():
-        _convert(child, num_kv_heads, how)
+        _convert(child, num_kv_heads, how, made)
     return module
+
+
+def _check_unshared(attentions: dict[str, ProjectedAttention]) -> None:
+    """Refuse weights that several attentions share: "svd" gives each of them its own."""
+    owners: dict[int, str] = {}
+    for name, child in attentions.items():
+        for key, parameter in child.named_parameters():
+            if id(parameter) in owners:
+                raise UsageError(
+                    f"convert_kv_heads: {name}.{key} is {owners[id(parameter)]} too, and how='svd' needs weights of "
+                    "their own for both: use another, or untie them"
+                )
+            owners[id(parameter)] = f"{name}.{key}"
 
 
 def _check_convertible(name: str, module: ProjectedAttention, num_kv_heads: int, how: KVHeadSource) -> None:
@@ -65,16 +82,23 @@ def _check_convertible(name: str, module: ProjectedAttention, num_kv_heads: int,
         raise UsageError(f"convert_kv_heads: {name} cannot be converted: {'; '.join(reasons)}")
 
 
-def _convert(module: ProjectedAttention, num_kv_heads: int, how: KVHeadSource) -> None:
+def _convert(module: ProjectedAttention, num_kv_heads: int, how: KVHeadSource, made: dict[int, nn.Parameter]) -> None:
+    """Convert one attention; `made` holds what parameters have become, by identity: the old ones were all there at
+    once, so that no two of them have the same."""
     was_fused = module.is_fused
     module.unfuse()
     if how == "svd":
         merge_by_svd(module, num_kv_heads)
     else:
         for linear in (module.k_proj, module.v_proj):
-            linear.weight = _reduced(linear.weight, num_kv_heads, module.head_dim, how)
-            if linear.bias is not None:
-                linear.bias = _reduced(linear.bias, num_kv_heads, module.head_dim, how)
+            for name in ("weight", "bias"):
+                old = getattr(linear, name)
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = _reduced(old, num_kv_heads, module.head_dim, how)
+                    made[id(old)] = made[id(new)] = new  # of a Linear that is shared it comes again
+                setattr(linear, name, made[id(old)])
             linear.out_features = num_kv_heads * module.head_dim
     module.num_kv_heads = num_kv_heads
     if was_fused:

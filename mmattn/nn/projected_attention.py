@@ -17,7 +17,7 @@ from mmattn.nn.norms import NormKind, make_norm
 from mmattn.nn.packed_linears import PackedLinears, packing_refusals
 from mmattn.ops.attention import attention
 from mmattn.ops.packed import packed_attention
-from mmattn.ops.segments import Segments
+from mmattn.ops.segments import Segments, check_segments
 
 
 class ProjectedAttention(nn.Module):
@@ -39,7 +39,7 @@ class ProjectedAttention(nn.Module):
             read them.
 
     Raises:
-        UsageError: When the sizes do not divide.
+        UsageError: When the sizes do not divide, or a number is out of range.
     """
 
     role: ClassVar[Literal["self", "cross"]]
@@ -63,6 +63,11 @@ class ProjectedAttention(nn.Module):
     ) -> None:
         super().__init__()
         kind = type(self).__name__
+        for name, size in (("embed_dim", embed_dim), ("context_dim", context_dim), ("num_heads", num_heads)):
+            if size < 1:
+                raise UsageError(f"{kind}: {name} is {size}, it must be at least 1")
+        if not 0.0 <= dropout_p < 1.0:
+            raise UsageError(f"{kind}: dropout_p is {dropout_p}, it must be at least 0 and below 1")
         if head_dim is None:
             if embed_dim % num_heads:
                 raise UsageError(
@@ -216,9 +221,10 @@ class ProjectedAttention(nn.Module):
         )
         return cast(Tensor, out).transpose(1, 2).flatten(2)
 
-    def _check_packed(self, x: Tensor, width: int, name: str, **unused: object) -> None:
+    def _check_packed(self, x: Tensor, width: int, name: str, segments: object, **unused: object) -> None:
         """Check rows of packed sequences, and that nothing is given which they take no notice of."""
         kind = type(self).__name__
+        check_segments(kind, segments)
         given = [name for name, value in unused.items() if value is not None]
         if given:
             raise UsageError(f"{kind}: packed sequences (segments) take no {' or '.join(given)}")
@@ -258,5 +264,5 @@ class ProjectedAttention(nn.Module):
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """View `[B, L, N * D]` as `[B, N, L, D]`, without a copy."""
-    batch, length, _ = x.shape
-    return x.reshape(batch, length, num_heads, -1).transpose(1, 2)
+    batch, length, width = x.shape
+    return x.reshape(batch, length, num_heads, width // num_heads).transpose(1, 2)

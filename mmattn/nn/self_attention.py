@@ -109,7 +109,7 @@ class SelfAttention(ProjectedAttention):
                 rotary embedding, or masks or a cache with segments.
         """
         if segments is not None:
-            self._check_packed(x, self.embed_dim, "x", attn_mask=attn_mask, key_mask=key_mask, cache=cache)
+            self._check_packed(x, self.embed_dim, "x", segments, attn_mask=attn_mask, key_mask=key_mask, cache=cache)
             return self._forward_packed(x, segments, positions)
         self._check_input(x, self.embed_dim, "x")
         query, key, value = self._project(x)

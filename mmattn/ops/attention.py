@@ -73,6 +73,9 @@ def attention(
     The three masks combine by "and". A finite query that may attend to nothing gives exactly zero, and zero gradients.
     A key that no query of its row and head may attend to has no influence, on output or gradients, even if it is NaN.
 
+    Forward-mode derivatives and those of gradients (`torch.func.jvp`, `hessian`) need `backend="eager"`: fused kernels
+    have none.
+
     Args:
         query: [B, H, Lq, D].
         key: [B, G, Lk, D]; H is a multiple of G (grouped-query attention; multi-query with G = 1), and query head h

@@ -119,9 +119,14 @@ def empty_rows(allowed: Tensor) -> Tensor:
     return ~allowed.any(dim=-1, keepdim=True)
 
 
-def nothing_for(query: Tensor) -> Tensor:
-    """The output [B, H, Lq, D] where there is nothing to attend to: zeros, whose backward gives the query zeros."""
-    return query.masked_fill(torch.ones((), dtype=torch.bool, device=query.device), 0.0)
+def nothing_for(query: Tensor, *others: Tensor | None) -> Tensor:
+    """The output [B, H, Lq, D] where there is nothing to attend to: zeros, whose backward gives the query zeros, and
+    the others (keys, values, a mask) too: who wrote them need not know (DDP waits for every parameter's gradient)."""
+    output = query.masked_fill(torch.ones((), dtype=torch.bool, device=query.device), 0.0)
+    for other in others:
+        if other is not None and torch.is_grad_enabled() and other.is_floating_point():
+            output = output + other[..., :0].sum()
+    return output
 
 
 def key_spans(key_mask: Tensor) -> tuple[list[tuple[int, int]], bool]:

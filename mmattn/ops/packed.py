@@ -16,7 +16,7 @@ from mmattn.ops.observe import OBSERVERS
 from mmattn.ops.packed_groups import attend_groups
 from mmattn.ops.registry import check_role, choose_packed, selected
 from mmattn.ops.request import Traits, cast_to_autocast
-from mmattn.ops.segments import PackedRequest, Segments
+from mmattn.ops.segments import PackedRequest, Segments, check_segments
 
 
 def packed_attention(
@@ -112,6 +112,7 @@ def _check(
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise UsageError(f"packed_attention: {shapes}; the query heads must be a multiple of the key/value heads")
     for name, tensor, segments in (("query", query, query_segments), ("key", key, key_segments)):
+        check_segments("packed_attention", segments)
         check_rows("packed_attention", name, tensor, segments)
     if len(query_segments) != len(key_segments):
         raise UsageError(

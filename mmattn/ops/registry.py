@@ -63,6 +63,9 @@ _CHOICES: dict[tuple[str, Traits], tuple[Candidate, ...]] = {}
 def use_backend(name: str, role: str | None = None) -> Iterator[None]:
     """Within the block (and this thread or task only), attention without a `backend` argument runs on `name`.
 
+    Gradient checkpointing computes anew in the backward: let that happen in the block, too, or give torch's
+    `checkpoint` the `context_fn` of this module, `checkpoint_contexts`.
+
     Args:
         name: a backend's name, or "auto".
         role: "self" or "cross" to set only that one; None sets every call, those without a role included.

@@ -63,6 +63,9 @@ def prepare(
     Raises:
         UsageError: naming the argument, what it is and what it must be.
     """
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        kinds = [type(given).__name__ for given in (query, key, value)]
+        raise UsageError(f"attention: query is a {kinds[0]}, key a {kinds[1]}, value a {kinds[2]}; all must be tensors")
     device_type = query.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         query, key, value = cast_to_autocast(device_type, query, key, value)
@@ -89,9 +92,11 @@ def prepare(
             f"attention: query is on {query.device}, key on {key.device}, value on {value.device}; move them together"
         )
     if attn_mask is not None:
+        _check_is_tensor("attn_mask", attn_mask)
         attn_mask = as_four_dim(attn_mask, batch, heads, num_queries, num_keys)
         _check_device("attn_mask", attn_mask, query)
     if key_mask is not None:
+        _check_is_tensor("key_mask", key_mask)
         if key_mask.dtype is not torch.bool or key_mask.shape != (batch, num_keys):
             hint = "; convert a 1/0 mask with .bool()" if key_mask.dtype is not torch.bool else ""
             raise UsageError(
@@ -128,6 +133,11 @@ def traits_of(request: Request) -> Traits:
         has_grad,
         request.return_weights,
     )
+
+
+def _check_is_tensor(name: str, mask: object) -> None:
+    if not isinstance(mask, Tensor):
+        raise UsageError(f"attention: {name} is a {type(mask).__name__}, it must be a tensor")
 
 
 def _check_device(name: str, mask: Tensor, query: Tensor) -> None:

@@ -126,6 +126,15 @@ class Segments:
         return replace(self, cu_seqlens=self.cu_seqlens.pin_memory())
 
 
+def check_segments(what: str, segments: object) -> None:
+    """Raise `UsageError` for what is no `Segments`."""
+    if not isinstance(segments, Segments):
+        raise UsageError(
+            f"{what}: packed sequences are described by mmattn.ops.segments.Segments, not by a "
+            f"{type(segments).__name__}: Segments.of(lengths), or Segments.of(cu_seqlens.diff())"
+        )
+
+
 @dataclass(slots=True)
 class PackedRequest:
     """What a backend is asked to compute on packed sequences; see `packed_attention` for the meaning of each field."""

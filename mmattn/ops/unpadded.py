@@ -72,7 +72,7 @@ def attend_unpadded(request: Request, attend: Callable[[Rows], Tensor]) -> tuple
     batch, _, num_queries, _ = query.shape
     num_keys = key.shape[2]
     if query.numel() == 0 or num_keys == 0:
-        return masks.nothing_for(query), None
+        return masks.nothing_for(query, key, value), None
     if request.key_mask is None:
         key_rows, value_rows, key_starts = _all_rows(key), _all_rows(value), _starts(batch, num_keys, query.device)
     else:

@@ -22,9 +22,9 @@ _LOCK = threading.RLock()  # swaps change registries of the whole process
 class Swap:
     """What `mmattn.swap_attention` returns; also a context manager that restores at its end.
 
-    Dropping the handle leaves the swap in place; a later `swap_attention` on the same target takes over and restores
-    to stock. A deep copy of a swapped model is swapped too, and belongs to no handle; where attention goes through
-    diffusers' dispatcher (Flux, Wan, ...) the copy is stock.
+    The handle holds the model. Dropping it leaves the swap in place; a later `swap_attention` on the same target takes
+    over and restores to stock. A copy of a swapped model, deep or pickled, is swapped too, and belongs to no handle;
+    where attention goes through diffusers' dispatcher (Flux, Wan, ...) the copy is stock.
 
     Attributes:
         gate: the callback to pass to the pipeline as `callback_on_step_end` when `gate=` was given, else None.
@@ -121,9 +121,9 @@ class Swap:
                 take(steps)
 
     def clear_cache(self) -> None:
-        """Forget cached keys and values of texts. Only needed after writing into weights through `tensor.data`, which
-        torch's version counters do not see: diffusers' `EMAModel` does so. (LoRA layers that `fuse_lora` merges, and
-        steps of optimizers, are noticed.)"""
+        """Forget cached keys and values of texts. Only needed after writing into weights or into a text through
+        `tensor.data` or numpy, which torch's version counters do not see: diffusers' `EMAModel` does so. (LoRA layers
+        that `fuse_lora` merges, and steps of optimizers, are noticed.)"""
         for cache in self._plan.caches:
             cache.clear()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from os import PathLike, fspath
 
 from mmattn.errors import ConfigError
 
@@ -113,6 +114,11 @@ class TrainingConfig:
     trackers: list[str] = field(default_factory=list)
     max_bad_steps: int = 10
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """A path is welcome as `output_dir`; settings are written as JSON, which knows strings."""
+        if isinstance(self.output_dir, PathLike):
+            self.output_dir = fspath(self.output_dir)
 
     def validate(self) -> None:
         """Raise `ConfigError` naming every setting that cannot be used."""

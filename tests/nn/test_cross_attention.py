@@ -12,6 +12,7 @@ from mmattn.nn import CrossAttention, TransformerLayer, fuse
 from mmattn.nn.cross_attention import fold_attn_mask
 from mmattn.ops.cache import ContextKV
 from mmattn.ops.observe import AttentionCall, observing
+from mmattn.ops.segments import Segments
 
 BATCH, REPEATS, LENGTH, CONTEXT_LENGTH = 3, 5, 7, 11
 EMBED_DIM, CONTEXT_DIM, NUM_HEADS, NUM_KV_HEADS = 24, 17, 6, 2
@@ -146,6 +147,22 @@ def test_rows_without_any_key_give_the_projection_of_zeros(x: Tensor, context: T
     assert torch.equal(out[REPEATS : 2 * REPEATS], module.out_proj.bias.expand(REPEATS, LENGTH, EMBED_DIM))
 
 
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("sizes", [(0, 7, 0, 11), (0, 7, 3, 11), (6, 0, 3, 11), (6, 7, 3, 0)])
+def test_nothing_to_attend_from_or_to(sizes: tuple[int, ...], is_fused: bool) -> None:
+    rows, length, batch, context_length = sizes
+    module = make()
+    x = torch.randn(rows, length, EMBED_DIM).double()
+    context = torch.randn(batch, context_length, CONTEXT_DIM).double()
+    if is_fused:
+        module.requires_grad_(False).fuse()
+    out = module(x, context, key_mask=torch.ones(batch, context_length, dtype=torch.bool))
+    assert torch.equal(out, module.out_proj.bias.expand(rows, length, EMBED_DIM))
+    if not is_fused:
+        out.sum().backward()
+        assert all(parameter.grad is not None for parameter in module.parameters())
+
+
 @pytest.mark.parametrize("context_length", [1, 3])
 def test_gradients_reach_the_shared_context(x: Tensor, context: Tensor, context_length: int) -> None:
     module = make(qk_norm="layer")
@@ -175,6 +192,12 @@ def test_layer_shares_one_context_among_rows(x: Tensor, context: Tensor, key_mas
 @torch.no_grad()
 def test_wrong_arguments_are_named(x: Tensor, context: Tensor) -> None:
     module = make()
+    with pytest.raises(UsageError, match="x has 15 rows and the context 0"):
+        module(x, context[:0])
+    cu_seqlens = torch.tensor([0, 4, 11])
+    with pytest.raises(UsageError, match=r"not by a Tensor: Segments\.of\(lengths\), or Segments\.of\(cu_seqlens\."):
+        module(x[0], context[0], segments=Segments.of([3, 4]), context_segments=cu_seqlens)  # type: ignore[arg-type]
+    assert Segments.of(cu_seqlens.diff()).lengths == (4, 7)
     with pytest.raises(UsageError, match="x has 14 rows and the context 3: x needs a multiple"):
         module(x[1:], context)
     with pytest.raises(UsageError, match=r"context has shape \[3, 11, 16\], expected \[batch, length, 17\]"):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mmattn.errors import UsageError
 from mmattn.nn import CrossAttention, RotaryEmbedding, SelfAttention, TransformerLayer, convert_kv_heads, fuse
+from mmattn.nn.kv_heads import KVHeadSource
 from mmattn.nn.projected_attention import ProjectedAttention
 
 EMBED_DIM, CONTEXT_DIM, NUM_HEADS, HEAD_DIM = 24, 17, 6, 4
@@ -146,6 +147,20 @@ def test_narrow_weights_are_pooled_in_float32() -> None:
     assert torch.equal(convert_kv_heads(module, 2).k_proj.weight, expected)
 
 
+@pytest.mark.parametrize("how", ["mean", "first", "random"])
+def test_shared_weights_stay_shared(how: KVHeadSource) -> None:
+    layers = nn.ModuleList([SelfAttention(EMBED_DIM, NUM_HEADS) for _ in range(3)])
+    layers[1].k_proj.weight = layers[0].k_proj.weight
+    layers[2].k_proj = layers[0].k_proj
+    convert_kv_heads(layers, 2, how=how)
+    assert layers[1].k_proj.weight is layers[0].k_proj.weight is layers[2].k_proj.weight
+    assert layers[1].k_proj.bias is not layers[0].k_proj.bias
+    assert layers[1].v_proj.weight is not layers[0].v_proj.weight
+    assert layers[2].k_proj.weight.shape == (2 * layers[0].head_dim, EMBED_DIM)
+    for layer in layers:
+        assert layer(torch.zeros(1, 2, EMBED_DIM)).shape == (1, 2, EMBED_DIM)
+
+
 def test_errors_change_nothing() -> None:
     with pytest.raises(UsageError, match=r"convert_kv_heads: Linear holds no attention of mmattn\.nn"):
         convert_kv_heads(nn.Linear(2, 2), 1)
@@ -157,6 +172,11 @@ def test_errors_change_nothing() -> None:
     with pytest.raises(UsageError, match="1 has 1 key/value heads, not divisible into 2"):
         convert_kv_heads(layers, 2)
     assert layers[0].num_kv_heads == NUM_HEADS
+    twins = nn.ModuleList([SelfAttention(EMBED_DIM, NUM_HEADS) for _ in range(2)])
+    twins[1].q_proj.weight = twins[0].q_proj.weight
+    with pytest.raises(UsageError, match=r"1\.q_proj\.weight is 0\.q_proj\.weight too, and how='svd' needs weights"):
+        convert_kv_heads(twins, 2, how="svd")
+    assert twins[0].num_kv_heads == NUM_HEADS
     module = SelfAttention(EMBED_DIM, NUM_HEADS)
     module.v_proj = nn.Sequential(module.v_proj)  # type: ignore[assignment]
     with pytest.raises(UsageError, match=r"v_proj is a torch\.nn\.modules\.container\.Sequential, not a plain"):

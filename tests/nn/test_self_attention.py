@@ -160,6 +160,8 @@ def test_gradients(x: Tensor, length: int) -> None:
     ("options", "message"),
     [
         ({"num_heads": 5}, "embed_dim 24 does not divide into num_heads 5: set head_dim"),
+        ({"num_heads": 0}, "num_heads is 0, it must be at least 1"),
+        ({"num_heads": 6, "dropout_p": 1.0}, "dropout_p is 1.0, it must be at least 0 and below 1"),
         ({"num_heads": 6, "num_kv_heads": 4}, "num_kv_heads 4 does not divide num_heads 6"),
         ({"num_heads": 6, "num_kv_heads": 0}, "num_kv_heads 0 does not divide num_heads 6"),
         ({"num_heads": 6, "rotary": RotaryEmbedding(6)}, "rotary has head_dim 6, the heads have 4"),
@@ -182,6 +184,8 @@ def test_wrong_arguments_are_named(x: Tensor) -> None:
         module(x, positions=torch.arange(LENGTH))
     with pytest.raises(UsageError, match="a cache with a window needs is_causal=True"):
         module(x, cache=make_cache(module, window=3))
+    with pytest.raises(UsageError, match=r"described by mmattn\.ops\.segments\.Segments, not by a list"):
+        module(x[0], segments=[4, 7])  # type: ignore[arg-type]
     cache = make_cache(module)
     module(x, cache=cache)
     with pytest.raises(UsageError, match="KVCache is full"):

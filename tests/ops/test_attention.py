@@ -32,6 +32,10 @@ REFUSED = [
     ({"key_mask": torch.ones(2, 11, dtype=torch.int64)}, r"convert a 1/0 mask with .bool\(\)"),
     ({"key_mask": torch.ones(2, 7, dtype=torch.bool)}, r"must be boolean \[B, Lk\] = \[2, 11\]"),
     ({"key_mask": torch.ones(2, 11, dtype=torch.bool, device="meta")}, "key_mask is on meta, query on cpu"),
+    ({"query": QUERY.numpy()}, "query is a ndarray, key a Tensor, value a Tensor; all must be tensors"),
+    ({"value": None}, "query is a Tensor, key a Tensor, value a NoneType; all must be tensors"),
+    ({"attn_mask": [[True] * 11] * 7}, "attn_mask is a list, it must be a tensor"),
+    ({"key_mask": torch.ones(2, 11, dtype=torch.bool).numpy()}, "key_mask is a ndarray, it must be a tensor"),
     ({"dropout_p": 1.0}, "dropout_p is 1.0, it must be at least 0 and below 1"),
 ]
 

@@ -122,6 +122,40 @@ def test_views(backend):
         torch.testing.assert_close(one, attention(query, key[:, :, :1].repeat(1, 1, shape.keys, 1), value, **arguments))
 
 
+@pytest.mark.parametrize("scale", [-0.7, -1e-35, 0.0, 1e-35])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scales_that_are_not_positive(backend, dtype, scale):
+    """Torch's CPU kernel makes NaN of them where it is causal."""
+    for number in (1, 3, 6):
+        shape = SHAPES[number]
+        generator = generator_for(number, 43)
+        query, key, value = make_inputs(shape, dtype, generator)
+        for key_kind in ("none", "gaps"):
+            for is_causal in (False, True):
+                check_attention(
+                    functools.partial(attention, backend=backend),
+                    query,
+                    key,
+                    value,
+                    key_mask=make_key_mask(key_kind, shape, generator),
+                    is_causal=is_causal,
+                    scale=scale,
+                    what=f"{backend} {dtype} {shape} scale {scale} key {key_kind} causal {is_causal}",
+                )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_that_leaves_nothing_passes_zeros_to_all(backend):
+    query, key, value = (torch.randn(2, 3, 5, 7, requires_grad=True) for _ in range(3))
+    bias = torch.randn(5, 5, requires_grad=True)
+    key_mask = torch.zeros(2, 5, dtype=torch.bool)
+    attention(query, key, value, attn_mask=bias, key_mask=key_mask, backend=backend).sum().backward()
+    for tensor in (query, key, value, bias):
+        assert tensor.grad is not None
+        assert not tensor.grad.any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sizes", [(0, 7, 11), (2, 0, 11), (2, 7, 0)], ids=["no batch", "no queries", "no keys"])
 def test_nothing_to_do(backend, sizes):
@@ -145,4 +179,5 @@ def test_nothing_to_do(backend, sizes):
                 assert torch.equal(output, torch.zeros_like(output))
                 output.sum().backward()
     for tensor in (query, key, value):
-        assert tensor.grad is None or not tensor.grad.any()
+        assert tensor.grad is not None
+        assert not tensor.grad.any()

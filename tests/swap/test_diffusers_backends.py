@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -232,6 +233,19 @@ def test_a_copy_of_a_dispatcher_model_is_stock(flux):
     with mmattn.swap_attention(twin):
         assert torch.equal(FAMILIES["flux"].run(twin), stock)
     assert {processor._attention_backend for processor in twin.attn_processors.values()} == {None}
+
+
+@pytest.mark.parametrize("chosen", [None, AttentionBackendName._NATIVE_MATH])
+def test_a_pickled_dispatcher_model_is_stock(flux, chosen):
+    """As it has to be in another process, which knows no backend of ours."""
+    for processor in flux.attn_processors.values():
+        processor._attention_backend = chosen
+    stock = FAMILIES["flux"].run(flux)
+    with mmattn.swap_attention(flux):
+        data = pickle.dumps(flux)
+    twin = pickle.loads(data)
+    assert {processor._attention_backend for processor in twin.attn_processors.values()} == {chosen}
+    assert torch.equal(FAMILIES["flux"].run(twin), stock)
 
 
 def test_a_dispatcher_that_is_built_otherwise_is_not_touched(flux, unet, monkeypatch):

@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer
 
 import mmattn
 from mmattn.swap.diffusers import context_cache, context_path, fingerprint
@@ -32,8 +33,7 @@ def by_address_alone(monkeypatch):
 
     for module in (fingerprint, context_cache, context_path):
         monkeypatch.setattr(module, "of_tensor", of_tensor)
-    # Another object, not another method: the hook of a swap that is still in place elsewhere has the method already.
-    monkeypatch.setattr(fingerprint, "_OPTIMIZERS", types.SimpleNamespace(steps=0, count=lambda *event: None))
+    monkeypatch.setattr(fingerprint, "_OPTIMIZERS", types.SimpleNamespace(steps=0, watch=bool, rest=bool))
 
 
 # What may happen between two steps. Each is given the U-Net and the text, and returns the text of the next step.
@@ -129,6 +129,29 @@ def replace_forward(unet, text):
     return text
 
 
+class Scaled(nn.Module):
+    """A projection with a tensor that is neither parameter nor buffer."""
+
+    def __init__(self, linear, scales):
+        super().__init__()
+        self.linear, self.scales = linear, scales
+
+    def forward(self, states):
+        return self.linear(states) * self.scales["now"][0]
+
+
+def change_a_plain_tensor(unet, text):
+    for attn in attentions(unet, "attn2").values():
+        attn.to_k.scales["now"][0].mul_(1.5)
+    return text
+
+
+def another_plain_tensor(unet, text):
+    for attn in attentions(unet, "attn2").values():
+        attn.to_k.scales["now"] = [torch.tensor(1.5)]
+    return text
+
+
 CHANGES = [
     other_prompt, change_text_in_place, other_view_of_the_same_memory, change_weights_in_place, load_other_weights,
     assign_data, new_parameters, new_modules, optimizer_step, fused_optimizer_step, many_at_once_optimizer_step,
@@ -159,6 +182,13 @@ def test_a_change_is_seen(unet, change):
         before, after, fresh = before_and_after(unet, swapped, change)
     assert torch.equal(after, fresh)
     assert (before - fresh).abs().max() > 1e-4  # staleness would show
+
+
+@pytest.mark.parametrize("change", [change_a_plain_tensor, another_plain_tensor], ids=lambda change: change.__name__)
+def test_a_change_of_a_plain_tensor_is_seen(unet, change):
+    for attn in attentions(unet, "attn2").values():
+        attn.to_k = Scaled(attn.to_k, {"now": [torch.tensor(1.0)]})
+    test_a_change_is_seen(unet, change)
 
 
 @pytest.mark.parametrize("change", AT_THE_SAME_ADDRESS, ids=lambda change: change.__name__)
@@ -227,3 +257,14 @@ def test_a_write_that_no_counter_sees_needs_clear_cache(unet):
         after = run_unet(unet, text)
     assert torch.equal(after, run_unet(unet, text))
     assert not torch.equal(after, before)
+
+
+def test_one_hook_watches_optimizers_whatever_becomes_of_handles(unet):
+    hooks = optimizer._global_optimizer_post_hooks
+    before = len(hooks)
+    for _ in range(3):
+        mmattn.swap_attention(unet)
+        gc.collect()
+        assert len(hooks) == before + 1
+    mmattn.swap_attention(unet).restore()
+    assert len(hooks) == before

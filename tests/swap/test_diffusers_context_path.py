@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 
 import pytest
 import torch
@@ -156,6 +158,40 @@ def test_a_copy_has_its_own(model):
     before = run(twin, text)
     with mmattn.swap_attention(twin):
         assert torch.equal(run(twin, text), before)
+
+
+def drop_the_handle(model):
+    mmattn.swap_attention(model)
+    return model
+
+
+def copied(model):
+    with mmattn.swap_attention(model):
+        return copy.deepcopy(model)
+
+
+def pickled(model):
+    with mmattn.swap_attention(model):
+        return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("leave", [drop_the_handle, copied, pickled], ids=lambda leave: leave.__name__)
+@torch.no_grad()
+def test_a_later_swap_takes_over_what_no_handle_takes_care_of(model, leave):
+    stock = run(model, caption())
+    model = leave(model)
+    gc.collect()
+    assert "forward" in vars(projection(model))
+    text = caption()
+    swapped = mmattn.swap_attention(model)
+    assert torch.equal(run(model, text), stock)
+    projection(model).linear_1.weight.data.mul_(1.5)  # what no counter sees
+    swapped.clear_cache()
+    changed = run(model, text)
+    assert swapped.restore() == []
+    assert not vars(model).keys() & set(context_path.MERGING) | vars(projection(model)).keys() & {"forward"}
+    assert torch.equal(run(model, text), changed)
+    assert not torch.equal(changed, stock)
 
 
 def test_self_attention_alone_leaves_the_projection_alone(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -108,6 +109,22 @@ def test_a_dropped_handle_leaves_the_swap_and_a_later_one_restores_to_stock():
         assert all(processor is old[name] for name, processor in model.attn_processors.items())
         assert registries() == before
         assert torch.equal(run(model), stock)
+
+
+def test_a_swapped_model_goes_with_its_last_reference():
+    """As a stock one does: who frees a card's memory need not think of collecting cycles."""
+    for build, run in ((tiny_unet, run_unet), (FAMILIES["pixart"].build, FAMILIES["pixart"].run)):
+        model = build()
+        mmattn.swap_attention(model)
+        run(model)
+        gc.collect()  # the handle
+        gone = weakref.ref(model)
+        gc.disable()
+        try:
+            del model
+            assert gone() is None
+        finally:
+            gc.enable()
 
 
 def test_processors_that_the_user_puts_in_stay_until_forced(unet):

@@ -129,6 +129,24 @@ def test_compiling_transformers(key):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("key", ["flux", "wan"])
+def test_compiling_repeated_blocks(key):
+    """As often as stock, however many blocks there are: torch guards the identity of what a block's backend is."""
+    family = FAMILIES[key]
+    graphs = []
+    for is_swapped in (False, True):
+        torch.compiler.reset()
+        model, counter = family.build(), CompileCounter()
+        swapped = mmattn.swap_attention(model) if is_swapped else None
+        model.compile_repeated_blocks(backend=counter, fullgraph=True)
+        family.run(model)
+        graphs.append(counter.frame_count)
+        if swapped is not None:
+            swapped.restore()
+    assert graphs[0] == graphs[1]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiling_in_training():
     attn = seeded(lambda: liven(Attention(20, 12, heads=2, dim_head=10, norm_num_groups=4)))()
 

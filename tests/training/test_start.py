@@ -216,6 +216,11 @@ def test_what_stands_beside_a_checkpoint(finished):
     assert "batch_norm.running_mean" in load_file(folder / "trained.safetensors")
 
 
+def test_a_path_may_be_the_output_dir(tmp_path):
+    assert train(ToyTask(), TrainingConfig(tmp_path / "run", max_steps=1, device="cpu")).output_dir == tmp_path / "run"
+    assert train(ToyTask(), TrainingConfig(str(tmp_path / "run"), max_steps=1, device="cpu"), resume=True).step == 1
+
+
 def test_one_run_at_a_time(tmp_path):
     with OutputLock(tmp_path, enabled=True) as lock:
         lock.check()

@@ -37,7 +37,7 @@ def run(request: Request) -> tuple[Tensor, None]:
     batch, heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
     if query.numel() == 0 or num_keys == 0:
-        return masks.nothing_for(query), None
+        return masks.nothing_for(query, key, request.value, request.attn_mask), None
     flex_attention, create_block_mask = _compiled()
     mask_mod, bias = None, None
     if request.attn_mask is not None:

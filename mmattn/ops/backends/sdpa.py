@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmattn.errors import BackendError
-from mmattn.kernels.plain import is_plain_call
+from mmattn.kernels.plain import is_eager_call, is_plain_call
 from mmattn.ops import masks
 from mmattn.ops.limits import FLOATS, Backend, KnownBad, Limits, torch_device_missing
 from mmattn.ops.request import Request
@@ -35,21 +35,21 @@ _LOOK_COST = 2
 
 def run(request: Request) -> tuple[Tensor, None]:
     """Compute output [B, H, Lq, D]."""
-    query, key = request.query, request.key
-    if query.numel() == 0 or key.shape[2] == 0:
-        return masks.nothing_for(query), None  # without keys, CUDA kernels may leave their output unwritten
+    query, key, value, attn_mask = request.query, request.key, request.value, request.attn_mask
+    if query.numel() == 0 or key.shape[2] == 0:  # without keys, CUDA kernels may leave their output unwritten
+        return masks.nothing_for(query, key, value, attn_mask), None
     offset = key.shape[2] - query.shape[2] if request.is_causal else None
     if request.key_mask is None:
-        return _attend(request, query, key, request.value, request.attn_mask, None, offset), None
+        return _attend(request, query, key, value, attn_mask, None, offset), None
     if not _may_look(query):
-        return _attend(request, query, key, request.value, request.attn_mask, request.key_mask, offset), None
+        return _attend(request, query, key, value, attn_mask, request.key_mask, offset), None
     return _attend_padded(request, request.key_mask, offset), None
 
 
 def _may_look(tensor: Tensor) -> bool:
     """May values decide what is computed? On a CPU looking is free; elsewhere it would wait for the device, and a
-    traced graph cannot."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    traced graph, a transform of torch.func or a fake tensor cannot."""
+    return tensor.device.type == "cpu" and is_eager_call(tensor)
 
 
 def _attend_padded(request: Request, key_mask: Tensor, offset: int | None) -> Tensor:
@@ -61,6 +61,8 @@ def _attend_padded(request: Request, key_mask: Tensor, offset: int | None) -> Te
     first = min((start for start, end in spans if end), default=0)
     last = max(end for _, end in spans)
     key, value, attn_mask = request.key, request.value, request.attn_mask
+    if last == 0:
+        return masks.nothing_for(request.query, key, value, attn_mask)
     if last - first < key.shape[2]:
         key, value, key_mask = key[:, :, first:last], value[:, :, first:last], key_mask[:, first:last]
         attn_mask = None if attn_mask is None else attn_mask[..., first:last]
@@ -233,7 +235,8 @@ def _kernel(
             key, value = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (key, value))
         else:
             is_grouped = True
-    dropout_p, scale = request.dropout_p, request.scale
+    dropout_p = request.dropout_p
+    query, scale = _with_positive_scale(query, request.scale)
     if query.device.type == "cuda":
         with _safe_kernels(query, key, value, mask):
             output = F.scaled_dot_product_attention(
@@ -244,6 +247,20 @@ def _kernel(
             query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=is_grouped
         )
     return output if query.shape == shape else output.reshape(shape)
+
+
+# Kernels compute with float32 numbers, of which those far below this one are zeros.
+_LEAST_SCALE = 1e-30
+
+
+def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Query and scale of the same products. Torch's CPU kernel scales what its causal flag has set to -inf, which makes
+    NaN of a scale that is negative or zero."""
+    if scale >= _LEAST_SCALE:
+        return query, scale
+    if scale <= -_LEAST_SCALE:
+        return -query, -scale
+    return query * scale, 1.0
 
 
 def _repeats_groups(query: Tensor) -> bool:

@@ -7,7 +7,9 @@ LoRA writes into weights where no version counter sees it: before that everythin
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,17 +25,39 @@ MERGING = ("fuse_lora", "unfuse_lora")  # through `weight.data`
 
 
 class StandIn:
-    """Stands in for a method of one module, in the module's own `__dict__`; a copied module gets one of its own."""
+    """Stands in for a method of one module, in the module's own `__dict__`; a copied module gets one of its own.
+
+    It does not hold the module, which would be a cycle: a swapped model goes with its last reference, as a stock one.
+    """
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        self.module = module
+        self._module = weakref.ref(module)
         self.name = name
+        self.owner: weakref.ref[SetStandIn] | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module, which is there as long as anybody can call this."""
+        module = self._module()
+        assert module is not None
+        return module
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether some handle will take it away. Not one of a copy, or of a swap whose handle is gone."""
+        return self.owner is not None and self.owner() is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StandIn:
         copy = type(self).__new__(type(self))
         memo[id(self)] = copy
         copy.__init__(memo.get(id(self.module), self.module), self.name)
         return copy
+
+    def __getstate__(self) -> tuple[nn.Module, str]:
+        return self.module, self.name
+
+    def __setstate__(self, state: tuple[nn.Module, str]) -> None:
+        self.__init__(*state)
 
     def stock(self, *arguments: Any, **named: Any) -> Any:
         """What the method does by itself."""
@@ -101,19 +125,36 @@ class Remembered(StandIn):
         return 0 if self._entry is None else self._entry.output.nbytes
 
 
+@dataclass(eq=False)
+class SetStandIn(SetAttribute):
+    """Sets a stand-in. One that no handle takes care of goes: what was there before is what the class has."""
+
+    def do(self) -> None:
+        """Set it."""
+        if is_left_over(vars(self.target).get(self.name)):
+            delattr(self.target, self.name)
+        super().do()
+        self.value.owner = weakref.ref(self)
+
+
+def is_left_over(attribute: Any) -> bool:
+    """Whether a module's own attribute is a stand-in that no handle takes care of."""
+    return isinstance(attribute, StandIn) and not attribute.is_owned
+
+
 def plan_context_path(model: nn.Module, plan: Plan) -> None:
     """Add the steps that a model needs whose layers keep their keys and values of the text."""
     plan.shared.append(WatchOptimizers())
     for name in MERGING:
         if hasattr(type(model), name):
-            plan.shared.append(SetAttribute(model, name, Forgetting(model, name)))
+            plan.shared.append(SetStandIn(model, name, Forgetting(model, name)))
     module = getattr(model, PATHS.get(type(model).__name__, ""), None)
     # encoder_hid_proj may also project pictures, from a list of tensors.
     if not isinstance(module, nn.Linear) and type(module).__name__ != "PixArtAlphaTextProjection":
         return
     assert isinstance(module, nn.Module)
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not is_left_over(vars(module)["forward"]):
         return
     remembered = Remembered(module)
-    plan.shared.append(SetAttribute(module, "forward", remembered))
+    plan.shared.append(SetStandIn(module, "forward", remembered))
     plan.caches.append(remembered)

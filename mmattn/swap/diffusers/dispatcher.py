@@ -10,9 +10,9 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from diffusers import __version__
@@ -24,7 +24,7 @@ from mmattn.ops.masks import causal_mask
 from mmattn.swap.attend import attend
 
 _USERS: defaultdict[str, WeakSet[Any]] = defaultdict(WeakSet)  # a backend's name: the processors that are set to it
-_DEFAULTS: list[KeepProcessDefault] = []  # in the order in which they were taken
+_DEFAULTS: list[ref[KeepProcessDefault]] = []  # in the order in which they were taken
 
 
 @dataclass(eq=False)
@@ -38,6 +38,7 @@ class RegisterBackend:
 
     role: str
     backend: str
+    _members: list[Any] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -61,6 +62,19 @@ class RegisterBackend:
                 table.pop(member, None)
         return None
 
+    def member(self, before: Any) -> Any:
+        """What the processors are set to whose backend was `before`: one object for all of them, since torch.compile
+        looks at its identity, and would else compile every block of `compile_repeated_blocks` by itself."""
+        for member in self._members:
+            if member.before is before:
+                return member
+        member = _member(self.name)
+        member.before = before
+        member.__deepcopy__ = lambda memo: before
+        member.__reduce_ex__ = lambda protocol: (type(None), ()) if before is None else before.__reduce_ex__(protocol)
+        self._members.append(member)
+        return member
+
     def problem(self) -> str | None:
         """Whether somebody took it out."""
         is_there = self.name in attention_dispatch.AttentionBackendName._value2member_map_
@@ -69,8 +83,8 @@ class RegisterBackend:
 
 @dataclass(eq=False)
 class UseBackend:
-    """Lets one processor of a dispatcher model use a registered backend. A copy of the processor has what was set
-    before: no handle takes care of it, and the backend may go."""
+    """Lets one processor of a dispatcher model use a registered backend. A copy of the processor, pickled or not, has
+    what was set before: no handle takes care of it, and the backend may go, or be of another process."""
 
     processor: Any
     backend: RegisterBackend
@@ -82,9 +96,7 @@ class UseBackend:
         current = self.processor._attention_backend  # of its class, where it has none itself
         self._was_there = "_attention_backend" in vars(self.processor)
         self._before = getattr(current, "before", current)  # of stock, where a swap's handle is gone
-        member = _member(self.backend.name)
-        member.before, member.__deepcopy__ = self._before, lambda memo: self._before
-        self.processor._attention_backend = member
+        self.processor._attention_backend = self.backend.member(self._before)
         for users in _USERS.values():
             users.discard(self.processor)
         _USERS[self.backend.name].add(self.processor)
@@ -123,15 +135,16 @@ class KeepProcessDefault:
         self._before = registry._active_backend
         if self._left is not None:
             registry.set_active_backend(self._left)
-        _DEFAULTS.append(self)
+        _DEFAULTS[:] = [kept for kept in _DEFAULTS if kept() is not None] + [ref(self)]
 
     def undo(self, *, force: bool = False) -> str | None:
         """Put it back. What was set meanwhile is not a later swap's "before" either."""
         registry = attention_dispatch._AttentionBackendRegistry
-        later = _DEFAULTS[_DEFAULTS.index(self) + 1 :]
+        kept = [step for each in _DEFAULTS if (step := each()) is not None]
+        later = kept[kept.index(self) + 1 :]
         if later:
             later[0]._before = self._before
-        _DEFAULTS.remove(self)
+        _DEFAULTS.remove(ref(self))
         self._left = registry._active_backend
         registry.set_active_backend(self._before)
         return None

@@ -8,7 +8,8 @@ What no counter sees is a write through `tensor.data` between two calls.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import threading
+from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -44,9 +45,10 @@ def of_tensor(tensor: Tensor) -> Fingerprint | None:
 def of_modules(*modules: nn.Module | None) -> Fingerprint | None:
     """Of what some modules compute: their tensors, and the plain values in their attributes (an adapter's scale, which
     adapters are active or merged). None when a hook or a replaced `forward` may make them compute something else, or
-    dropout is on."""
+    dropout is on. What other objects in attributes hold is not looked at."""
     if _has_any_global_hook():
         return None
+    _OPTIMIZERS.watch()
     keys: list[Hashable] = [_OPTIMIZERS.steps]
     held: list[Any] = []
     for module in modules:
@@ -57,9 +59,7 @@ def of_modules(*modules: nn.Module | None) -> Fingerprint | None:
                 return None
             keys.append((id(part), part.training, None if type(part) is nn.Linear else _plain_values(part)))
             held.append(part)
-            for tensor in (*part._parameters.values(), *part._buffers.values()):
-                if tensor is None:
-                    continue
+            for tensor in _tensors_of(part):
                 fingerprint = of_tensor(tensor)
                 if fingerprint is None:
                     return None
@@ -71,17 +71,13 @@ def of_modules(*modules: nn.Module | None) -> Fingerprint | None:
 class WatchOptimizers:
     """Counts the steps of all optimizers, while some swap is in place that keeps projected texts."""
 
-    def __init__(self) -> None:
-        self._handle: RemovableHandle | None = None
-
     def do(self) -> None:
         """Begin."""
-        self._handle = register_optimizer_step_post_hook(_OPTIMIZERS.count)
+        _OPTIMIZERS.watch()
 
     def undo(self, *, force: bool = False) -> str | None:
-        """End."""
-        if self._handle is not None:
-            self._handle.remove()
+        """End, until anybody else asks for a fingerprint."""
+        _OPTIMIZERS.rest()
         return None
 
     def problem(self) -> str | None:
@@ -90,9 +86,28 @@ class WatchOptimizers:
 
 
 class _Optimizers:
-    steps = 0
+    """One hook for the process, however many swaps there are or have been whose handles are gone."""
 
-    def count(self, *event: Any) -> None:
+    def __init__(self) -> None:
+        self.steps = 0
+        self._handle: RemovableHandle | None = None
+        self._lock = threading.Lock()
+
+    def watch(self) -> None:
+        """Count from now on."""
+        with self._lock:
+            if self._handle is None:
+                self._handle = register_optimizer_step_post_hook(self._count)
+
+    def rest(self) -> None:
+        """Count no more. Whatever was kept until now, steps may be missed: no fingerprint from before is good."""
+        with self._lock:
+            if self._handle is not None:
+                self._handle.remove()
+            self._handle = None
+            self.steps += 1
+
+    def _count(self, *event: Any) -> None:
         self.steps += 1
 
 
@@ -108,6 +123,24 @@ def of_autocast(device: torch.device) -> Hashable:
 def _is_followed(forward: Any) -> bool:
     """Whether a module's own `forward` attribute (None without one) computes what its class would."""
     return forward is None or getattr(forward, "is_transparent", False)
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """A module's own tensors, those in plain attributes too."""
+    yield from _tensors_in(module._parameters)
+    yield from _tensors_in(module._buffers)
+    if type(module) is not nn.Linear:
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                yield from _tensors_in(value)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
 
 
 def _plain_values(module: nn.Module) -> str:
