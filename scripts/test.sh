@@ -24,7 +24,7 @@ check basedpyright
 check lint-imports
 echo "== pytest"
 workers="$("$bin/python" -c 'import os; print(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))')"
-"$bin/python" -m pytest -n "$workers" "$@" </dev/null || failed+=(pytest)
+"$bin/python" -m pytest -n "$workers" --dist worksteal "$@" </dev/null || failed+=(pytest)
 # Triton's interpreter is chosen for a whole process. (Where there is no Triton these tests say so and are skipped.)
 if [ $# -eq 0 ]; then
     echo "== pytest, kernels on Triton's interpreter"
