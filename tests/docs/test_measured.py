@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.scripts import open_script
 
 ROOT = Path(__file__).resolve().parents[2]
 # 1.55x, 42.9 %, 28.6; not the 4 of "4 beams".
@@ -38,13 +38,7 @@ def test_every_row_names_its_command():
 def swap_table(monkeypatch):
     """The script as a module."""
     monkeypatch.syspath_prepend(str(ROOT))
-    spec = importlib.util.spec_from_file_location("swap_table", ROOT / "scripts" / "swap_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return open_script("swap_table.py", monkeypatch)
 
 
 def test_the_table_of_families_has_every_family_in_its_place(swap_table):

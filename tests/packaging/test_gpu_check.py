@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -12,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.scripts import open_script
 
 ROOT = Path(__file__).resolve().parents[2]
 ADD = "import json, sys; print(json.dumps({'table': 'T', 'cells': {'a': 1, 'b': 'x|y'}}), file=open(sys.argv[1], 'a'))"
@@ -27,13 +28,7 @@ LIMITS = {"tests": 30, "attention": 30, "translator": 2, "vlm": 30}  # seconds
 @pytest.fixture
 def unchanged(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts" / "gpu"))
-    spec = importlib.util.spec_from_file_location("gpu_check_run", ROOT / "scripts" / "gpu" / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    yield module
+    yield open_script("gpu/run.py", monkeypatch)
     for name in ("report", "processes", "side_by_side"):
         sys.modules.pop(name, None)
 

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from mmattn.config import list_recipes
+from tests.scripts import open_script
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "settings.md"
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    found = importlib.util.spec_from_file_location("settings_page", ROOT / "scripts" / "settings_page.py")
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module  # where its dataclasses look for their types
-    found.loader.exec_module(module)
-    return module
+@pytest.fixture
+def script(monkeypatch) -> ModuleType:
+    return open_script("settings_page.py", monkeypatch)
 
 
 def test_it_is_up_to_date(script: ModuleType):
