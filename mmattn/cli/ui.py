@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,11 +39,12 @@ def ui(
 
     free_address(host, port)  # known before models are opened, which may take long
     opened = _opened(models)
-    with serving(opened, host=host, port=free_address(host, port), share=share) as address:
+    with _asked_to_end() as ended, serving(opened, host=host, port=free_address(host, port), share=share) as address:
         print(f"{address}  (Ctrl-C ends it)", flush=True)
         if share or not _is_this_machine(host):
             print("others can reach this page too: there is no password", file=sys.stderr)
-        _wait()
+        while not ended.wait(0.5):
+            pass
 
 
 def _is_this_machine(host: str) -> bool:
@@ -69,13 +74,14 @@ def _short_name(model: str) -> str:
     return parts[-1] if parts else model
 
 
-def _wait() -> None:
-    """Until Ctrl-C, or until the process is asked to end."""
-    import signal
-    import threading
-
+@contextlib.contextmanager
+def _asked_to_end() -> Iterator[threading.Event]:
+    """Set by Ctrl-C, or when the process is asked to end: from before the page opens, or whoever ends it as soon as it
+    has said its address would leave its files behind."""
     ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    while not ended.wait(0.5):
-        pass
+    before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield ended
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

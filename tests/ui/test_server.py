@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from mmattn.cli import ui as ui_verb
 from mmattn.cli.main import main
 from mmattn.cli.ui import _is_this_machine as is_this_machine
 from mmattn.errors import RunError, UsageError
@@ -160,6 +163,24 @@ def test_an_address_of_version_six(models, tmp_path):
     started = start_server([models["translator"]], tmp_path, host="::1")
     code = answer_code(started.address)
     assert (code, *end_server(started)) == (200, 0, "")
+
+
+def test_asked_to_end_while_the_page_opens(monkeypatch, capsys):
+    """It ends as it always does, whenever that is: nothing is left behind."""
+    told = []
+
+    @contextlib.contextmanager
+    def opening(models, **_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield "http://127.0.0.1:1/"
+        told.append("closed")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(serving, "serving", opening)
+    monkeypatch.setattr(ui_verb, "_opened", lambda models: models)
+    ui_verb.ui(["m"], host="127.0.0.1", port=0, share=False)
+    assert told == ["closed"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_only_models_with_a_tab():
