@@ -15,6 +15,8 @@
 #   scripts/gpu_check.sh --part tests --part compiled --part packed ... --seconds 200 --keep two
 #   scripts/gpu_check.sh --join one --join two --join docs/gpu.json
 #
+# Run only where it is named: `--part experiments`, kernels that are not in the package (docs/kernels.md).
+#
 # It makes .venv as scripts/test.sh does. With MMATTN_PYTHON=/path/to/python it uses that Python and installs nothing.
 # Imports, compilation and models of several parts are prepared side by side (--at-once); one measures at a time, while all
 # others are stopped.

@@ -66,13 +66,22 @@ def packed_launches_of(head_dim: int, dtype: torch.dtype, is_causal: bool = True
     return (forward, *backward)
 
 
-def row(capability: int, head_dim: int, num_keys: int | str, launch: Launch) -> str:
+TAKEN = ("kernel", "warps", "registers", "shared", "spilt", "group, warp products")
+
+
+def head(*where: str) -> str:
+    """The first lines of a table whose rows say of each kernel `where` it belongs."""
+    names = (*where, *TAKEN)
+    return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
+
+
+def row(launch: Launch, *where: object) -> str:
     """A line of the table."""
     found = resources_of(launch)
     name = launch.kernel.__name__.removesuffix("_kernel")
     products = f"{found.warp_group_products}, {found.warp_products}"
     numbers = (launch.num_warps, found.registers, found.shared_bytes, found.spilled_bytes, products)
-    return f"| {' | '.join(map(str, (capability / 10, head_dim, num_keys, name, *numbers)))} |"
+    return f"| {' | '.join(map(str, (*where, name, *numbers)))} |"
 
 
 def main() -> int:
@@ -83,18 +92,17 @@ def main() -> int:
     parser.add_argument("--keys", type=int, nargs="+", default=KEYS)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16, metavar="NAME")
     arguments = parser.parse_args()
-    print("| capability | head_dim | keys | kernel | warps | registers | shared | spilt | group, warp products |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(head("capability", "head_dim", "keys"))
     for capability in arguments.capability:
         with compiling_for(capability):
             for head_dim, num_keys in itertools.product(arguments.head_dim, arguments.keys):
                 for launch in launches(head_dim, num_keys, arguments.dtype):
-                    print(row(capability, head_dim, num_keys, launch), flush=True)
+                    print(row(launch, capability / 10, head_dim, num_keys), flush=True)
             for head_dim in arguments.head_dim:
                 for launch in decode_launches_of(head_dim, DECODE_KEYS, arguments.dtype):
-                    print(row(capability, head_dim, DECODE_KEYS, launch), flush=True)
+                    print(row(launch, capability / 10, head_dim, DECODE_KEYS), flush=True)
                 for launch in packed_launches_of(head_dim, arguments.dtype):
-                    print(row(capability, head_dim, "packed", launch), flush=True)
+                    print(row(launch, capability / 10, head_dim, "packed"), flush=True)
     return 0
 
 

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import gc
 import json
+import math
 import os
 import statistics
 import sys
@@ -31,13 +32,15 @@ _BEGIN = time.monotonic()
 @dataclass(frozen=True)
 class Options:
     """How a part is run; `tiny` only shows that it runs; `only` names one of the jobs of a part that has several, None
-    all of them; `turns` are the file descriptors by which it asks for its turn."""
+    all of them; `turns` are the file descriptors by which it asks for its turn; `resources` asks for what the kernels
+    take of a processor, and nothing is measured."""
 
     device: str
     tiny: bool
     rows: Path | None
     only: str | None = None
     turns: tuple[int, int] | None = None
+    resources: bool = False
 
     @property
     def repeats(self) -> int:
@@ -70,14 +73,21 @@ class Options:
                 os.write(self.turns[1], GIVE_BACK)
 
 
-def read_options(description: str | None, jobs: Sequence[str] = ()) -> Options:
-    """From the command line of a part, whose jobs have these names."""
+def read_options(description: str | None, jobs: Sequence[str] = (), has_resources: bool = False) -> Options:
+    """From the command line of a part, whose jobs have these names; `has_resources`: it has kernels of its own, and can
+    say what they take."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="append rows here, as JSON lines")
     if jobs:
         parser.add_argument("--only", choices=jobs, help="this alone")
+    if has_resources:
+        parser.add_argument(
+            "--resources",
+            action="store_true",
+            help="no card: registers, shared memory, spills of its kernels, compiled for 8.0 and 9.0",
+        )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     # Capturing a graph collects garbage: not each time among all that was imported.
@@ -87,7 +97,14 @@ def read_options(description: str | None, jobs: Sequence[str] = ()) -> Options:
     turns = os.environ.get(TURN)
     reads, writes = map(int, turns.split(",")) if turns else (0, 0)
     only = arguments.only if jobs else None
-    return Options(arguments.device, arguments.tiny, arguments.rows, only, (reads, writes) if turns else None)
+    return Options(
+        arguments.device,
+        arguments.tiny,
+        arguments.rows,
+        only,
+        (reads, writes) if turns else None,
+        has_resources and arguments.resources,
+    )
 
 
 def tell(problem: Exception) -> None:
@@ -129,6 +146,33 @@ def card_us(calls: list[Callable[[], Any]], device: str) -> tuple[float, bool]:
     """
     if device == "cpu":
         return 1000 * wall_ms({"": calls[0]}, 1, device)[""][0], False
+    replay, is_graphed = _captured(calls)
+    return _event_us({"": replay})[""] / len(calls), is_graphed
+
+
+def alternating_us(runs: dict[str, list[Callable[[], Any]]], device: str) -> dict[str, float]:
+    """`card_us` of each variant, one replay of each after the other: what changes with time, clocks above all, falls on
+    all of them alike. Infinite where a variant does not run, or not in a CUDA graph: launches would be counted too."""
+    found: dict[str, float] = {}
+    replays: dict[str, Callable[[], Any]] = {}
+    for name, calls in runs.items():
+        try:
+            if device == "cpu":
+                found[name] = len(calls) * card_us(calls, device)[0]
+                continue
+            replay, is_graphed = _captured(calls)
+        except Exception as error:  # the others' figures are wanted
+            print(f"  {name}:", end="")
+            tell(error)
+            continue
+        if is_graphed:
+            replays[name] = replay
+    found |= _event_us(replays)
+    return {name: found[name] / len(calls) if name in found else math.inf for name, calls in runs.items()}
+
+
+def _captured(calls: list[Callable[[], Any]]) -> tuple[Callable[[], Any], bool]:
+    """What does all calls once, and whether that is one CUDA graph; they have run before, by themselves."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -142,7 +186,7 @@ def card_us(calls: list[Callable[[], Any]], device: str) -> tuple[float, bool]:
         with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
             for call in calls:
                 call()
-        replay, is_graphed = graph.replay, True
+        return graph.replay, True
     except Exception as error:
         print("  not captured:", end="")
         tell(error)
@@ -153,8 +197,7 @@ def card_us(calls: list[Callable[[], Any]], device: str) -> tuple[float, bool]:
             for call in calls:
                 call()
 
-        is_graphed = False
-    return _event_us(replay) / len(calls), is_graphed
+        return replay, False
 
 
 def _renew_generator() -> None:
@@ -163,17 +206,23 @@ def _renew_generator() -> None:
     torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(torch.Generator("cuda"))
 
 
-def _event_us(replay: Callable[[], Any]) -> float:
-    replay()
-    times = []
-    while len(times) < 5 or (len(times) < 25 and sum(times) < 25_000):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+def _event_us(replays: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """The median of each, one after the other: five times and more, up to 25 where all of them have not taken 25 ms a
+    variant yet."""
+    for replay in replays.values():
         replay()
-        end.record()
-        end.synchronize()
-        times.append(1000 * begin.elapsed_time(end))
-    return statistics.median(times)
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    for count in range(25 if replays else 0):
+        if count >= 5 and sum(map(sum, times.values())) >= 25_000 * len(replays):
+            break
+        for name, replay in replays.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            replay()
+            end.record()
+            end.synchronize()
+            times[name].append(1000 * begin.elapsed_time(end))
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def host_us(call: Callable[[], Any], count: int, device: str) -> float:

@@ -33,11 +33,12 @@ class Part:
     """A script, and its place in the page.
 
     Attributes:
-        script: in this folder; "pytest" for the tests.
+        script: in this folder; "pytest" for the tests; or a folder, which has a script for each job.
         seconds: each of its processes may run so long, generously: all together have `TOTAL`.
         jobs: what each of its processes does, "" where it is one.
         gib: of the card's memory, for each.
         is_alone: it takes all of the processor.
+        is_extra: run only where it is named, and not wanting where it is not in the page.
     """
 
     script: str
@@ -45,8 +46,11 @@ class Part:
     jobs: tuple[str, ...] = ("",)
     gib: float = 8.0
     is_alone: bool = False
+    is_extra: bool = False
 
 
+# Scripts of the folder `experiments`: kernels that get into the package only where a card shows a gain.
+EXPERIMENTS = ("residual_norm",)
 # The most important first: a page that is cut off lacks the last.
 PARTS = {
     "tests": Part("pytest", 190, is_alone=True),
@@ -63,6 +67,7 @@ PARTS = {
     "translator": Part("translator.py", 150),
     "vlm": Part("vlm.py", 130),
     "diffusion": Part("diffusion.py", 240, ("pixart", "unets", "compiled-1", "compiled-2"), gib=24),
+    "experiments": Part("experiments", 150, EXPERIMENTS, gib=10, is_extra=True),
 }
 TOTAL = 885
 CARD_SHARE = 0.9
@@ -75,7 +80,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the tests only; writes no page")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the page (docs/gpu.md, when it has every part)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep each part's output and rows here")
-    parser.add_argument("--part", choices=PARTS, action="append", help="only this one (may be repeated)")
+    extra = ", ".join(part for part in PARTS if PARTS[part].is_extra) or "none"
+    parser.add_argument(
+        "--part",
+        choices=PARTS,
+        action="append",
+        help=f"only this one (may be repeated); run only where it is named: {extra}",
+    )
     parser.add_argument("--seconds", type=float, default=TOTAL, help=f"for all parts together (default {TOTAL})")
     parser.add_argument(
         "--at-once",
@@ -107,6 +118,17 @@ def arguments() -> argparse.Namespace:
     return options
 
 
+def whole() -> list[str]:
+    """The parts of a whole page."""
+    return [part for part in PARTS if not PARTS[part].is_extra]
+
+
+def script_of(part: str, job: str) -> Path:
+    """The script that a job of a part runs."""
+    path = HERE / PARTS[part].script
+    return path / f"{job}.py" if path.is_dir() else path
+
+
 def test_files() -> list[str]:
     """Where tests are marked `gpu`: their folder, and single files beside other tests."""
     single = [
@@ -121,7 +143,8 @@ def command(part: str, job: str, options: argparse.Namespace, rows: Path) -> lis
     """What a job of a part runs."""
     if part != "tests":
         words = ["--device", options.device, "--rows", str(rows), *["--tiny"] * options.tiny]
-        return [sys.executable, str(HERE / PARTS[part].script), *words, *(["--only", job] if job else [])]
+        script = script_of(part, job)
+        return [sys.executable, str(script), *words, *(["--only", job] if job and script.stem != job else [])]
     workers = str(max(1, min(12, usable_cores() * 3 // 4)))
     # Quiet once, which the settings of the project are already: twice there is no line of how many have passed.
     words = ["-m", "gpu", "-n", workers, "--dist", "worksteal", "--tb=short", "--show-capture=no", "-rN"]
@@ -240,8 +263,8 @@ def run_parts(parts: list[str], options: argparse.Namespace, folder: Path) -> Ru
 def main() -> int:
     """Every part, then the page."""
     options = arguments()
-    parts = list(dict.fromkeys(options.part or ())) or (
-        ["tests"] if options.quick else [] if options.join else list(PARTS)
+    parts: list[str] = list(dict.fromkeys(options.part or ())) or (
+        ["tests"] if options.quick else [] if options.join else whole()
     )
     if parts and options.device == "cuda" and not torch.cuda.is_available():
         print(f"gpu_check.sh: no CUDA card here (torch {torch.__version__} sees none): nothing was checked")
@@ -252,7 +275,8 @@ def main() -> int:
         own = [run_parts(parts, options, folder)] if parts else []
         joined = [run for each in options.join for run in read_runs(each)]
         runs, kept = shown([*joined, *(read_run(folder) for _ in own)], list(PARTS))
-        output = options.output or (PAGE if len(kept) == len(PARTS) else None)
+        missing = [part for part in whole() if part not in kept]
+        output = options.output or (None if missing else PAGE)
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(page(runs, kept), encoding="utf-8")
@@ -260,7 +284,7 @@ def main() -> int:
             print(f"written: {output} and {output.with_suffix('.json')}")
         elif not options.quick:
             print(
-                f"no page: without {', '.join(part for part in PARTS if part not in kept)} it would not be whole "
+                f"no page: without {', '.join(missing)} it would not be whole "
                 "(--output FILE writes what there is, --join FOLDER adds an earlier run)"
             )
     return 1 if any(outcome.error for run in own for outcome in run.outcomes) else 0

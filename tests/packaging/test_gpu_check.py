@@ -174,9 +174,18 @@ def test_the_page_says_of_each_part_what_its_figures_for_programs_do(unchanged):
 
 def test_every_part_has_its_script(unchanged):
     for name, part in unchanged.PARTS.items():
-        assert name == "tests" or (ROOT / "scripts" / "gpu" / part.script).is_file(), name
+        for job in part.jobs:
+            assert name == "tests" or unchanged.script_of(name, job).is_file(), (name, job)
         assert part.seconds < unchanged.TOTAL
     assert unchanged.TOTAL + sys.modules["side_by_side"].LAST_WORDS_S < 15 * 60
+
+
+def test_an_experiment_is_run_only_where_it_is_named(unchanged, tmp_path):
+    assert "experiments" not in unchanged.whole()
+    options = unchanged.argparse.Namespace(device="cpu", tiny=True)
+    words = unchanged.command("experiments", "residual_norm", options, tmp_path / "rows")
+    assert words[1] == str(ROOT / "scripts" / "gpu" / "experiments" / "residual_norm.py")
+    assert "--only" not in words
 
 
 @pytest.mark.parametrize("name", ["training", "training_compiled", "compiled", "diffusion"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import signal
@@ -200,12 +201,16 @@ def test_a_call_that_cannot_be_captured_is_timed_with_its_launches_and_leaves_no
     torch.cuda.graph.return_value.__exit__.side_effect = RuntimeError("invalidated\nby a wait")
     torch.cuda.stream.return_value.__exit__.return_value = False
     monkeypatch.setattr(measure, "torch", torch)
-    monkeypatch.setattr(measure, "_event_us", lambda replay: (replay(), 6.0)[1])
+    monkeypatch.setattr(
+        measure, "_event_us", lambda replays: {name: (replay(), 6.0)[1] for name, replay in replays.items()}
+    )
     assert measure.card_us([lambda: calls.append(1), lambda: calls.append(2)], "cuda") == (3.0, False)
     assert calls[-2:] == [1, 2]
     # Streams are entered once to warm up, once around the capture, and left as often.
     assert torch.cuda.stream.return_value.__exit__.call_count == 2
     torch.cuda.default_generators.__getitem__.return_value.graphsafe_set_state.assert_called_once()
+    # Beside others it has no figure: theirs are without launches.
+    assert measure.alternating_us({"one": [lambda: None], "two": []}, "cuda") == {"one": math.inf, "two": math.inf}
 
 
 # A recipe's stand-in: a line of metrics every 20 ms; resumed it takes a while, then cuts the lines after step 12 off.

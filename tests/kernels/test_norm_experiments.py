@@ -1,0 +1,49 @@
+"""Kernels of experiments with norms, on Triton's interpreter: against float64 under the tolerance rule."""
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm
+
+from tests.tolerance import FORWARD_FACTOR, check_within
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.interpreter
+
+# Imported here, after the check: they need triton.
+from scripts.gpu.experiments.residual_norm_kernel import Config, residual_norm  # noqa: E402
+
+HALF_AND_SINGLE = (torch.float16, torch.float32)
+
+
+def draw(*shape, dtype):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def rows(count, width, dtype):
+    """As a residual has them: with a mean, and some numbers that are far from the others."""
+    x = draw(count, width, dtype=torch.float32) + 3
+    x[:, 1] = 100
+    return x.to(dtype)
+
+
+def add_and_norm(x, out, gamma, beta):
+    total = x + out
+    return total, layer_norm(total, total.shape[-1:], gamma, beta)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize(("width", "config"), [(320, Config(2, 4)), (40, Config(1, 1)), (23, Config(4, 4))], ids=str)
+def test_residual_and_norm(width, config, dtype):
+    tensors = (rows(5, width, dtype), draw(5, width, dtype=dtype), *(draw(width, dtype=dtype) for _ in range(2)))
+    got, eager = residual_norm(*tensors, config=config), add_and_norm(*tensors)
+    exact = add_and_norm(*(tensor.double() for tensor in tensors))
+    assert torch.equal(got[0], eager[0])
+    check_within(got[1], eager[1], exact[1], factor=FORWARD_FACTOR, what="norm")
+
+
+def test_what_is_not_contiguous_or_not_alike_is_refused():
+    x, gamma = torch.zeros(4, 16), torch.ones(16)
+    with pytest.raises(ValueError, match=r"call \.contiguous\(\) first"):
+        residual_norm(x, torch.zeros(16, 4).T, gamma, gamma)
+    with pytest.raises(ValueError, match="give two alike"):
+        residual_norm(x, torch.zeros(4, 16, dtype=torch.float16), gamma, gamma)
