@@ -38,7 +38,7 @@ _FLOAT_INSTRUCTION = re.compile(r"^\s*(?:@\S+ )?(fma|mul|add|sub|max|ex2|lg2|div
         (90, 128, 128, HALF),
         (90, 72, 300, HALF),
         (90, 160, 512, HALF),
-        (90, 160, 77, SINGLE),
+        (90, 64, 77, SINGLE),
         (80, 40, 77, HALF),
         (80, 160, 77, HALF),
         (80, 160, 512, HALF),
