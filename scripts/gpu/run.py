@@ -50,7 +50,7 @@ class Part:
 
 
 # Scripts of the folder `experiments`: kernels that get into the package only where a card shows a gain.
-EXPERIMENTS = ("residual_norm",)
+EXPERIMENTS = ("residual_norm", "backward_split")
 # The most important first: a page that is cut off lacks the last.
 PARTS = {
     "tests": Part("pytest", 190, is_alone=True),
