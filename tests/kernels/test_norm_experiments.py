@@ -40,9 +40,9 @@ def add_and_norm(x, out, gamma, beta):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize(("width", "config"), [(320, Config(2, 4)), (40, Config(1, 1)), (23, Config(4, 4))], ids=str)
 def test_residual_and_norm(width, config, dtype):
-    tensors = (rows(5, width, dtype), draw(5, width, dtype=dtype), *(draw(width, dtype=dtype) for _ in range(2)))
-    got, eager = residual_norm(*tensors, config=config), add_and_norm(*tensors)
-    exact = add_and_norm(*(tensor.double() for tensor in tensors))
+    x, out, gamma, beta = rows(5, width, dtype), *(draw(*sizes, width, dtype=dtype) for sizes in ((5,), (), ()))
+    got, eager = residual_norm(x, out, gamma, beta, config=config), add_and_norm(x, out, gamma, beta)
+    exact = add_and_norm(*(tensor.double() for tensor in (x, out, gamma, beta)))
     assert torch.equal(got[0], eager[0])
     check_within(got[1], eager[1], exact[1], factor=FORWARD_FACTOR, what="norm")
 
