@@ -48,7 +48,6 @@ COMPILED = "torch.compile"
 TUNED = {"mode": "max-autotune-no-cudagraphs"}
 Run = Callable[[Any], Any]
 Case = tuple[Shape, int]
-Launches = Callable[[], Iterable[tuple[str, Launch]]]
 
 
 def width(shape: Shape) -> int:
@@ -79,7 +78,7 @@ class Experiment:
     beside: Mapping[str, Run] = field(default_factory=dict)
 
 
-def start(description: str | None, launches: Launches) -> Options:
+def start(description: str | None, launches: Callable[[], Iterable[tuple[str, Launch]]]) -> Options:
     """The command line. Ends the process after a table of what kernels take (`--resources`), and where there is no
     card.
 
@@ -124,29 +123,35 @@ def compiled(function: Run, options: Options, how: Mapping[str, Any]) -> Run:
     return torch.compile(function, fullgraph=True, dynamic=False, **({"backend": "eager"} if options.tiny else how))
 
 
-def compile_side_by_side(launches: Launches, options: Options) -> None:
-    """Compile a script's kernels for this card into Triton's cache on disk, in processes of their own; what fails there
-    fails again, and is told, where it is run. Nothing to do without a card.
-
-    Args:
-        launches: a function of the script, on CPU tensors: launches, and what each is for.
-        options: the script's.
-    """
-    if options.device != "cuda":
-        return
-    begin, (major, minor) = time.perf_counter(), torch.cuda.get_device_capability()
-    card = (10 * major + minor, torch.cuda.get_device_properties(0).multi_processor_count)
-    with compiling_for(*card):
-        count = len(list(launches()))
-    with multiprocessing.get_context("spawn").Pool(max(1, min(count, usable_cores() - 2))) as pool:
-        one = functools.partial(_compile_one, launches, card)
-        for problem in pool.imap_unordered(one, range(count)):
+def compile_side_by_side(compile_one: Callable[[Any], str | None], jobs: Sequence[Any]) -> None:
+    """Compile into Triton's cache on disk, in processes of their own; what fails there fails again, and is told, where
+    it is run. `compile_one` is a function of the script: it returns what is wrong."""
+    begin = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(max(1, min(len(jobs), usable_cores() - 2))) as pool:
+        for problem in pool.imap_unordered(compile_one, jobs):
             if problem:
                 print(f"  not compiled: {problem}", flush=True)
-    print(f"compiled {count} kernels in {time.perf_counter() - begin:.0f} s", flush=True)
+    print(f"compiled {len(jobs)} kernels in {time.perf_counter() - begin:.0f} s", flush=True)
 
 
-def _compile_one(launches: Launches, card: tuple[int, int], number: int) -> str | None:
+def this_card() -> tuple[int, int]:
+    """For `compiling_for`."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor, torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def compile_launches(launches: Callable[[], Iterable[tuple[str, Launch]]], options: Options) -> None:
+    """Compile what `start` makes its table of, for this card; nothing to do without one."""
+    if options.device == "cuda":
+        card = this_card()
+        with compiling_for(*card):
+            count = len(list(launches()))
+        compile_side_by_side(functools.partial(_compile_launch, launches, card), range(count))
+
+
+def _compile_launch(
+    launches: Callable[[], Iterable[tuple[str, Launch]]], card: tuple[int, int], number: int
+) -> str | None:
     """What is wrong with the launch of that number."""
     with compiling_for(*card):
         what, launch = list(launches())[number]

@@ -98,7 +98,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
 def main() -> int:
     """All shapes."""
     options = experiment.start(__doc__, launches)
-    experiment.compile_side_by_side(launches, options)
+    experiment.compile_launches(launches, options)
     return experiment.run_experiment(EXPERIMENT, experiment.cases(options, TINY), options)
 
 
