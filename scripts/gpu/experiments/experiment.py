@@ -6,6 +6,7 @@ torch.compile makes of the same operations. Import this module before triton and
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import multiprocessing
@@ -24,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from attention import CACHE_BYTES, SHAPES, Shape
 from kernel_resources import head, row
-from measure import Ceilings, Options, alternating_us, measure_ceilings, read_options, tell
+from measure import Ceilings, Options, alternating_us, measure_ceilings, read_options
 from processes import usable_cores
+from report import machine
 from torch import Tensor
 
 from mmattn.kernels.launch import Launch
@@ -39,7 +41,7 @@ CAPABILITIES = (80, 90)
 MOST_SETS = 64
 # Of the script's own time: after so many no further call is compiled with every product tuned, and of its turn: after
 # so many no further shape is begun.
-TUNING_SECONDS, SECONDS = 75, 30
+TUNING_SECONDS, SECONDS = 110, 30
 # A smaller lead is not told from noise, and not worth a kernel.
 GAIN = 1.05
 COMPILED = "torch.compile"
@@ -98,6 +100,7 @@ def start(description: str | None, launches: Callable[[], Iterable[tuple[str, La
             "It measures on a card only; --resources needs none, and --tiny --device cpu shows that it runs"
         )
         raise SystemExit(2)
+    print("; ".join(f"{name} {value}" for name, value in machine(options.device).items()), flush=True)
     # A function is compiled for every size; beyond 8 torch would refuse.
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.accumulated_recompile_limit = 1024
@@ -135,6 +138,34 @@ def this_card() -> tuple[int, int]:
     """For `compiling_for`."""
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor, torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def compile_launches(launches: Callable[[], Iterable[tuple[str, Launch]]], options: Options) -> None:
+    """Compile what `start` makes its table of, for this card; nothing to do without one."""
+    if options.device == "cuda":
+        card = this_card()
+        with compiling_for(*card):
+            count = len(list(launches()))
+        compile_side_by_side(functools.partial(_compile_launch, launches, card), range(count))
+
+
+def _compile_launch(
+    launches: Callable[[], Iterable[tuple[str, Launch]]], card: tuple[int, int], number: int
+) -> str | None:
+    """What is wrong with the launch of that number."""
+    with compiling_for(*card):
+        what, launch = list(launches())[number]
+        try:
+            launch.compile()
+        except Exception as error:
+            return f"{what}: {_said(error)}"
+    return None
+
+
+def _said(error: Exception) -> str:
+    """One line of it: Triton shows source first, and says at the end what is wrong."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {(lines or [''])[-1].strip()[:200]}"
 
 
 def wrong(result: Any, eager: Any, exact: Any) -> str | None:
@@ -191,9 +222,7 @@ class Prepared:
             try:
                 problem = wrong(run(inputs), eager, exact)
             except Exception as error:
-                print(f"  {self.where}, {name}:", end="")
-                tell(error)
-                problem = f"does not run: {type(error).__name__}"
+                problem = _said(error)
             if problem is None:
                 self.runs[name] = run
             else:
@@ -211,10 +240,10 @@ class Prepared:
         print(
             f"  {self.where}: " + ", ".join(f"{name} {times[name]:.1f}" for name in ours if name in times), flush=True
         )
-        cells = {name: f"{us:.1f}" for name, us in times.items() if name not in ours}
+        cells = {name: _cell(us) for name, us in times.items() if name not in ours}
         for kind, names in self.kinds.items():
             best = min(names, key=lambda name: times.get(name, math.inf))
-            cells[kind] = f"{times[best]:.1f} ({best.removeprefix(f'{kind}, ')})" if best in times else "-"
+            cells[kind] = _cell(times.get(best, math.inf), f" ({best.removeprefix(f'{kind}, ')})")
         least, which = ceilings.floor_us(*self.experiment.cost(self.shape, self.batch))
         self.options.add(
             self.experiment.table,
@@ -228,17 +257,24 @@ class Prepared:
         )
 
 
+def _cell(us: float, which: str = "") -> str:
+    return f"{us:.1f}{which}" if math.isfinite(us) else "-"
+
+
 def _call(run: Run, inputs: Any) -> Callable[[], Any]:
     return lambda: run(inputs)
 
 
 def run_experiment(experiment: Experiment, wanted: Sequence[Case], options: Options) -> int:
-    """All of it; 1 if something of ours is not right or does not run, else 0."""
-    begin = time.perf_counter()
-    prepared = []
-    for case in wanted:
-        prepared.append(Prepared(experiment, case, options))
-        print(f"  {prepared[-1].where}: {'; '.join(prepared[-1].problems) or 'right'}", flush=True)
+    """All of it; 1 if a variant is not right or does not run, else 0."""
+    begin, prepared, failed = time.perf_counter(), list[Prepared](), 0
+    for shape, batch in wanted:
+        try:
+            prepared.append(Prepared(experiment, (shape, batch), options))
+            print(f"  {prepared[-1].where}: {'; '.join(prepared[-1].problems) or 'right'}", flush=True)
+        except Exception as error:  # other shapes' rows are wanted all the same
+            print(f"  {shape.name}, batch {batch}: {_said(error)}", flush=True)
+            failed += 1
     for each in prepared:
         if time.perf_counter() - begin > TUNING_SECONDS:
             print(f"out of time: {each.where} not compiled by {TUNED['mode']}", flush=True)
@@ -250,8 +286,12 @@ def run_experiment(experiment: Experiment, wanted: Sequence[Case], options: Opti
             if time.perf_counter() - begin > SECONDS:
                 print(f"out of time: {each.where} not measured", flush=True)
                 continue
-            each.measure(ceilings)
-    return 1 if any(each.problems for each in prepared) else 0
+            try:
+                each.measure(ceilings)
+            except Exception as error:
+                print(f"  {each.where}: {_said(error)}", flush=True)
+                failed += 1
+    return 1 if failed or any(each.problems for each in prepared) else 0
 
 
 def verdict(where: str, times: Mapping[str, float], ours: Sequence[str], theirs: Sequence[str], device: str) -> str:

@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from mmattn.kernels.launch import Launch
-from mmattn.kernels.resources import compiling_for
 
 TINY = [Shape("tiny", 2, 3, 3, 24)]
 
@@ -87,40 +86,19 @@ EXPERIMENT = experiment.Experiment(
 )
 
 
-def launch_of(shape: Shape, config: Config) -> Launch:
-    """On tensors that are only compiled for."""
-    inputs = make(shape, 1, "meta", torch.bfloat16)
-    inputs = Inputs(*(torch.empty_like(tensor, device="cpu") for tensor in inputs))
-    return residual_norm_launch(*inputs, 1e-5, inputs.x, inputs.x, config)
-
-
 def launches() -> Iterator[tuple[str, Launch]]:
-    """For each width and configuration."""
-    for shape in {experiment.width(shape): shape for shape in experiment.BLOCKS}.values():
+    """For each width and configuration, on tensors that are only compiled for."""
+    for width in dict.fromkeys(map(experiment.width, experiment.BLOCKS)):
+        x, gamma = (torch.empty(*sizes, width, dtype=torch.bfloat16) for sizes in ((4096,), ()))
         for config in CONFIGS:
-            yield f"rows of {experiment.width(shape)}, {name_of(config)}", launch_of(shape, config)
-
-
-def compile_one(job: tuple[int, int, int]) -> str | None:
-    """The launch of that number, for a card; what is wrong with it."""
-    number, *card = job
-    with compiling_for(*card):
-        what, launch = list(launches())[number]
-        try:
-            launch.compile()
-        except Exception as error:
-            return f"{what}: {type(error).__name__}: {str(error)[:200]}"
-    return None
+            what = f"rows of {width}, {name_of(config)}"
+            yield what, residual_norm_launch(x, x, gamma, gamma, 1e-5, x, x, config)
 
 
 def main() -> int:
     """All shapes."""
     options = experiment.start(__doc__, launches)
-    if options.device == "cuda":
-        card = experiment.this_card()
-        with compiling_for(*card):
-            count = len(list(launches()))
-        experiment.compile_side_by_side(compile_one, [(number, *card) for number in range(count)])
+    experiment.compile_launches(launches, options)
     return experiment.run_experiment(EXPERIMENT, experiment.cases(options, TINY), options)
 
 
