@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmattn.kernels.blocks import LOG2_E
 from mmattn.kernels.decode_kernels import add_splits_kernel, decode_kernel
-from mmattn.kernels.launch import Card, Launch, access_unit, card_of, mask_arguments, strides_in_units
+from mmattn.kernels.launch import Card, Launch, access_unit, card_of, mask_arguments, tensor_arguments
 from mmattn.kernels.plain import is_plain_call
 from mmattn.kernels.plans import Plans
 from mmattn.kernels.short_keys_configs import head_tiles
@@ -118,8 +118,7 @@ def decode_launches(
     num_splits, blocks_per_split = shares(num_programs, num_blocks, card, config.programs_per_processor)
     unit = access_unit(query, key, value, output)
     shared: dict[str, Any] = dict(
-        output_ptr=output,
-        output_strides=strides_in_units(output, unit),
+        **tensor_arguments(unit, output=output),
         num_queries=num_queries,
         num_splits=num_splits,
         num_rows=num_rows,
@@ -134,13 +133,8 @@ def decode_launches(
         shared["partial_ptr"] = query.new_empty(num_splits, num_rows, head_dim, dtype=torch.float32)
         shared["statistics_ptr"] = query.new_empty(2, num_splits, num_rows, dtype=torch.float32)
     arguments = shared | dict(
-        query_ptr=query,
-        key_ptr=key,
-        value_ptr=value,
+        **tensor_arguments(unit, query=query, key=key, value=value),
         **mask_arguments(query, key, key_mask, attn_mask),
-        query_strides=strides_in_units(query, unit),
-        key_strides=strides_in_units(key, unit),
-        value_strides=strides_in_units(value, unit),
         partial_strides=(0, 0, head_dim, 1),
         scale=scale * LOG2_E.value,
         num_heads=kv_heads,
