@@ -64,6 +64,16 @@ def load_rows(
 
 
 @triton.jit
+def load_rows_of(
+    tensor_ptr, strides, batch, head, start, rows, is_row,
+    HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """`load_rows`, counted from `start` of one head."""
+    base = rows_of(tensor_ptr, strides, batch, head, start, UNIT)
+    return load_rows(base, rows, is_row, strides, HEAD_DIM, DIM_TILES, UNIT)
+
+
+@triton.jit
 def store_rows(
     base, blocks, rows, is_row, strides, HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, UNIT: tl.constexpr
 ):  # fmt: skip
@@ -135,6 +145,41 @@ def scaled_rows(blocks, factors, DIM_TILES: tl.constexpr):
 
 
 @triton.jit
+def online_softmax(scores, total, row_max):
+    """(weights [M, N], what all sums so far are to be multiplied by [M], sum of weights, largest score) with one more
+    block of scores (arXiv 1805.02867)."""
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    # Nothing so far: 0 instead of -inf, whose difference to itself is NaN; so the factor is exp2(-inf) = 0.
+    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores - safe_max[:, None])
+    factors = tl.exp2(row_max - safe_max)
+    return weights, factors, total * factors + tl.sum(weights, axis=1), new_max
+
+
+@triton.jit
+def finish_rows(
+    output, total, row_max, output_rows, lse_rows, rows, is_row, output_strides,
+    HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Normalise and write; a row without keys has a total of 0, and zeros already."""
+    is_empty = total == 0.0
+    total = tl.where(is_empty, 1.0, total)
+    output = scaled_rows(output, 1.0 / total, DIM_TILES)
+    store_rows(output_rows, output, rows, is_row, output_strides, HEAD_DIM, DIM_TILES, UNIT)
+    lse = tl.where(is_empty, float("-inf"), (row_max + tl.log2(total)) * LN_2)
+    tl.store(lse_rows + rows, lse, mask=is_row)
+
+
+@triton.jit
+def row_sums(left, right, ROWS: tl.constexpr, DIM_TILES: tl.constexpr):
+    """Sums [M] over D of left * right [M, D], in float32: delta, of an output and its gradient."""
+    sums = tl.full([ROWS], 0.0, dtype=tl.float32)
+    for d in tl.static_range(len(DIM_TILES)):
+        sums += tl.sum(left[d].to(tl.float32) * right[d].to(tl.float32), axis=1)
+    return sums
+
+
+@triton.jit
 def load_lse(lse_base, rows, is_row):
     """In powers of two. +inf instead of -inf for rows without keys, and for rows that do not exist: weights of 0."""
     lse = tl.load(lse_base + rows, mask=is_row, other=float("-inf"))
@@ -153,11 +198,14 @@ def store_scaled(
 
 @triton.jit
 def load_keys(
-    key_base, value_base, key_mask_row, key_strides, value_strides, key_mask_strides, first, num_keys,
+    key_ptr, value_ptr, key_mask_ptr, key_strides, value_strides, key_mask_strides, batch, kv_head, first, num_keys,
     KEY_TILES: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, UNIT: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr,
 ):  # fmt: skip
-    """(key, value, which keys are usable) of all blocks of keys from `first`: tuples with an item for each block."""
+    """(key, value, which keys are usable) of all blocks of a head's keys from `first`: tuples with an item a block."""
+    key_base = head_of(key_ptr, key_strides, batch, kv_head, UNIT)
+    value_base = head_of(value_ptr, value_strides, batch, kv_head, UNIT)
+    key_mask_row = head_of(key_mask_ptr, key_mask_strides, batch, kv_head, 1)
     key = ()
     value = ()
     is_key = ()

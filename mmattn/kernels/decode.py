@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mmattn.kernels.blocks import LOG2_E
 from mmattn.kernels.decode_kernels import add_splits_kernel, decode_kernel
-from mmattn.kernels.launch import Card, Launch, access_unit, card_of, mask_arguments, strides_in_units
+from mmattn.kernels.launch import Card, Launch, access_unit, card_of, mask_arguments, tensor_arguments
 from mmattn.kernels.plain import is_plain_call
-from mmattn.kernels.plans import Plans, alignment
+from mmattn.kernels.plans import Plans
 from mmattn.kernels.short_keys_configs import head_tiles
 from mmattn.kernels.tiles import MIN_TILE, Tiles, ceil_div, power_of_two, tiles_of
 
@@ -30,7 +30,8 @@ _WARP_COLUMNS = 32
 _ENOUGH = 0.85
 # Every round begins with an empty pipeline.
 _MOST_ROUNDS = 4
-_PLANS = Plans()
+# Keys: a cache grows by one a step, and until it needs another block all else is as before.
+_PLANS = Plans(("query", "key", "value", "output", "key_mask", "attn_mask"), varying=("num_keys",))
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,7 @@ def decode_launches(
     num_splits, blocks_per_split = shares(num_programs, num_blocks, card, config.programs_per_processor)
     unit = access_unit(query, key, value, output)
     shared: dict[str, Any] = dict(
-        output_ptr=output,
-        output_strides=strides_in_units(output, unit),
+        **tensor_arguments(unit, output=output),
         num_queries=num_queries,
         num_splits=num_splits,
         num_rows=num_rows,
@@ -133,13 +133,8 @@ def decode_launches(
         shared["partial_ptr"] = query.new_empty(num_splits, num_rows, head_dim, dtype=torch.float32)
         shared["statistics_ptr"] = query.new_empty(2, num_splits, num_rows, dtype=torch.float32)
     arguments = shared | dict(
-        query_ptr=query,
-        key_ptr=key,
-        value_ptr=value,
+        **tensor_arguments(unit, query=query, key=key, value=value),
         **mask_arguments(query, key, key_mask, attn_mask),
-        query_strides=strides_in_units(query, unit),
-        key_strides=strides_in_units(key, unit),
-        value_strides=strides_in_units(value, unit),
         partial_strides=(0, 0, head_dim, 1),
         scale=scale * LOG2_E.value,
         num_heads=kv_heads,
@@ -173,7 +168,7 @@ def attend(
     are the same, and so are all bits."""
     wants_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     # Of gradients the operation says that there are none.
-    is_round = not wants_grad and is_plain_call(query, key, value)
+    is_round = not wants_grad and is_plain_call(query, key, value, key_mask, attn_mask)
     return (_decode if is_round else decode_attention)(query, key, value, key_mask, attn_mask, is_causal, scale)
 
 
@@ -219,22 +214,16 @@ def _decode(
     output = torch.empty_like(query)
     if query.numel() == 0 or key.numel() == 0:
         return output.zero_()
-    tensors = (query, key, value, output, key_mask, attn_mask)
-    addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
-    # A cache grows by a key a step: until it needs another block, all is as before but the number of keys.
     num_keys = key.shape[2]
     num_blocks = ceil_div(num_keys, decode_config(query.dtype, query.shape[3]).block_n)
-    sizes = (query.shape, query.stride(), key.shape[1], num_blocks, key.stride(), value.stride())
-    own = (_layout(key_mask), _layout(attn_mask), is_causal, scale, alignment(addresses))
-    signature = (query.device, query.dtype, sizes, own)
-    plan = _PLANS.find(signature)
-    if plan is not None:
-        plan.run(query.device, addresses, (num_keys,))
-    else:
-        names = ("query", "key", "value", "output", "key_mask", "attn_mask")
-        named: dict[str, Tensor | None] = dict(zip(names, tensors, strict=True))
-        launches = decode_launches(query, key, value, key_mask, attn_mask, is_causal, scale, output)
-        _PLANS.make(signature, query.device, named, launches, varying=("num_keys",))
+    own = (query.shape, query.stride(), key.shape[1], num_blocks, key.stride(), value.stride())
+    masks = (_layout(key_mask), _layout(attn_mask))
+    _PLANS.launch(
+        (query.device, query.dtype, own, masks, is_causal, scale),
+        (query, key, value, output, key_mask, attn_mask),
+        lambda: decode_launches(query, key, value, key_mask, attn_mask, is_causal, scale, output),
+        (num_keys,),
+    )
     return output
 
 

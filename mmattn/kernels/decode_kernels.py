@@ -21,6 +21,8 @@ from mmattn.kernels.blocks import (
     add_products,
     head_of,
     load_rows,
+    load_rows_of,
+    online_softmax,
     place,
     row_products,
     rows_of,
@@ -59,7 +61,7 @@ def decode_kernel(
     IS_CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
 ):  # fmt: skip
     """A program has one key/value head (`num_heads` of them) of one batch row, a share of its keys, and BLOCK_M of the
-    queries of its group: all queries of the first head, then of the second. It walks over the keys (arXiv 1805.02867).
+    queries of its group: all queries of the first head, then of the second. It walks over the keys.
 
     Writes the output, or, if keys are shared out, partial sums [S, R, D], largest scores and sums of weights [2, S, R].
     """
@@ -93,23 +95,11 @@ def decode_kernel(
             keys, is_key, is_row, last_keys - start, positions, mask_rows + far * attn_mask_strides[3],
             attn_mask_strides, IS_CAUSAL, HAS_ATTN_MASK,
         )  # fmt: skip
-        key = load_rows(
-            rows_of(key_ptr, key_strides, batch, kv_head, far, UNIT),
-            keys, is_key, key_strides, HEAD_DIM, DIM_TILES, UNIT,
-        )  # fmt: skip
-        value = load_rows(
-            rows_of(value_ptr, value_strides, batch, kv_head, far, UNIT),
-            keys, is_key, value_strides, HEAD_DIM, DIM_TILES, UNIT,
-        )  # fmt: skip
+        key = load_rows_of(key_ptr, key_strides, batch, kv_head, far, keys, is_key, HEAD_DIM, DIM_TILES, UNIT)
+        value = load_rows_of(value_ptr, value_strides, batch, kv_head, far, keys, is_key, HEAD_DIM, DIM_TILES, UNIT)
         scores = tl.where(allowed, row_products(query, key, DIM_TILES) * scale, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        # Nothing so far: 0 instead of -inf, whose difference to itself is NaN.
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores - safe_max[:, None])
-        factors = tl.exp2(row_max - safe_max)
-        total = total * factors + tl.sum(weights, axis=1)
+        weights, factors, total, row_max = online_softmax(scores, total, row_max)
         output = add_products(scaled_rows(output, factors, DIM_TILES), weights, value, DIM_TILES)
-        row_max = new_max
 
     if IS_SPLIT:
         # In memory the rows of a group follow one another.

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mmattn.errors import UsageError
 from mmattn.kernels.tiles import tiles_of
 
 ACCESS_BYTES = 16
@@ -37,7 +38,9 @@ SIZES = (
     "num_batches", "num_heads", "group", "num_queries", "num_keys", "num_chunks", "num_splits", "num_parts",
     "num_blocks",
 )  # fmt: skip
-Strides = tuple[int, ...]
+# Rows that a program counts from one address (keys that it holds), and how far it can count.
+_MOST_ROWS = 512
+_MOST_OFFSET = 2**31 - 1
 
 
 def is_interpreted() -> bool:
@@ -84,19 +87,21 @@ class Launch:
     num_warps: int
     num_stages: int
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        # Fused multiply-adds were Triton's default up to 3.9, which warns where nobody says, and are not from 3.10 on.
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
     def run(self, device: torch.device) -> Any:
         """Launch on `device`; nothing to do without programs. Returns the compiled kernel, None if there is none."""
         if not self.programs:
             return None
         with on_device(device):
-            run = self.kernel[(self.programs,)]
-            return run(**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+            return self.kernel[(self.programs,)](**self.arguments, **self._options)
 
     def compile(self) -> Any:
         """Compile for the active driver's target without running; the compiled kernel holds its cubin."""
-        return self.kernel.warmup(
-            grid=(self.programs,), **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        return self.kernel.warmup(grid=(self.programs,), **self.arguments, **self._options)
 
 
 def access_unit(*tensors: Tensor) -> int:
@@ -106,11 +111,31 @@ def access_unit(*tensors: Tensor) -> int:
     return unit if fits else 1
 
 
-def strides_in_units(tensor: Tensor, unit: int) -> Strides:
-    """Strides of all axes, all but the last counted in units: multiplying by `unit` in the kernel tells the compiler
-    what it could not know of a stride like 40, that rows begin at multiples of 16 bytes."""
-    *outer, last = tensor.stride()
-    return (*(stride // unit for stride in outer), last)
+def tensor_arguments(unit: int, **tensors: Tensor) -> dict[str, Any]:
+    """Pointers and strides of tensors [B, H, L, D] as kernels take them, under the tensors' names. To kernels packed
+    rows [N, H, D] are [1, H, N, D].
+
+    Strides are counted in units, all but the last: multiplying by `unit` in the kernel tells the compiler what it could
+    not know of a stride like 40, that rows begin at multiples of 16 bytes.
+
+    Raises:
+        UsageError: rows so far apart that a program's offsets among them, which have 32 bits, do not reach.
+    """
+    arguments: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if tensor.dim() == 4:
+            (batch, head, row, column), num_rows = tensor.stride(), tensor.shape[2]
+        else:
+            (row, head, column), batch, num_rows = tensor.stride(), 0, tensor.shape[0]
+        farthest = (min(num_rows, _MOST_ROWS) - 1) * row
+        if farthest > _MOST_OFFSET:
+            raise UsageError(
+                f"attention kernels: rows of {name} {list(tensor.shape)} lie {row} elements apart, too far for offsets "
+                f"of 32 bits: pass {name}.contiguous()"
+            )
+        arguments[f"{name}_ptr"] = tensor
+        arguments[f"{name}_strides"] = (batch // unit, head // unit, row // unit, column)
+    return arguments
 
 
 def mask_arguments(query: Tensor, key: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None) -> dict[str, object]:

@@ -6,31 +6,28 @@ Shapes: N rows of all queries, M of all keys, H query heads, G key/value heads, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmattn.kernels.autograd import differentiable, empty_gradients
 from mmattn.kernels.launch import card_of
 from mmattn.kernels.packed_rows_backward import backward_launches
 from mmattn.kernels.packed_rows_blocks import rows_config
 from mmattn.kernels.packed_rows_forward import forward_launch, num_blocks
 from mmattn.kernels.plain import is_plain_call
-from mmattn.kernels.plans import Plans, alignment
+from mmattn.kernels.plans import Plans
 
 MAX_HEAD_DIM = 160
-_FORWARD = Plans()
-_BACKWARD = Plans()
-# Tensors of a call in their order, as the kernels name them.
-_FORWARD_NAMES: tuple[str, ...] = (
+_NAMES = (
     "query", "key", "value", "output", "lse", "query_starts", "key_starts", "query_numbers", "key_numbers",
-)  # fmt: skip
-_BACKWARD_NAMES: tuple[str, ...] = (
-    "grad_output", *_FORWARD_NAMES, "delta", "grad_query", "grad_key", "grad_value",
 )  # fmt: skip
 # Another for each batch: launches are remembered without them.
 _VARYING = ("num_queries", "num_keys", "num_sequences")
+_FORWARD = Plans(_NAMES, _VARYING)
+_BACKWARD = Plans(("grad_output", *_NAMES, "delta", "grad_query", "grad_key", "grad_value"), _VARYING)
 
 
 def attend(
@@ -129,52 +126,42 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Ten
     if query.numel() == 0 or key.numel() == 0:
         return output.zero_(), lse.fill_(float("-inf"))
     query_starts, key_starts, query_numbers, key_numbers, is_causal, scale = rest
-    tensors = (query, key, value, output, lse, query_starts, key_starts, query_numbers, key_numbers)
-    addresses = tuple([tensor.data_ptr() for tensor in tensors])
-    own = (_num_blocks(query, are_keys=False), alignment(addresses))
-    signature = _signature(query, key, value, is_causal, scale, own)
-    plan = _FORWARD.find(signature)
-    if plan is not None:
-        plan.run(query.device, addresses, (query.shape[0], key.shape[0], query_starts.shape[0] - 1))
-    else:
-        launch = forward_launch(
-            query, key, value, query_starts, key_starts, query_numbers, is_causal, scale, output, lse
-        )
-        named = dict(zip(_FORWARD_NAMES, tensors, strict=True))
-        _FORWARD.make(signature, query.device, named, (launch,), varying=_VARYING)
+    places = (query_starts, key_starts, query_numbers)
+    _FORWARD.launch(
+        (_sizes(query, key, value, is_causal, scale), _num_blocks(query, are_keys=False), output.stride()),
+        (query, key, value, output, lse, *places, key_numbers),
+        lambda: (forward_launch(query, key, value, *places, is_causal, scale, output, lse),),
+        (query.shape[0], key.shape[0], query_starts.shape[0] - 1),
+    )
     return output, lse
 
 
 def _backward_of(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _gradients(query, key, value)
+    gradients = empty_gradients(query, key, value)
     if query.numel() == 0 or key.numel() == 0:
         return gradients[0].zero_(), gradients[1].zero_(), gradients[2].zero_()
     output, lse, query_starts, key_starts, query_numbers, key_numbers, is_causal, scale = rest
     delta = torch.empty_like(lse)
     places = (query_starts, key_starts, query_numbers, key_numbers)
-    tensors = (grad_output, query, key, value, output, lse, *places, delta, *gradients)
-    addresses = tuple([tensor.data_ptr() for tensor in tensors])
+    arguments = (grad_output, query, key, value, output, lse, *places)
     blocks = (_num_blocks(query, are_keys=False), _num_blocks(key, are_keys=True))
-    own = (blocks, grad_output.stride(), output.stride(), alignment(addresses))
-    signature = _signature(query, key, value, is_causal, scale, own)
-    plan = _BACKWARD.find(signature)
-    if plan is not None:
-        plan.run(query.device, addresses, (query.shape[0], key.shape[0], query_starts.shape[0] - 1))
-    else:
-        launches = backward_launches(
-            grad_output, query, key, value, output, lse, *places, is_causal, scale, delta, gradients
-        )
-        named = dict(zip(_BACKWARD_NAMES, tensors, strict=True))
-        _BACKWARD.make(signature, query.device, named, launches, varying=_VARYING)
+    strides = tuple([tensor.stride() for tensor in (grad_output, output, *gradients)])
+    _BACKWARD.launch(
+        (_sizes(query, key, value, is_causal, scale), blocks, strides),
+        (*arguments, delta, *gradients),
+        lambda: backward_launches(*arguments, is_causal, scale, delta, gradients),
+        (query.shape[0], key.shape[0], query_starts.shape[0] - 1),
+    )
     return gradients
 
 
-def _signature(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, own: Hashable) -> Hashable:
-    """All that launches depend on, besides what varies. (Strides of what is allocated like query follow from it.)"""
-    sizes = (query.shape[1:], query.stride(), key.shape[1], key.stride(), value.stride())
-    return query.device, query.dtype, sizes, is_causal, scale, own
+def _sizes(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Hashable:
+    """All that launches depend on, of the forward's arguments, besides what varies and numbers of blocks. (Strides of
+    what is allocated like them do not follow: head by head in memory, they go with the number of rows.)"""
+    own = (query.shape[1:], query.stride(), key.shape[1], key.stride(), value.stride())
+    return query.device, query.dtype, own, is_causal, scale
 
 
 def _num_blocks(rows: Tensor, are_keys: bool) -> int:
@@ -186,55 +173,9 @@ def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
 
 
-def _gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
 @packed_rows_attention.register_fake
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _outputs(query)
 
 
-@packed_rows_attention_backward.register_fake
-def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(query, key, value)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *places, is_causal, scale = inputs
-    ctx.save_for_backward(query, key, value, *output, *places)
-    ctx.options = (is_causal, scale)
-
-
-def _save_operation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _save(ctx, inputs, output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, grad_output: Tensor, _grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    # With gradients of gradients wanted, the operation says that there are none.
-    is_plain = not torch.is_grad_enabled() and is_plain_call(grad_output, *saved)
-    run: Any = _backward_of if is_plain else packed_rows_attention_backward
-    return (*run(grad_output, *saved, *ctx.options), *(None,) * 6)
-
-
-packed_rows_attention.register_autograd(_backward, setup_context=_save_operation)
-
-
-class _Attend(torch.autograd.Function):
-    """Autograd's rule for calls that go round the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        output, lse = _forward(*inputs)
-        _save(ctx, inputs, (output, lse))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _backward(ctx, grad_output)
-
-
-# `_Attend.apply` without its questions about torch.func, which `is_plain_call` has answered: half of what it costs.
-_apply: Callable[..., Tensor] = super(torch.autograd.Function, _Attend).apply  # pyright: ignore[reportAttributeAccessIssue]
+_apply = differentiable(packed_rows_attention, packed_rows_attention_backward, _forward, _backward_of, num_options=2)

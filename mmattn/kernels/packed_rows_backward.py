@@ -25,21 +25,21 @@ from mmattn.kernels.blocks import (
     LOG2_E,
     add_products,
     load_lse,
-    load_rows,
+    load_rows_of,
     row_products,
+    row_sums,
     rows_of,
     store_rows,
     store_scaled,
     zero_blocks,
 )
-from mmattn.kernels.launch import Launch, access_unit, card_of
+from mmattn.kernels.launch import Launch, access_unit, card_of, tensor_arguments
 from mmattn.kernels.packed_rows_blocks import (
     PACKED_SIZES,
     RowsConfig,
     are_partners,
     has_nan,
-    partners,
-    row_strides,
+    place_of_rows,
     rows_config,
     sifted,
     span,
@@ -62,10 +62,8 @@ def _walk_over_keys(
         start = earliest + block * BLOCK_N
         is_key = keys < last - start
         far = start.to(tl.int64)
-        key_rows = rows_of(key_ptr, key_strides, 0, kv_head, far, UNIT)
-        key = load_rows(key_rows, keys, is_key, key_strides, HEAD_DIM, DIM_TILES, UNIT)
-        value_rows = rows_of(value_ptr, value_strides, 0, kv_head, far, UNIT)
-        value = load_rows(value_rows, keys, is_key, value_strides, HEAD_DIM, DIM_TILES, UNIT)
+        key = load_rows_of(key_ptr, key_strides, 0, kv_head, far, keys, is_key, HEAD_DIM, DIM_TILES, UNIT)
+        value = load_rows_of(value_ptr, value_strides, 0, kv_head, far, keys, is_key, HEAD_DIM, DIM_TILES, UNIT)
         weights = tl.exp2(row_products(query, key, DIM_TILES) * (scale * LOG2_E) - lse[:, None])
         grad_scores = weights * (row_products(grad_output, value, DIM_TILES) - delta[:, None])
         grad_scores = tl.where(are_partners(start + keys, first, end), grad_scores, 0.0)
@@ -86,26 +84,19 @@ def packed_queries_bwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr, IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dQ and delta [H, N] of one head and BLOCK_M queries."""
-    head = (tl.program_id(0) % num_heads).to(tl.int64)
-    start = tl.program_id(0) // num_heads * BLOCK_M
-    far = start.to(tl.int64)
-    rows = tl.arange(0, BLOCK_M)
-    is_row = rows < num_queries - start
-    first, end = partners(
-        start + rows, is_row, query_numbers_ptr, query_starts_ptr, key_starts_ptr, num_sequences, IS_CAUSAL, False
+    head, start, rows, is_row, first, end = place_of_rows(
+        num_heads, num_queries, query_numbers_ptr, query_starts_ptr, key_starts_ptr, num_sequences,
+        BLOCK_M, IS_CAUSAL, False,
     )  # fmt: skip
-    output_rows = rows_of(output_ptr, output_strides, 0, head, far, UNIT)
-    output = load_rows(output_rows, rows, is_row, output_strides, HEAD_DIM, DIM_TILES, UNIT)
-    grad_output_rows = rows_of(grad_output_ptr, grad_output_strides, 0, head, far, UNIT)
-    grad_output = load_rows(grad_output_rows, rows, is_row, grad_output_strides, HEAD_DIM, DIM_TILES, UNIT)
-    delta = tl.full([BLOCK_M], 0.0, dtype=tl.float32)
-    for d in tl.static_range(len(DIM_TILES)):
-        delta += tl.sum(output[d].to(tl.float32) * grad_output[d].to(tl.float32), axis=1)
-    row_offset = head * num_queries + far
+    output = load_rows_of(output_ptr, output_strides, 0, head, start, rows, is_row, HEAD_DIM, DIM_TILES, UNIT)
+    grad_output = load_rows_of(
+        grad_output_ptr, grad_output_strides, 0, head, start, rows, is_row, HEAD_DIM, DIM_TILES, UNIT
+    )  # fmt: skip
+    delta = row_sums(output, grad_output, BLOCK_M, DIM_TILES)
+    row_offset = head * num_queries + start
     tl.store(delta_ptr + row_offset + rows, delta, mask=is_row)
     lse = load_lse(lse_ptr + row_offset, rows, is_row)
-    query_rows = rows_of(query_ptr, query_strides, 0, head, far, UNIT)
-    query = load_rows(query_rows, rows, is_row, query_strides, HEAD_DIM, DIM_TILES, UNIT)
+    query = load_rows_of(query_ptr, query_strides, 0, head, start, rows, is_row, HEAD_DIM, DIM_TILES, UNIT)
     grad_query = _walk_over_keys(
         query, grad_output, lse, delta, first, end, key_ptr, value_ptr, key_strides, value_strides, head // group,
         scale, HEAD_DIM, DIM_TILES, UNIT, BLOCK_M, BLOCK_N, NUM_STAGES, False,
@@ -115,7 +106,7 @@ def packed_queries_bwd_kernel(
             query, grad_output, lse, delta, first, end, key_ptr, value_ptr, key_strides, value_strides, head // group,
             scale, HEAD_DIM, DIM_TILES, UNIT, BLOCK_M, BLOCK_N, 1, True,
         )  # fmt: skip
-    grad_query_rows = rows_of(grad_query_ptr, grad_query_strides, 0, head, far, UNIT)
+    grad_query_rows = rows_of(grad_query_ptr, grad_query_strides, 0, head, start, UNIT)
     store_scaled(
         grad_query_rows, grad_query, rows, is_row, scale, grad_query_strides, BLOCK_M, HEAD_DIM, DIM_TILES, UNIT
     )
@@ -139,10 +130,10 @@ def _walk_over_queries(
             start = earliest + block * BLOCK_N
             is_row = rows < last - start
             far = start.to(tl.int64)
-            query_rows = rows_of(query_ptr, query_strides, 0, head, far, UNIT)
-            query = load_rows(query_rows, rows, is_row, query_strides, HEAD_DIM, DIM_TILES, UNIT)
-            grad_output_rows = rows_of(grad_output_ptr, grad_output_strides, 0, head, far, UNIT)
-            grad_output = load_rows(grad_output_rows, rows, is_row, grad_output_strides, HEAD_DIM, DIM_TILES, UNIT)
+            query = load_rows_of(query_ptr, query_strides, 0, head, far, rows, is_row, HEAD_DIM, DIM_TILES, UNIT)
+            grad_output = load_rows_of(
+                grad_output_ptr, grad_output_strides, 0, head, far, rows, is_row, HEAD_DIM, DIM_TILES, UNIT
+            )  # fmt: skip
             row_offset = head * num_queries + far
             lse = load_lse(lse_ptr + row_offset, rows, is_row)
             delta = tl.load(delta_ptr + row_offset + rows, mask=is_row, other=0.0)
@@ -170,18 +161,11 @@ def packed_keys_bwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr, IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one key/value head (`num_heads` of them) and BLOCK_M keys; zeros for keys of no sequence."""
-    kv_head = (tl.program_id(0) % num_heads).to(tl.int64)
-    start = tl.program_id(0) // num_heads * BLOCK_M
-    far = start.to(tl.int64)
-    keys = tl.arange(0, BLOCK_M)
-    is_key = keys < num_keys - start
-    first, end = partners(
-        start + keys, is_key, key_numbers_ptr, key_starts_ptr, query_starts_ptr, num_sequences, IS_CAUSAL, True
+    kv_head, start, keys, is_key, first, end = place_of_rows(
+        num_heads, num_keys, key_numbers_ptr, key_starts_ptr, query_starts_ptr, num_sequences, BLOCK_M, IS_CAUSAL, True
     )  # fmt: skip
-    key_rows = rows_of(key_ptr, key_strides, 0, kv_head, far, UNIT)
-    key = load_rows(key_rows, keys, is_key, key_strides, HEAD_DIM, DIM_TILES, UNIT)
-    value_rows = rows_of(value_ptr, value_strides, 0, kv_head, far, UNIT)
-    value = load_rows(value_rows, keys, is_key, value_strides, HEAD_DIM, DIM_TILES, UNIT)
+    key = load_rows_of(key_ptr, key_strides, 0, kv_head, start, keys, is_key, HEAD_DIM, DIM_TILES, UNIT)
+    value = load_rows_of(value_ptr, value_strides, 0, kv_head, start, keys, is_key, HEAD_DIM, DIM_TILES, UNIT)
     grad_key, grad_value = _walk_over_queries(
         key, value, first, end, query_ptr, grad_output_ptr, lse_ptr, delta_ptr, query_strides, grad_output_strides,
         kv_head, group, num_queries, scale, HEAD_DIM, DIM_TILES, UNIT, BLOCK_M, BLOCK_N, NUM_STAGES, False,
@@ -191,9 +175,9 @@ def packed_keys_bwd_kernel(
             key, value, first, end, query_ptr, grad_output_ptr, lse_ptr, delta_ptr, query_strides, grad_output_strides,
             kv_head, group, num_queries, scale, HEAD_DIM, DIM_TILES, UNIT, BLOCK_M, BLOCK_N, 1, True,
         )  # fmt: skip
-    grad_key_rows = rows_of(grad_key_ptr, grad_key_strides, 0, kv_head, far, UNIT)
+    grad_key_rows = rows_of(grad_key_ptr, grad_key_strides, 0, kv_head, start, UNIT)
     store_scaled(grad_key_rows, grad_key, keys, is_key, scale, grad_key_strides, BLOCK_M, HEAD_DIM, DIM_TILES, UNIT)
-    grad_value_rows = rows_of(grad_value_ptr, grad_value_strides, 0, kv_head, far, UNIT)
+    grad_value_rows = rows_of(grad_value_ptr, grad_value_strides, 0, kv_head, start, UNIT)
     store_rows(grad_value_rows, grad_value, keys, is_key, grad_value_strides, HEAD_DIM, DIM_TILES, UNIT)
 
 
@@ -233,18 +217,11 @@ def backward_launches(
     grad_query, grad_key, grad_value = gradients
     unit = access_unit(query, key, value, output, grad_output, *gradients)
     shared: dict[str, Any] = dict(
-        query_ptr=query,
-        key_ptr=key,
-        value_ptr=value,
-        grad_output_ptr=grad_output,
+        **tensor_arguments(unit, query=query, key=key, value=value, grad_output=grad_output),
         lse_ptr=lse,
         delta_ptr=delta,
         query_starts_ptr=query_starts,
         key_starts_ptr=key_starts,
-        query_strides=row_strides(query, unit),
-        key_strides=row_strides(key, unit),
-        value_strides=row_strides(value, unit),
-        grad_output_strides=row_strides(grad_output, unit),
         scale=scale,
         group=heads // kv_heads,
         num_queries=num_queries,
@@ -255,19 +232,13 @@ def backward_launches(
         IS_CAUSAL=is_causal,
     )
     of_queries = shared | dict(
-        output_ptr=output,
-        grad_query_ptr=grad_query,
+        **tensor_arguments(unit, output=output, grad_query=grad_query),
         query_numbers_ptr=query_numbers,
-        output_strides=row_strides(output, unit),
-        grad_query_strides=row_strides(grad_query, unit),
         num_heads=heads,
     )
     of_keys = shared | dict(
-        grad_key_ptr=grad_key,
-        grad_value_ptr=grad_value,
+        **tensor_arguments(unit, grad_key=grad_key, grad_value=grad_value),
         key_numbers_ptr=key_numbers,
-        grad_key_strides=row_strides(grad_key, unit),
-        grad_value_strides=row_strides(grad_value, unit),
         num_heads=kv_heads,
         num_keys=num_keys,
     )

@@ -1,4 +1,4 @@
-"""Parts of the kernels for packed rows: who may attend to whom, what keeps neighbours apart, block sizes, strides.
+"""Parts of the kernels for packed rows: who may attend to whom, what keeps neighbours apart, block sizes.
 
 A block of neighbouring rows belongs to whatever sequences lie there. For each of its rows there is a range of rows of
 the other side: a query's keys, or a key's queries. Causality is part of it: a score costs two comparisons either way.
@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from mmattn.kernels.launch import SIZES, Card, Strides, strides_in_units
+from mmattn.kernels.launch import SIZES, Card
 
 # Arguments that change from batch to batch: one compiled kernel serves all their values.
 PACKED_SIZES = (*SIZES, "num_sequences")
@@ -60,6 +59,24 @@ def partners(
 
 
 @triton.jit
+def place_of_rows(
+    num_heads, num_rows, numbers_ptr, own_starts_ptr, other_starts_ptr, num_sequences,
+    BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, ARE_KEYS: tl.constexpr,
+):  # fmt: skip
+    """(head, first row, rows [M] counted from it, which of them there are, first, end: `partners`) of this program.
+    Heads first, so that whole rows are read by programs side by side."""
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
+    start = tl.program_id(0) // num_heads * BLOCK_M
+    far = start.to(tl.int64)
+    rows = tl.arange(0, BLOCK_M)
+    is_row = rows < num_rows - start
+    first, end = partners(
+        start + rows, is_row, numbers_ptr, own_starts_ptr, other_starts_ptr, num_sequences, IS_CAUSAL, ARE_KEYS
+    )  # fmt: skip
+    return head, far, rows, is_row, first, end
+
+
+@triton.jit
 def span(first, end):
     """(earliest, last): from where to where the ranges of all rows [M] reach; of none, last comes before earliest."""
     return tl.min(first, axis=0), tl.maximum(tl.max(end, axis=0), 0)
@@ -91,12 +108,6 @@ def has_nan(blocks, DIM_TILES: tl.constexpr):
     for d in tl.static_range(1, len(DIM_TILES)):
         found = tl.maximum(found, tl.max(tl.max((blocks[d] != blocks[d]).to(tl.int32), axis=1), axis=0))
     return found > 0
-
-
-def row_strides(rows: Tensor, unit: int) -> Strides:
-    """Strides of rows [N, H, D] as of [1, H, N, D]: see `strides_in_units`."""
-    row, head, column = strides_in_units(rows, unit)
-    return 0, head, row, column
 
 
 def rows_config(card: Card, dtype: torch.dtype, head_dim: int, are_keys: bool) -> RowsConfig:

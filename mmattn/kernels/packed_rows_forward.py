@@ -4,7 +4,7 @@ log-sum-exp of each row.
 Kernels for variable lengths give each sequence programs of its own, with tiles of 128: with sequences of some ten rows
 nearly all of a tile is empty, and time goes with the number of sequences. Here a program has a head and a block of
 neighbouring rows, whatever sequences they belong to, and walks over the keys from the first of its first sequence to
-the last of its last one (online softmax, arXiv 1805.02867); what is of other sequences is masked.
+the last of its last one (`online_softmax`); what is of other sequences is masked.
 
 A weight of 0 times a NaN is NaN: sequences would spoil their neighbours. A program that comes to a NaN does its walk
 again, carefully: what is not finite goes into the scores, where masks hold it back, instead of into the products.
@@ -22,24 +22,23 @@ import triton.language as tl
 from torch import Tensor
 
 from mmattn.kernels.blocks import (
-    LN_2,
     LOG2_E,
     add_products,
-    load_rows,
+    finish_rows,
+    load_rows_of,
+    online_softmax,
     row_products,
     rows_of,
     scaled_rows,
-    store_rows,
     zero_blocks,
 )
-from mmattn.kernels.launch import Launch, access_unit, card_of
+from mmattn.kernels.launch import Launch, access_unit, card_of, tensor_arguments
 from mmattn.kernels.packed_rows_blocks import (
     PACKED_SIZES,
     RowsConfig,
     are_partners,
     has_nan,
-    partners,
-    row_strides,
+    place_of_rows,
     rows_config,
     sifted,
     span,
@@ -67,23 +66,15 @@ def _walk(
         start = earliest + block * BLOCK_N
         is_key = keys < last - start
         far = start.to(tl.int64)
-        key_rows = rows_of(key_ptr, key_strides, 0, kv_head, far, UNIT)
-        key = load_rows(key_rows, keys, is_key, key_strides, HEAD_DIM, DIM_TILES, UNIT)
-        value_rows = rows_of(value_ptr, value_strides, 0, kv_head, far, UNIT)
-        value = load_rows(value_rows, keys, is_key, value_strides, HEAD_DIM, DIM_TILES, UNIT)
+        key = load_rows_of(key_ptr, key_strides, 0, kv_head, far, keys, is_key, HEAD_DIM, DIM_TILES, UNIT)
+        value = load_rows_of(value_ptr, value_strides, 0, kv_head, far, keys, is_key, HEAD_DIM, DIM_TILES, UNIT)
         scores = row_products(query, key, DIM_TILES) * scale
         if IS_CAREFUL:
             value, spoilt = sifted(value, BLOCK_N, DIM_TILES)
             scores += spoilt[None, :]
         scores = tl.where(are_partners(start + keys, first, end), scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores - safe_max[:, None])
-        # Nothing so far: exp2(-inf) = 0 times zeros.
-        factors = tl.exp2(row_max - safe_max)
-        total = total * factors + tl.sum(weights, axis=1)
+        weights, factors, total, row_max = online_softmax(scores, total, row_max)
         output = add_products(scaled_rows(output, factors, DIM_TILES), weights, value, DIM_TILES)
-        row_max = new_max
     return output, total, row_max
 
 
@@ -95,17 +86,12 @@ def packed_fwd_kernel(
     HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr, IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """A program has one head and BLOCK_M queries; heads first, so that whole rows are read by programs side by side."""
-    head = (tl.program_id(0) % num_heads).to(tl.int64)
-    start = tl.program_id(0) // num_heads * BLOCK_M
-    far = start.to(tl.int64)
-    rows = tl.arange(0, BLOCK_M)
-    is_row = rows < num_queries - start
-    first, end = partners(
-        start + rows, is_row, query_numbers_ptr, query_starts_ptr, key_starts_ptr, num_sequences, IS_CAUSAL, False
+    """A program has one head and BLOCK_M queries."""
+    head, start, rows, is_row, first, end = place_of_rows(
+        num_heads, num_queries, query_numbers_ptr, query_starts_ptr, key_starts_ptr, num_sequences,
+        BLOCK_M, IS_CAUSAL, False,
     )  # fmt: skip
-    query_rows = rows_of(query_ptr, query_strides, 0, head, far, UNIT)
-    query = load_rows(query_rows, rows, is_row, query_strides, HEAD_DIM, DIM_TILES, UNIT)
+    query = load_rows_of(query_ptr, query_strides, 0, head, start, rows, is_row, HEAD_DIM, DIM_TILES, UNIT)
     output, total, row_max = _walk(
         query, first, end, key_ptr, value_ptr, key_strides, value_strides, head // group, scale,
         HEAD_DIM, DIM_TILES, UNIT, BLOCK_M, BLOCK_N, NUM_STAGES, False,
@@ -115,13 +101,9 @@ def packed_fwd_kernel(
             query, first, end, key_ptr, value_ptr, key_strides, value_strides, head // group, scale,
             HEAD_DIM, DIM_TILES, UNIT, BLOCK_M, BLOCK_N, 1, True,
         )  # fmt: skip
-    is_empty = total == 0.0
-    total = tl.where(is_empty, 1.0, total)
-    output_rows = rows_of(output_ptr, output_strides, 0, head, far, UNIT)
-    output = scaled_rows(output, 1.0 / total, DIM_TILES)
-    store_rows(output_rows, output, rows, is_row, output_strides, HEAD_DIM, DIM_TILES, UNIT)
-    lse = tl.where(is_empty, float("-inf"), (row_max + tl.log2(total)) * LN_2)
-    tl.store(lse_ptr + head * num_queries + far + rows, lse, mask=is_row)
+    output_rows = rows_of(output_ptr, output_strides, 0, head, start, UNIT)
+    lse_rows = lse_ptr + head * num_queries + start
+    finish_rows(output, total, row_max, output_rows, lse_rows, rows, is_row, output_strides, HEAD_DIM, DIM_TILES, UNIT)
 
 
 def num_blocks(num_rows: int, block: int) -> int:
@@ -163,18 +145,11 @@ def forward_launch(
     config = config or rows_config(card_of(query.device), query.dtype, head_dim, are_keys=False)
     unit = access_unit(query, key, value, output)
     arguments = dict(
-        query_ptr=query,
-        key_ptr=key,
-        value_ptr=value,
-        output_ptr=output,
+        **tensor_arguments(unit, query=query, key=key, value=value, output=output),
         lse_ptr=lse,
         query_starts_ptr=query_starts,
         key_starts_ptr=key_starts,
         query_numbers_ptr=query_numbers,
-        query_strides=row_strides(query, unit),
-        key_strides=row_strides(key, unit),
-        value_strides=row_strides(value, unit),
-        output_strides=row_strides(output, unit),
         scale=scale * LOG2_E.value,
         num_heads=heads,
         group=heads // key.shape[1],

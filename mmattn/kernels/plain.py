@@ -10,17 +10,17 @@ from torch.autograd import forward_ad
 _TYPES = (Tensor, torch.nn.Parameter)
 
 
-def is_plain_call(*tensors: Tensor) -> bool:
+def is_plain_call(*tensors: Tensor | None) -> bool:
     """Is this an eager call on ordinary tensors, that nobody but autograd wants to see?
 
-    False within a dispatch mode too (fake tensors, counting, selective checkpoints). The names of torch that are not
-    public are all here.
+    False within a dispatch mode too (fake tensors, counting, selective checkpoints). None stands for no tensor. The
+    names of torch that are not public are all here.
     """
     # In this order: torch.compile is asked first, for it cannot trace the other.
     return is_eager_call(*tensors) and not torch._C._len_torch_dispatch_stack()
 
 
-def is_eager_call(*tensors: Tensor) -> bool:
+def is_eager_call(*tensors: Tensor | None) -> bool:
     """Is this a call on ordinary tensors that runs as it is written?
 
     False while torch compiles, exports or traces, within vmap and other transforms of torch.func, within forward-mode
@@ -32,6 +32,8 @@ def is_eager_call(*tensors: Tensor) -> bool:
     if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
     for tensor in tensors:
+        if tensor is None:
+            continue
         if type(tensor) not in _TYPES or tensor.is_neg() or is_legacy_batchedtensor(tensor):
             return False
     return True

@@ -69,37 +69,46 @@ class Plan:
 
 @dataclass(slots=True)
 class Plans:
-    """Plans by signature, the oldest forgotten beyond `MOST_PLANS`. Threads may share it."""
+    """Plans by signature, the oldest forgotten beyond `MOST_PLANS`. Threads may share it.
 
+    Attributes:
+        names: of a call's tensors in their order, those of the kernels' pointer arguments (without "_ptr"). A pointer
+            argument with another name is one of these by identity, or a buffer between launches.
+        varying: numbers among the kernels' arguments, of `SIZES` or the like, that differ between calls of one plan.
+        plans: what is remembered.
+    """
+
+    names: tuple[str, ...]
+    varying: tuple[str, ...] = ()
     plans: dict[Hashable, Plan] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def find(self, signature: Hashable) -> Plan | None:
-        """The plan of calls like this one. The signature has all that their launches depend on, and `alignment`."""
-        return self.plans.get(signature)
-
-    def make(
+    def launch(
         self,
-        signature: Hashable,
-        device: torch.device,
-        tensors: Mapping[str, Tensor | None],
-        launches: tuple[Launch, ...],
-        varying: tuple[str, ...] = (),
+        sizes: Hashable,
+        tensors: tuple[Tensor | None, ...],
+        make: Callable[[], tuple[Launch, ...]],
+        numbers: tuple[int, ...] = (),
     ) -> None:
-        """Run the launches of a call, and remember what they come to.
+        """Launch what a call takes, by the plan of calls like it, or else as `make` makes it and remembered.
 
         Args:
-            signature: the call's.
-            device: the tensors'.
-            tensors: the call's, in the order in which `Plan.run` is given their addresses, under the names of the
-                kernels' pointer arguments (without "_ptr"); None is not there. A pointer argument with another name is
-                one of these by identity, or a buffer between launches.
-            launches: made for `tensors`.
-            varying: numbers among the kernels' arguments, of `SIZES` or the like, that the signature leaves out and
-                `Plan.run` is given.
+            sizes: all that the call's launches depend on, but where its tensors lie and what varies.
+            tensors: the call's, on one device, the first one there; None is not there.
+            make: gives the launches, made for `tensors`.
+            numbers: the call's, of `varying`.
         """
-        compiled = [launch.run(device) for launch in launches]
-        plan = plan_of(launches, compiled, tensors, varying)
+        first = tensors[0]
+        assert first is not None
+        addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+        signature = (sizes, alignment(addresses))
+        plan = self.plans.get(signature)
+        if plan is not None:
+            plan.run(first.device, addresses, numbers)
+            return
+        launches = make()
+        compiled = [launch.run(first.device) for launch in launches]
+        plan = plan_of(launches, compiled, dict(zip(self.names, tensors, strict=True)), self.varying)
         if plan is None:
             return
         with self._lock:

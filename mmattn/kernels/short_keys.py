@@ -5,24 +5,23 @@ Shapes: B batch, H query heads, G key/value heads, Lq / Lk lengths, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmattn.kernels.autograd import differentiable, empty_gradients
 from mmattn.kernels.plain import is_plain_call
-from mmattn.kernels.plans import Plans, alignment
+from mmattn.kernels.plans import Plans
 from mmattn.kernels.short_keys_backward import backward_launches
 from mmattn.kernels.short_keys_forward import forward_launch
 
 MAX_KEYS = 512
 MAX_HEAD_DIM = 160
-_FORWARD = Plans()
-_BACKWARD = Plans()
-# Tensors of a call in their order, as the kernels name them.
-_FORWARD_NAMES: tuple[str, ...] = ("query", "key", "value", "output", "lse", "key_mask", "attn_mask")
-_BACKWARD_NAMES: tuple[str, ...] = ("grad_output", *_FORWARD_NAMES, "grad_query", "grad_key", "grad_value")
+_NAMES = ("query", "key", "value", "output", "lse", "key_mask", "attn_mask")
+_FORWARD = Plans(_NAMES)
+_BACKWARD = Plans(("grad_output", *_NAMES, "grad_query", "grad_key", "grad_value"))
 
 
 def attend(
@@ -30,7 +29,7 @@ def attend(
 ) -> Tensor:
     """The output of `short_key_attention`, at the least cost to the processor: ordinary eager calls go round the
     dispatcher, which takes longer than the launch. The kernels, and so all bits, are the same."""
-    if not is_plain_call(query, key, value):
+    if not is_plain_call(query, key, value, key_mask, attn_mask):
         return short_key_attention(query, key, value, key_mask, attn_mask, scale)[0]
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return _apply(query, key, value, key_mask, attn_mask, scale)
@@ -95,15 +94,11 @@ def _forward(
     output, lse = _outputs(query)
     if query.numel() == 0 or key.numel() == 0:
         return output.zero_(), lse.fill_(float("-inf"))
-    tensors = (query, key, value, output, lse, key_mask, attn_mask)
-    addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
-    signature = _signature(query, key, value, key_mask, attn_mask, scale, alignment(addresses))
-    plan = _FORWARD.find(signature)
-    if plan is not None:
-        plan.run(query.device, addresses)
-    else:
-        launch = forward_launch(query, key, value, key_mask, attn_mask, scale, output, lse)
-        _FORWARD.make(signature, query.device, dict(zip(_FORWARD_NAMES, tensors, strict=True)), (launch,))
+    _FORWARD.launch(
+        _sizes(query, key, value, key_mask, attn_mask, scale),
+        (query, key, value, output, lse, key_mask, attn_mask),
+        lambda: (forward_launch(query, key, value, key_mask, attn_mask, scale, output, lse),),
+    )
     return output, lse
 
 
@@ -118,48 +113,32 @@ def _backward_of(
     attn_mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _gradients(query, key, value)
+    gradients = empty_gradients(query, key, value)
     if query.numel() == 0 or key.numel() == 0:
         return gradients[0].zero_(), gradients[1].zero_(), gradients[2].zero_()
-    tensors = (grad_output, query, key, value, output, lse, key_mask, attn_mask, *gradients)
-    addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
-    own = (grad_output.stride(), output.stride(), alignment(addresses))
-    signature = _signature(query, key, value, key_mask, attn_mask, scale, own)
-    plan = _BACKWARD.find(signature)
-    if plan is not None:
-        plan.run(query.device, addresses)
-    else:
-        backward = backward_launches(
-            grad_output, query, key, value, output, lse, key_mask, attn_mask, scale, gradients=gradients
-        )
-        named = dict(zip(_BACKWARD_NAMES, tensors, strict=True))
-        _BACKWARD.make(signature, query.device, named, backward.launches)
+    arguments = (grad_output, query, key, value, output, lse, key_mask, attn_mask)
+    sizes = _sizes(query, key, value, key_mask, attn_mask, scale)
+    _BACKWARD.launch(
+        (sizes, grad_output.stride(), output.stride()),
+        (*arguments, *gradients),
+        lambda: backward_launches(*arguments, scale, gradients=gradients).launches,
+    )
     return gradients
 
 
-def _signature(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    scale: float,
-    own: Hashable,
+def _sizes(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None, scale: float
 ) -> Hashable:
-    """All that launches depend on. (Strides of what is allocated like query follow from query's.)"""
+    """All that launches depend on, of the forward's arguments. (Strides of what is allocated like query follow.)"""
     masks = None
     if key_mask is not None or attn_mask is not None:
         masks = tuple([None if mask is None else (mask.shape, mask.stride()) for mask in (key_mask, attn_mask)])
-    sizes = (query.shape, query.stride(), key.shape, key.stride(), value.stride())
-    return query.device, query.dtype, sizes, masks, scale, own
+    own = (query.shape, query.stride(), key.shape, key.stride(), value.stride())
+    return query.device, query.dtype, own, masks, scale
 
 
 def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-def _gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 @short_key_attention.register_fake
@@ -167,46 +146,4 @@ def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _outputs(query)
 
 
-@short_key_attention_backward.register_fake
-def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(query, key, value)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, key_mask, attn_mask, scale = inputs
-    ctx.save_for_backward(query, key, value, *output, key_mask, attn_mask)
-    ctx.scale = scale
-
-
-def _save_operation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _save(ctx, inputs, output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, grad_output: Tensor, _grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    # With gradients of gradients wanted, the operation says that there are none.
-    is_plain = not torch.is_grad_enabled() and is_plain_call(grad_output, *saved[:5])
-    run: Any = _backward_of if is_plain else short_key_attention_backward
-    return (*run(grad_output, *saved, ctx.scale), None, None, None)
-
-
-short_key_attention.register_autograd(_backward, setup_context=_save_operation)
-
-
-class _Attend(torch.autograd.Function):
-    """Autograd's rule for calls that go round the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        output, lse = _forward(*inputs)
-        _save(ctx, inputs, (output, lse))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _backward(ctx, grad_output)
-
-
-# `_Attend.apply` without its questions about torch.func, which `is_plain_call` has answered: half of what it costs.
-_apply: Callable[..., Tensor] = super(torch.autograd.Function, _Attend).apply  # pyright: ignore[reportAttributeAccessIssue]
+_apply = differentiable(short_key_attention, short_key_attention_backward, _forward, _backward_of, num_options=1)

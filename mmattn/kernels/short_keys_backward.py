@@ -30,10 +30,9 @@ from torch import Tensor
 from mmattn.kernels.blocks import (
     LOG2_E,
     add_products,
-    head_of,
     load_keys,
     load_lse,
-    load_rows,
+    load_rows_of,
     masked_scores,
     place,
     row_products,
@@ -42,7 +41,7 @@ from mmattn.kernels.blocks import (
     store_scaled,
     zero_blocks,
 )
-from mmattn.kernels.launch import SIZES, Launch, access_unit, card_of, mask_arguments, strides_in_units
+from mmattn.kernels.launch import SIZES, Launch, access_unit, card_of, mask_arguments, tensor_arguments
 from mmattn.kernels.short_keys_backward_queries import queries_launch
 from mmattn.kernels.short_keys_configs import BackwardConfig, backward_config, head_tiles
 from mmattn.kernels.tiles import Tiles, ceil_div, one_tile, power_of_two, tiles_of
@@ -109,11 +108,8 @@ def keys_bwd_kernel(
     batch = (rest % num_batches).to(tl.int64)
     first = (rest // num_batches) * BLOCK_N
     key, value, is_key = load_keys(
-        head_of(key_ptr, key_strides, batch, head // group, UNIT),
-        head_of(value_ptr, value_strides, batch, head // group, UNIT),
-        head_of(key_mask_ptr, key_mask_strides, batch, head // group, 1),
-        key_strides, value_strides, key_mask_strides, first, num_keys, KEY_TILES, HEAD_DIM, DIM_TILES, UNIT,
-        HAS_KEY_MASK,
+        key_ptr, value_ptr, key_mask_ptr, key_strides, value_strides, key_mask_strides, batch, head // group, first,
+        num_keys, KEY_TILES, HEAD_DIM, DIM_TILES, UNIT, HAS_KEY_MASK,
     )  # fmt: skip
     grad_key = ()
     grad_value = ()
@@ -125,10 +121,10 @@ def keys_bwd_kernel(
     for block in tl.range(ROW_BLOCKS, num_stages=NUM_STAGES):
         start = ((split * ROW_BLOCKS + block) * BLOCK_M).to(tl.int64)
         is_row = rows < num_queries - start
-        query_rows = rows_of(query_ptr, query_strides, batch, head, start, UNIT)
-        query = load_rows(query_rows, rows, is_row, query_strides, HEAD_DIM, DIM_TILES, UNIT)
-        grad_output_rows = rows_of(grad_output_ptr, grad_output_strides, batch, head, start, UNIT)
-        grad_output = load_rows(grad_output_rows, rows, is_row, grad_output_strides, HEAD_DIM, DIM_TILES, UNIT)
+        query = load_rows_of(query_ptr, query_strides, batch, head, start, rows, is_row, HEAD_DIM, DIM_TILES, UNIT)
+        grad_output = load_rows_of(
+            grad_output_ptr, grad_output_strides, batch, head, start, rows, is_row, HEAD_DIM, DIM_TILES, UNIT
+        )  # fmt: skip
         row_offset = (batch * num_heads + head) * num_queries + start
         lse = load_lse(lse_ptr + row_offset, rows, is_row)
         if IS_FUSED:
@@ -239,20 +235,11 @@ def backward_launches(
     partials = query.new_empty((num_splits, 2, batch, heads, num_keys, head_dim), dtype=torch.float32)
     unit = access_unit(query, key, value, output, grad_output, grad_query)
     shared = dict(
-        query_ptr=query,
-        key_ptr=key,
-        value_ptr=value,
-        grad_output_ptr=grad_output,
+        **tensor_arguments(unit, query=query, key=key, value=value, grad_output=grad_output, grad_query=grad_query),
+        **mask_arguments(query, key, key_mask, attn_mask),
         lse_ptr=lse,
         # Fused, delta is never stored.
         delta_ptr=lse if is_fused else torch.empty_like(lse),
-        grad_query_ptr=grad_query,
-        **mask_arguments(query, key, key_mask, attn_mask),
-        query_strides=strides_in_units(query, unit),
-        key_strides=strides_in_units(key, unit),
-        value_strides=strides_in_units(value, unit),
-        grad_output_strides=strides_in_units(grad_output, unit),
-        grad_query_strides=strides_in_units(grad_query, unit),
         scale=scale,
         num_heads=heads,
         group=heads // key.shape[1],
@@ -312,10 +299,7 @@ def _sum_launch(partials: Tensor, grad_key: Tensor, grad_value: Tensor) -> Launc
     num_blocks = ceil_div(num_keys * head_dim, block)
     arguments = dict(
         partials_ptr=partials,
-        grad_key_ptr=grad_key,
-        grad_value_ptr=grad_value,
-        grad_key_strides=grad_key.stride(),
-        grad_value_strides=grad_value.stride(),
+        **tensor_arguments(1, grad_key=grad_key, grad_value=grad_value),
         num_batches=batch,
         num_heads=heads,
         group=heads // kv_heads,

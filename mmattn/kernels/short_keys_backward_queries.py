@@ -20,14 +20,16 @@ from mmattn.kernels.blocks import (
     head_of,
     load_lse,
     load_rows,
+    load_rows_of,
     place,
     row_products,
+    row_sums,
     rows_of,
     score_block,
     store_scaled,
     zero_blocks,
 )
-from mmattn.kernels.launch import SIZES, Launch, strides_in_units, walk_over_keys
+from mmattn.kernels.launch import SIZES, Launch, tensor_arguments, walk_over_keys
 from mmattn.kernels.short_keys_configs import BackwardConfig, key_block
 from mmattn.kernels.tiles import ceil_div
 
@@ -72,17 +74,14 @@ def queries_bwd_kernel(
     key_mask_row = head_of(key_mask_ptr, key_mask_strides, batch, head // group, 1)
     rows = tl.arange(0, BLOCK_M)
     is_row = rows < num_queries - start
-    query_rows = rows_of(query_ptr, query_strides, batch, head, start, UNIT)
-    query = load_rows(query_rows, rows, is_row, query_strides, HEAD_DIM, DIM_TILES, UNIT)
-    output_rows = rows_of(output_ptr, output_strides, batch, head, start, UNIT)
-    output = load_rows(output_rows, rows, is_row, output_strides, HEAD_DIM, DIM_TILES, UNIT)
-    grad_output_rows = rows_of(grad_output_ptr, grad_output_strides, batch, head, start, UNIT)
-    grad_output = load_rows(grad_output_rows, rows, is_row, grad_output_strides, HEAD_DIM, DIM_TILES, UNIT)
+    query = load_rows_of(query_ptr, query_strides, batch, head, start, rows, is_row, HEAD_DIM, DIM_TILES, UNIT)
+    output = load_rows_of(output_ptr, output_strides, batch, head, start, rows, is_row, HEAD_DIM, DIM_TILES, UNIT)
+    grad_output = load_rows_of(
+        grad_output_ptr, grad_output_strides, batch, head, start, rows, is_row, HEAD_DIM, DIM_TILES, UNIT
+    )  # fmt: skip
     row_offset = (batch * num_heads + head) * num_queries + start
     lse = load_lse(lse_ptr + row_offset, rows, is_row)
-    delta = tl.full([BLOCK_M], 0.0, dtype=tl.float32)
-    for d in tl.static_range(len(DIM_TILES)):
-        delta += tl.sum(output[d].to(tl.float32) * grad_output[d].to(tl.float32), axis=1)
+    delta = row_sums(output, grad_output, BLOCK_M, DIM_TILES)
     tl.store(delta_ptr + row_offset + rows, delta, mask=is_row)
     attn_mask_rows = rows_of(attn_mask_ptr, attn_mask_strides, batch, head, start, 1)
     grad_query = zero_blocks(BLOCK_M, DIM_TILES)
@@ -111,8 +110,7 @@ def queries_launch(shared: dict[str, Any], output: Tensor, unit: int, config: Ba
     query, num_keys = shared["query_ptr"], shared["num_keys"]
     num_chunks = ceil_div(query.shape[2], config.block_m)
     arguments = shared | {
-        "output_ptr": output,
-        "output_strides": strides_in_units(output, unit),
+        **tensor_arguments(unit, output=output),
         "num_chunks": num_chunks,
         **walk_over_keys(num_keys, key_block(query.dtype)),
     }

@@ -19,37 +19,24 @@ import triton.language as tl
 from torch import Tensor
 
 from mmattn.kernels.blocks import (
-    LN_2,
     LOG2_E,
     add_products,
+    finish_rows,
     head_of,
     load_keys,
     load_rows,
+    load_rows_of,
     masked_scores,
+    online_softmax,
     place,
     rows_of,
     scaled_rows,
     score_block,
-    store_rows,
     zero_blocks,
 )
-from mmattn.kernels.launch import SIZES, Launch, access_unit, card_of, mask_arguments, strides_in_units, walk_over_keys
+from mmattn.kernels.launch import SIZES, Launch, access_unit, card_of, mask_arguments, tensor_arguments, walk_over_keys
 from mmattn.kernels.short_keys_configs import ForwardConfig, forward_config, head_tiles, key_block, resident_keys
 from mmattn.kernels.tiles import ceil_div, one_tile, padded, tiles_of
-
-
-@triton.jit
-def _finish_rows(
-    output, total, row_max, output_rows, lse_rows, rows, is_row, output_strides,
-    HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """Normalise and write; a row without keys has a total of 0, and zeros already."""
-    is_empty = total == 0.0
-    total = tl.where(is_empty, 1.0, total)
-    output = scaled_rows(output, 1.0 / total, DIM_TILES)
-    store_rows(output_rows, output, rows, is_row, output_strides, HEAD_DIM, DIM_TILES, UNIT)
-    lse = tl.where(is_empty, float("-inf"), (row_max + tl.log2(total)) * LN_2)
-    tl.store(lse_rows + rows, lse, mask=is_row)
 
 
 @triton.jit
@@ -91,8 +78,7 @@ def attend_resident(
     start = start.to(tl.int64)
     rows = tl.arange(0, BLOCK_M)
     is_row = rows < num_queries - start
-    query_rows = rows_of(query_ptr, query_strides, batch, head, start, UNIT)
-    query = load_rows(query_rows, rows, is_row, query_strides, HEAD_DIM, DIM_TILES, UNIT)
+    query = load_rows_of(query_ptr, query_strides, batch, head, start, rows, is_row, HEAD_DIM, DIM_TILES, UNIT)
     attn_mask_rows = rows_of(attn_mask_ptr, attn_mask_strides, batch, head, start, 1)
     output, total, row_max = _attend_all(
         query, key, value, is_key, rows, is_row, attn_mask_rows, attn_mask_strides, scale,
@@ -100,7 +86,7 @@ def attend_resident(
     )  # fmt: skip
     output_rows = rows_of(output_ptr, output_strides, batch, head, start, UNIT)
     lse_rows = lse_ptr + (batch * num_heads + head) * num_queries + start
-    _finish_rows(output, total, row_max, output_rows, lse_rows, rows, is_row, output_strides, HEAD_DIM, DIM_TILES, UNIT)
+    finish_rows(output, total, row_max, output_rows, lse_rows, rows, is_row, output_strides, HEAD_DIM, DIM_TILES, UNIT)
     return query, row_max, total
 
 
@@ -116,12 +102,9 @@ def resident_fwd_kernel(
     """A program has one head of one batch row, all its keys, and ROW_BLOCKS * BLOCK_M queries."""
     head, chunk, batch = place(num_heads, num_chunks)
     batch = batch.to(tl.int64)
-    kv_head = head // group
     key, value, is_key = load_keys(
-        head_of(key_ptr, key_strides, batch, kv_head, UNIT),
-        head_of(value_ptr, value_strides, batch, kv_head, UNIT),
-        head_of(key_mask_ptr, key_mask_strides, batch, kv_head, 1),
-        key_strides, value_strides, key_mask_strides, 0, num_keys, KEY_TILES, HEAD_DIM, DIM_TILES, UNIT, HAS_KEY_MASK,
+        key_ptr, value_ptr, key_mask_ptr, key_strides, value_strides, key_mask_strides, batch, head // group, 0,
+        num_keys, KEY_TILES, HEAD_DIM, DIM_TILES, UNIT, HAS_KEY_MASK,
     )  # fmt: skip
     for block in tl.range(ROW_BLOCKS):
         attend_resident(
@@ -145,15 +128,10 @@ def _attend_block(
         key_strides, key_mask_strides, attn_mask_strides, scale, num_keys,
         NUM_KEYS, HEAD_DIM, DIM_TILES, UNIT, HAS_KEY_MASK, HAS_ATTN_MASK,
     )  # fmt: skip
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(scores - safe_max[:, None])
-    # Nothing so far: exp2(-inf) = 0 times zeros.
-    factors = tl.exp2(row_max - safe_max)
-    total = total * factors + tl.sum(weights, axis=1)
+    weights, factors, total, row_max = online_softmax(scores, total, row_max)
     value = load_rows(value_base, keys, is_key, value_strides, HEAD_DIM, DIM_TILES, UNIT)
     output = add_products(scaled_rows(output, factors, DIM_TILES), weights, value, DIM_TILES)
-    return output, total, new_max
+    return output, total, row_max
 
 
 @triton.jit
@@ -173,8 +151,7 @@ def attend_streamed(
     key_mask_row = head_of(key_mask_ptr, key_mask_strides, batch, kv_head, 1)
     rows = tl.arange(0, BLOCK_M)
     is_row = rows < num_queries - start
-    query_rows = rows_of(query_ptr, query_strides, batch, head, start, UNIT)
-    query = load_rows(query_rows, rows, is_row, query_strides, HEAD_DIM, DIM_TILES, UNIT)
+    query = load_rows_of(query_ptr, query_strides, batch, head, start, rows, is_row, HEAD_DIM, DIM_TILES, UNIT)
     attn_mask_rows = rows_of(attn_mask_ptr, attn_mask_strides, batch, head, start, 1)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.full([BLOCK_M], 0.0, dtype=tl.float32)
@@ -196,7 +173,7 @@ def attend_streamed(
     output_rows = rows_of(output_ptr, output_strides, batch, head, start, UNIT)
     lse_rows = lse_ptr + (batch * num_heads + head) * num_queries + start
     row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
-    _finish_rows(output, total, row_max, output_rows, lse_rows, rows, is_row, output_strides, HEAD_DIM, DIM_TILES, UNIT)
+    finish_rows(output, total, row_max, output_rows, lse_rows, rows, is_row, output_strides, HEAD_DIM, DIM_TILES, UNIT)
     return query, row_max, total
 
 
@@ -251,16 +228,9 @@ def forward_launch(
     num_chunks = ceil_div(num_queries, config.block_m * (config.row_blocks if is_resident else 1))
     unit = access_unit(query, key, value, output)
     arguments = dict(
-        query_ptr=query,
-        key_ptr=key,
-        value_ptr=value,
-        output_ptr=output,
-        lse_ptr=lse,
+        **tensor_arguments(unit, query=query, key=key, value=value, output=output),
         **mask_arguments(query, key, key_mask, attn_mask),
-        query_strides=strides_in_units(query, unit),
-        key_strides=strides_in_units(key, unit),
-        value_strides=strides_in_units(value, unit),
-        output_strides=strides_in_units(output, unit),
+        lse_ptr=lse,
         scale=scale * LOG2_E.value,
         num_heads=heads,
         group=heads // kv_heads,

@@ -106,12 +106,9 @@ def resident_maps_kernel(
     """`resident_fwd_kernel` with maps."""
     head, chunk, batch = place(num_heads, num_chunks)
     batch = batch.to(tl.int64)
-    kv_head = head // group
     key, value, is_key = load_keys(
-        head_of(key_ptr, key_strides, batch, kv_head, UNIT),
-        head_of(value_ptr, value_strides, batch, kv_head, UNIT),
-        head_of(key_mask_ptr, key_mask_strides, batch, kv_head, 1),
-        key_strides, value_strides, key_mask_strides, 0, num_keys, KEY_TILES, HEAD_DIM, DIM_TILES, UNIT, HAS_KEY_MASK,
+        key_ptr, value_ptr, key_mask_ptr, key_strides, value_strides, key_mask_strides, batch, head // group, 0,
+        num_keys, KEY_TILES, HEAD_DIM, DIM_TILES, UNIT, HAS_KEY_MASK,
     )  # fmt: skip
     for block in tl.range(ROW_BLOCKS):
         start = (chunk * ROW_BLOCKS + block) * BLOCK_M

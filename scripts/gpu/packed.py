@@ -149,7 +149,6 @@ def configurations(batch: Batch, kind: str, options: Options) -> None:
     """Other block sizes, all kernels with the same."""
     from mmattn.kernels import packed_rows, packed_rows_backward, packed_rows_forward
     from mmattn.kernels.packed_rows_blocks import RowsConfig
-    from mmattn.kernels.plans import Plans
 
     tried = ((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3), (32, 32, 4, 2), (128, 32, 8, 2), (64, 16, 4, 2))
     for config in [RowsConfig(*numbers) for numbers in tried]:
@@ -157,7 +156,8 @@ def configurations(batch: Batch, kind: str, options: Options) -> None:
             print("    no time for other configurations", flush=True)
             return
         with contextlib.ExitStack() as patches:
-            patches.enter_context(mock.patch.multiple(packed_rows, _FORWARD=Plans(), _BACKWARD=Plans()))
+            for plans in (packed_rows._FORWARD, packed_rows._BACKWARD):
+                patches.enter_context(mock.patch.object(plans, "plans", {}))
             for module in (packed_rows, packed_rows_forward, packed_rows_backward):
                 chosen = mock.patch.object(module, "rows_config", lambda *_, config=config, **__: config)
                 patches.enter_context(chosen)

@@ -9,7 +9,6 @@ from mmattn.kernels import decode
 from mmattn.kernels.decode import attend, decode_attention
 from mmattn.kernels.decode_kernels import add_splits_kernel, decode_kernel
 from mmattn.kernels.launch import is_interpreted
-from mmattn.kernels.plans import Plans
 from tests.kernels.faked_card import faked_card
 
 KERNELS = {kernel.__name__: kernel for kernel in (decode_kernel, add_splits_kernel)}
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.skipif(is_interpreted(), reason="nothing is compiled th
 @pytest.fixture
 def launched(monkeypatch):
     """What was launched, in order; nothing is planned yet."""
-    monkeypatch.setattr(decode, "_PLANS", Plans())
+    monkeypatch.setattr(decode._PLANS, "plans", {})
     with faked_card() as launched:
         yield launched
 

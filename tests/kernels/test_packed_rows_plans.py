@@ -11,7 +11,6 @@ from mmattn.kernels.launch import is_interpreted
 from mmattn.kernels.packed_rows import attend
 from mmattn.kernels.packed_rows_backward import packed_keys_bwd_kernel, packed_queries_bwd_kernel
 from mmattn.kernels.packed_rows_forward import packed_fwd_kernel
-from mmattn.kernels.plans import Plans
 from mmattn.ops.segments import Segments
 from tests.kernels.faked_card import faked_card
 
@@ -22,8 +21,8 @@ pytestmark = pytest.mark.skipif(is_interpreted(), reason="nothing is compiled th
 @pytest.fixture
 def launched(monkeypatch):
     """What was launched, in order; nothing is planned yet."""
-    monkeypatch.setattr(packed_rows, "_FORWARD", Plans())
-    monkeypatch.setattr(packed_rows, "_BACKWARD", Plans())
+    monkeypatch.setattr(packed_rows._FORWARD, "plans", {})
+    monkeypatch.setattr(packed_rows._BACKWARD, "plans", {})
     with faked_card() as launched:
         yield launched
 
@@ -67,13 +66,31 @@ def test_planned_launches_are_those_that_triton_makes(launched, monkeypatch):
     planned = [own_addresses(run(launched, *batch)) for batch in batches]
     assert len(packed_rows._FORWARD.plans) == len(packed_rows._BACKWARD.plans) == 1
     for batch, launches in zip(batches, planned, strict=True):
-        monkeypatch.setattr(packed_rows, "_FORWARD", Plans())
-        monkeypatch.setattr(packed_rows, "_BACKWARD", Plans())
+        monkeypatch.setattr(packed_rows._FORWARD, "plans", {})
+        monkeypatch.setattr(packed_rows._BACKWARD, "plans", {})
         assert own_addresses(run(launched, *batch)) == launches
         assert [name for name, _, _ in launches] == list(KERNELS)
         for name, _, found in launches:
             assert found["num_queries"] == len(batch[0][0]), name
             assert found["num_sequences"] == len(batch[1][0]) - 1, name
+
+
+def test_strides_of_results_are_those_of_the_call(launched):
+    """Of rows that are parts of larger tensors, results lie otherwise for other numbers of rows."""
+    whole = [torch.zeros(heads, 64, 40, dtype=torch.float16) for heads in (6, 2, 2)]
+    side_by_side = torch.zeros(64, 3, 6, 40, dtype=torch.float16).unbind(1)
+    for tensors in ([tensor.transpose(0, 1) for tensor in whole], side_by_side):
+        for length in (1, 7, 19):
+            segments = Segments.of([length])
+            rows = [tensor[:length].detach().requires_grad_() for tensor in tensors]
+            launches = run(launched, rows, [segments.cu_seqlens] * 2 + [segments.row_numbers()] * 2)
+            found = {name: each for _, _, arguments in launches for name, each in arguments.items()}
+            for name, row in zip(("query", "key", "value"), rows, strict=True):
+                row_stride, head_stride, column_stride = torch.empty_like(row).stride()
+                expected = (0, head_stride // 8, row_stride // 8, column_stride)
+                assert found[f"grad_{name}_strides"] == expected
+                if name == "query":
+                    assert found["output_strides"] == expected
 
 
 def test_kernels_hand_on_what_they_wrote(launched):

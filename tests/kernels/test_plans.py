@@ -14,7 +14,7 @@ import triton
 
 from mmattn.kernels import plans, short_keys
 from mmattn.kernels.launch import is_interpreted
-from mmattn.kernels.plans import Plans, alignment
+from mmattn.kernels.plans import alignment
 from mmattn.kernels.short_keys import attend, short_key_attention, short_key_attention_backward
 from mmattn.kernels.short_keys_backward import keys_bwd_kernel, sum_partials_kernel
 from mmattn.kernels.short_keys_backward_queries import queries_bwd_kernel
@@ -28,8 +28,8 @@ pytestmark = pytest.mark.skipif(is_interpreted(), reason="nothing is compiled th
 @pytest.fixture
 def launched(monkeypatch):
     """What was launched, in order; nothing is planned yet."""
-    monkeypatch.setattr(short_keys, "_FORWARD", Plans())
-    monkeypatch.setattr(short_keys, "_BACKWARD", Plans())
+    monkeypatch.setattr(short_keys._FORWARD, "plans", {})
+    monkeypatch.setattr(short_keys._BACKWARD, "plans", {})
     with faked_card() as launched:
         yield launched
 
@@ -166,7 +166,7 @@ def test_the_oldest_plan_is_forgotten(launched, monkeypatch):
     monkeypatch.setattr(plans, "MOST_PLANS", 3)
     for queries in (2, 3, 5, 7, 11):
         attend(*tensors_of(queries=queries), None, None, 0.3)
-    kept = [signature[2][0][2] for signature in short_keys._FORWARD.plans]
+    kept = [signature[0][2][0][2] for signature in short_keys._FORWARD.plans]
     assert kept == [5, 7, 11]
     launched.clear()
     attend(*tensors_of(queries=2), None, None, 0.3)

@@ -28,7 +28,7 @@ from mmattn.kernels.blocks import (
     head_of,
     load_keys,
     load_lse,
-    load_rows,
+    load_rows_of,
     masked_scores,
     place,
     row_products,
@@ -36,7 +36,7 @@ from mmattn.kernels.blocks import (
     store_scaled,
     zero_blocks,
 )
-from mmattn.kernels.launch import SIZES, Launch, access_unit, mask_arguments, strides_in_units
+from mmattn.kernels.launch import SIZES, Launch, access_unit, mask_arguments, tensor_arguments
 from mmattn.kernels.short_keys_backward import Backward
 from mmattn.kernels.short_keys_backward import _sum_launch as sum_launch
 from mmattn.kernels.short_keys_configs import head_tiles
@@ -103,10 +103,10 @@ def _weights(
 ):  # fmt: skip
     """(query, dO, P, dP, delta) of a block of queries; of P and dP an item [M, N] for each block of keys. dP and delta
     are of no use to the values' gradients, and not computed for them."""
-    query_rows = rows_of(query_ptr, query_strides, batch, head, start, UNIT)
-    query = load_rows(query_rows, rows, is_row, query_strides, HEAD_DIM, DIM_TILES, UNIT)
-    grad_output_rows = rows_of(grad_output_ptr, grad_output_strides, batch, head, start, UNIT)
-    grad_output = load_rows(grad_output_rows, rows, is_row, grad_output_strides, HEAD_DIM, DIM_TILES, UNIT)
+    query = load_rows_of(query_ptr, query_strides, batch, head, start, rows, is_row, HEAD_DIM, DIM_TILES, UNIT)
+    grad_output = load_rows_of(
+        grad_output_ptr, grad_output_strides, batch, head, start, rows, is_row, HEAD_DIM, DIM_TILES, UNIT
+    )  # fmt: skip
     lse = load_lse(lse_ptr + (batch * num_heads + head) * num_queries + start, rows, is_row)
     attn_mask_rows = rows_of(attn_mask_ptr, attn_mask_strides, batch, head, start, 1)
     weights = ()
@@ -155,11 +155,8 @@ def split_bwd_kernel(
     head, batch, part = place(num_heads, num_batches)
     batch = batch.to(tl.int64)
     key, value, is_key = load_keys(
-        head_of(key_ptr, key_strides, batch, head // group, UNIT),
-        head_of(value_ptr, value_strides, batch, head // group, UNIT),
-        head_of(key_mask_ptr, key_mask_strides, batch, head // group, 1),
-        key_strides, value_strides, key_mask_strides, 0, num_keys, KEY_TILES, HEAD_DIM, DIM_TILES, UNIT,
-        HAS_KEY_MASK,
+        key_ptr, value_ptr, key_mask_ptr, key_strides, value_strides, key_mask_strides, batch, head // group, 0,
+        num_keys, KEY_TILES, HEAD_DIM, DIM_TILES, UNIT, HAS_KEY_MASK,
     )  # fmt: skip
     if part < num_splits:
         sums = _walk(
@@ -227,22 +224,10 @@ def split_backward_launches(
         sums, sum_launches = [partials[0, 0], partials[0, 1]], (sum_launch(partials, *gradients[1:]),)
     unit = access_unit(query, key, value, grad_output, gradients[0])
     arguments = dict(
-        query_ptr=query,
-        key_ptr=key,
-        value_ptr=value,
-        grad_output_ptr=grad_output,
-        lse_ptr=lse,
-        grad_query_ptr=gradients[0],
-        grad_key_ptr=sums[0],
-        grad_value_ptr=sums[1],
+        **tensor_arguments(unit, query=query, key=key, value=value, grad_output=grad_output, grad_query=gradients[0]),
+        **tensor_arguments(1, grad_key=sums[0], grad_value=sums[1]),
         **mask_arguments(query, key, key_mask, attn_mask),
-        query_strides=strides_in_units(query, unit),
-        key_strides=strides_in_units(key, unit),
-        value_strides=strides_in_units(value, unit),
-        grad_output_strides=strides_in_units(grad_output, unit),
-        grad_query_strides=strides_in_units(gradients[0], unit),
-        grad_key_strides=sums[0].stride(),
-        grad_value_strides=sums[1].stride(),
+        lse_ptr=lse,
         scale=scale,
         num_heads=heads,
         group=group,

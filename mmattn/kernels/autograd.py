@@ -1,0 +1,81 @@
+"""How attention operations are differentiated: one rule for both roads, through torch's dispatcher and round it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmattn.kernels.plain import is_plain_call
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def empty_gradients(query: Tensor, key: Tensor, value: Tensor) -> Gradients:
+    """Room for the gradients of each, in the order of axes that it has in memory."""
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def differentiable(
+    operation: Any,
+    backward_operation: Any,
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    gradients_of: Callable[..., Gradients],
+    num_options: int,
+) -> Callable[..., Tensor]:
+    """Give an operation its gradients, and both operations what fake tensors need of them.
+
+    Args:
+        operation: of `torch.library.custom_op`, (query, key, value, *places, *options) -> (output, log-sum-exp), where
+            places are tensors or None and have no gradients. Gradients flow through the output only.
+        backward_operation: (grad_output, query, key, value, output, log-sum-exp, *places, *options) -> gradients of
+            query, key and value; it has none itself.
+        attend: what the operation runs.
+        gradients_of: what the backward operation runs.
+        num_options: how many options there are.
+
+    Returns:
+        A function of the operation's arguments, with gradients, that gives the output and goes round the dispatcher;
+        for calls that are plain (`is_plain_call`).
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, *rest = inputs
+        ctx.save_for_backward(query, key, value, *output, *rest[:-num_options])
+        ctx.options = rest[-num_options:]
+
+    def save_operation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        save(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+
+    def run_backward(ctx: Any, grad_output: Tensor, _grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        # With gradients of gradients wanted, the operation says that there are none.
+        is_plain = not torch.is_grad_enabled() and is_plain_call(grad_output, *saved)
+        run = gradients_of if is_plain else backward_operation
+        num_others = len(saved) - 5 + num_options
+        return (*run(grad_output, *saved, *ctx.options), *(None,) * num_others)
+
+    class _Attend(torch.autograd.Function):
+        """The rule for calls that go round the dispatcher."""
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            results = attend(*inputs)
+            save(ctx, inputs, results)
+            return results[0]
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return run_backward(ctx, grad_output)
+
+    operation.register_autograd(run_backward, setup_context=save_operation)
+
+    @backward_operation.register_fake
+    def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Gradients:
+        return empty_gradients(query, key, value)
+
+    # `_Attend.apply` without its questions about torch.func, which `is_plain_call` has answered: half of what it costs.
+    return super(torch.autograd.Function, _Attend).apply  # pyright: ignore[reportAttributeAccessIssue]
