@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,10 @@ class StreamedPictures:
         ((place, row),) = self.streamed_rows.rows([index], [*self.images, *self._text_columns])
         if isinstance(row, DataError):
             raise DataError(f"{place}: {row}")
-        items = self._items(row)
+        try:
+            items = self._items(row)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
         if not items:
             raise DataError(f"{place}: column {self.text!r} holds no text")
         column = next((name for name in self.images if row.get(name) is not None), self.images[0])
@@ -81,7 +85,12 @@ class StreamedPictures:
     def texts(self, indices: Sequence[int]) -> list[tuple[TextItem, ...]]:
         """The texts of records, without reading pictures; none of a row that cannot be read."""
         rows = self.streamed_rows.rows(indices, self._text_columns)
-        return [() if isinstance(row, DataError) else tuple(self._items(row)) for _, row in rows]
+        return [tuple(self._readable(row)) for _, row in rows]
+
+    def _readable(self, row: Mapping[str, Any] | DataError) -> list[TextItem]:
+        with contextlib.suppress(DataError):
+            return [] if isinstance(row, DataError) else self._items(row)
+        return []
 
     def _items(self, row: Mapping[str, Any]) -> list[TextItem]:
         return row_items(row, self.columns, self.text)
