@@ -333,7 +333,7 @@ def _bad_line(files: Sequence[str]) -> str | None:
 
 
 def load_hub(path: str, name: str | None = None, revision: str | None = None) -> DatasetDict:
-    """Every split of a data set on the Hugging Face hub, or of a folder in its layout.
+    """Every split of a data set on the Hugging Face hub, or of a folder in its layout or written by `save_to_disk`.
 
     Args:
         path: Id or folder.
@@ -343,16 +343,23 @@ def load_hub(path: str, name: str | None = None, revision: str | None = None) ->
     Raises:
         DataError: it cannot be loaded, or has no splits.
     """
-    from datasets import DatasetDict, load_dataset
+    from datasets import DatasetDict, load_dataset, load_from_disk
 
+    is_saved = any((Path(path) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    if is_saved and (name, revision) != (None, None):
+        raise DataError(
+            f"{path} was saved to disk, where there are no data.hub_config and data.revision: leave them out"
+        )
     try:
-        tables = load_dataset(path, name, revision=revision)
+        tables = load_from_disk(path) if is_saved else load_dataset(path, name, revision=revision)
     except Exception as error:  # network, access, missing id, unsupported layout: each with a class of its own
         first = str(error).strip().splitlines()
         reason = first[0] if first else root_cause(error)
         raise DataError(
             f"{path}: cannot be loaded with datasets ({reason}); check data.path and the network"
         ) from error
+    if is_saved and not isinstance(tables, DatasetDict):
+        return DatasetDict({"train": tables})
     if not isinstance(tables, DatasetDict) or not tables:
         raise DataError(f"{path} is empty: no splits")
     return tables

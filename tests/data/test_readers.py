@@ -196,6 +196,16 @@ def test_image_folder_with_metadata_and_split_folders(tmp_path):
     assert [len(open_image_text(alone)), len(open_image_text(alone, "test"))] == [2, 1]
 
 
+def test_data_sets_saved_to_disk(tmp_path):
+    table = datasets.Dataset.from_dict({"image": [_picture(1), _picture(2)], "text": ["a", "b"]})
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": table, "dev": table.select([1])}).save_to_disk(tmp_path / "several")
+    one, several = (DataConfig(kind="hub", path=str(tmp_path / name)) for name in ("one", "several"))
+    assert [len(open_image_text(one)), len(open_image_text(one, "test"))] == [1, 1]
+    assert [len(open_image_text(several)), len(open_image_text(several, "test"))] == [2, 1]
+    assert open_image_text(several, "test")[0].texts[0].text == "b"
+
+
 def test_hub_ids_through_a_folder_in_the_hubs_layout(tmp_path):
     (tmp_path / "data").mkdir()
     for split, count in (("train", 3), ("test", 2)):

@@ -91,6 +91,12 @@ def test_tars(tmp_path):
         open_image_text(config(tmp_path, bare))
     texts = write_tar(tmp_path / "c.tar", [("a", {"jpg": png(1), "json": b'{"text": "in json"}', "txt": b"beside"})])
     assert open_image_text(config(tmp_path, texts))[0].texts[0].text == "in json"
+    json_first = [("first", {"jpg": png(1), "json": b'{"text": "in json"}'}), *examples]
+    mixed = open_image_text(config(tmp_path, write_tar(tmp_path / "d.tar", json_first)))
+    assert [texts[0].text for texts in read_texts(mixed, range(3))] == ["in json", "zero", "one"]
+    assert [mixed[number].texts[0].text for number in range(3)] == ["in json", "zero", "one"]
+    with pytest.raises(DataError, match=r"has no file 'image' in its first example: set data\.columns\.image=null"):
+        open_image_text(config(tmp_path, path, columns=ColumnConfig(image="image")))
 
 
 def test_bad_rows_are_replaced_until_there_are_too_many(tmp_path):
