@@ -20,11 +20,12 @@ from mmattn.data.skipping import preview
 from mmattn.data.spec import DataConfig
 from mmattn.data.stream_rows import stream_layout
 from mmattn.data.tokenizer import item_texts
+from mmattn.errors import ConfigError
 from mmattn.inference import showcase
 from mmattn.inference.trained import TrainChoice, trained_model
 from mmattn.inference.vlm import VisionLanguageModel
 from mmattn.inference.vlm_features import FeatureCacheConfig, open_features
-from mmattn.inference.vlm_scores import EvalConfig, PictureBlindBaseline, sample_items, score_splits
+from mmattn.inference.vlm_scores import EvalConfig, PictureBlindBaseline, can_answer, sample_items, score_splits
 from mmattn.inference.vlm_setup import ExampleConfig, ModelConfig, choose_trained, make_collator, make_vlm, save_trained
 from mmattn.nn import GatedCrossAttention, TransformerLayer
 from mmattn.training import Batch, Draw, Loss, Task, TrainingConfig, TrainingResult
@@ -64,6 +65,7 @@ class VLMTask(Task):
         with torch.random.fork_rng(devices=[]):  # new weights and adapters are a function of the seed
             torch.manual_seed(config.training.seed)
             self.vlm = make_vlm(config.model, item_texts(items))
+            _require_askable(self.vlm, config.data)
             choose_trained(self.vlm.network, config.train_what, config.lora)
         self.model = self.vlm.network
         self.baseline = PictureBlindBaseline(items)
@@ -100,6 +102,14 @@ class VLMTask(Task):
         what = f"training {self.config.train_what}: {selection(self.model)}"
         size = f"{self.source.name}: {counted(len(self), 'picture')}"
         return "; ".join(filter(None, (size, what, self.features.remark)))
+
+
+def _require_askable(vlm: VisionLanguageModel, data: DataConfig) -> None:
+    if data.columns.question is not None and not can_answer(vlm):
+        raise ConfigError(
+            "data.columns.question: a BLIP captioning checkpoint is never asked: leave the column out, and rows whose "
+            "texts are answers, or train a model of our own (model.from_pretrained=null)"
+        )
 
 
 open_task = functools.partial(VLMTask, is_preview=True)  # for `mmattn export`

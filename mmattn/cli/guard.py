@@ -46,9 +46,19 @@ def run_guarded(action: Callable[[], Any], *, debug: bool) -> int:
         _fail(_one_line(error), debug, error.exit_code, error)
         return error.exit_code
     except Exception as error:
-        hint = "" if debug else " (unexpected; --debug shows the traceback)"
-        _fail(f"{type(error).__name__}: {_one_line(error)}{hint}", debug, 1, MmattnError())
+        _fail(_unexpected(error, debug=debug), debug, 1, MmattnError())
         return 1
+
+
+def _unexpected(error: Exception, *, debug: bool) -> str:
+    if isinstance(error, UnicodeEncodeError) and "utf" not in error.encoding and "utf" not in sys.stdout.encoding:
+        return (
+            f"this output is written as {sys.stdout.encoding}, which has no {error.object[error.start]!a}: set "
+            "PYTHONIOENCODING=utf-8"
+        )
+    return f"{type(error).__name__}: {_one_line(error)}" + (
+        "" if debug else " (unexpected; --debug shows the traceback)"
+    )
 
 
 def _shown_by(others: Callable[..., None]) -> Callable[..., None]:

@@ -19,6 +19,8 @@ def plot(
     force: ForceOption = False,
 ) -> None:
     """Compare runs: loss, learning rate, speed, scores."""
+    import contextlib
+
     from mmattn.errors import RunError, UsageError
     from mmattn.inference.files import check_new_file
     from mmattn.training.plot import choose_metrics, draw_runs, load_runs
@@ -33,7 +35,8 @@ def plot(
         draw_runs(loaded, chosen, part)
         part.replace(output)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nothing can be deleted either where nothing can be written
+            part.unlink(missing_ok=True)
         raise RunError(f"cannot write {output}: {error.strerror or error}") from error
     print(f"{output}: {', '.join(chosen)}")
     if left_out:

@@ -91,6 +91,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise ConfigError(f"no such option: {key}; a config value is set without dashes: {plain or 'key.path'}=VALUE")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: must be key.path=value, for example training.max_steps=100")
+    _refuse_comment(override, value)
     try:
         node = OmegaConf.from_dotlist([f"{key}={value}"])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -98,6 +99,19 @@ def _parse_override(override: str) -> dict[str, Any]:
     values = OmegaConf.to_container(node, resolve=False)
     assert isinstance(values, dict)
     return {str(name): value for name, value in values.items()}
+
+
+def _refuse_comment(override: str, value: str) -> None:
+    """In a file a comment is meant, on a command line it is a folder or a prompt of which the rest would be lost."""
+    try:
+        *tokens, _ = yaml.scan(value)
+    except yaml.YAMLError:
+        return  # said by who reads it
+    end = max(token.end_mark.index for token in tokens)
+    if value[end:].lstrip().startswith("#"):
+        raise ConfigError(
+            f"override {override!r}: in YAML ' #' begins a comment: put quotes inside, as in a='\"b #c\"'"
+        )
 
 
 def _merge(schema: type, node: DictConfig, values: Mapping[str, Any], where: str) -> DictConfig:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
-from mmattn.errors import ConfigError
+from mmattn.errors import ConfigError, RunError
 
 _LAUNCHER = "accelerate"
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -109,6 +109,7 @@ def copy_config(name: str, target: Path) -> Path:
 
     Raises:
         ConfigError: no shipped config of that name, the new file exists already, or its folder does not exist.
+        RunError: the disk refuses.
     """
     shipped = _all_configs()
     if name not in shipped:
@@ -117,11 +118,17 @@ def copy_config(name: str, target: Path) -> Path:
     path = target / source.name if target.is_dir() else target
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: the folder {path.parent} does not exist; make it first")
+    is_ours = False
     try:
         with path.open("x", encoding="utf-8") as file:
+            is_ours = True
             file.write(source.read_text(encoding="utf-8"))
     except FileExistsError as error:
         raise ConfigError(f"{path}: exists already; nothing was written. Choose another name") from error
+    except OSError as error:
+        if is_ours:
+            path.unlink()
+        raise RunError(f"{path}: cannot be written ({error.strerror})") from error
     return path
 
 

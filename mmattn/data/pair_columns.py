@@ -26,8 +26,11 @@ class PairColumns:
         }
         self.languages: tuple[str, str] | None = None
         self.sides = {"source": columns.source, "target": columns.target}
-        if columns.source is None and columns.target is None and isinstance(first.get("translation"), dict):
-            self.languages = self._translation_languages(spec, name, first["translation"])
+        entries = first.get("translation", "")
+        # None where only the first row has no translation.
+        is_by_language = isinstance(entries, dict) or (entries is None and not {"source", "target"} & set(present))
+        if columns.source is None and columns.target is None and is_by_language:
+            self.languages = self._translation_languages(spec, name, entries)
         else:
             usual = ("source", "target") if spec.header or "1" not in present else ("1", "2")
             for side, default in zip(self.sides, usual, strict=True):
@@ -37,14 +40,14 @@ class PairColumns:
             if column not in present:
                 raise DataError(missing_column(name, role, str(column), present))
 
-    def _translation_languages(self, spec: ParallelPart, name: str, entries: dict[str, Any]) -> tuple[str, str]:
-        known = ", ".join(entries)
+    def _translation_languages(self, spec: ParallelPart, name: str, entries: dict[str, Any] | None) -> tuple[str, str]:
+        known = ", ".join(entries) if entries else "not seen yet"
         if spec.src_lang is None or spec.tgt_lang is None:
             raise DataError(
                 f"{name} has texts by language ({known}) in column 'translation': set data.src_lang and data.tgt_lang"
             )
         for language in (spec.src_lang, spec.tgt_lang):
-            if language not in entries:
+            if entries is not None and language not in entries:
                 raise DataError(f"{name} has no language {language!r} in column 'translation', it has {known}")
         return spec.src_lang, spec.tgt_lang
 

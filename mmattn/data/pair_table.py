@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from mmattn.data.sentence_pairs import SentencePair
 from mmattn.data.skipping import allowed_bad
+from mmattn.data.text_rows import has_half_surrogate
 from mmattn.errors import DataError
 
 _LOGGER = logging.getLogger(__name__)
@@ -322,7 +323,7 @@ def _problem(text: Any) -> str | None:
         return f"is {type(text).__name__}, not text"
     if "\n" in (stripped := text.strip()) or "\r" in stripped:
         return "holds a line break; if quote marks are text in that file, set data.quoting=false"
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+    if has_half_surrogate(text):
         return "holds half of a surrogate pair, which is no character"
     return None
 

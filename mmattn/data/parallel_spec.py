@@ -43,7 +43,8 @@ class ParallelPart(StreamSettings):
     Args:
         kind: "scenes" (built in), "office-help" (LibreOffice help of Debian packages), "files" (JSONL, CSV, TSV or
             Parquet), "aligned" (two text files, line by line), "hub" (an id on the Hugging Face hub, or a folder in its
-            layout), "gettext" (.po or .mo catalogues); at the top also "parts" (several of these: setting `parts`).
+            layout or written by `save_to_disk`), "gettext" (.po or .mo catalogues); at the top also "parts" (several of
+            these: setting `parts`).
         path: File, glob, folder or hub id. office-help: a folder with the unpacked packages; None looks where they are
             installed. gettext: a catalogue, or a folder that is searched for those of the target language.
         source_path: aligned: the file of the sentences, one a line.

@@ -40,7 +40,7 @@ class DataConfig(StreamSettings):
     Args:
         kind: "scenes" (built in), "stamps" (the Debian package tuxpaint-stamps-default), "files" (JSONL, CSV or
             Parquet), "imagefolder" (a folder with metadata.csv, .jsonl or .parquet), "hub" (an id on the Hugging Face
-            hub, or a folder in its layout).
+            hub, or a folder in its layout or written by `save_to_disk`).
         path: File, glob, folder or hub id. stamps: the unpacked package; None looks where it is installed.
         eval_path: files, imagefolder: a file or folder of its own for scores.
         eval_fraction: Part that is put aside for scores where there is no split for them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ class StreamedPictures:
     """A source of which every row of its shards is a record.
 
     In a tar, a picture is what ends in jpg, jpeg, png or webp, and a text what stands in `text` of an example's json,
-    or ends in txt, unless `data.columns` says otherwise.
+    or else ends in txt, unless `data.columns` says otherwise.
 
     Args:
         rows: The rows.
@@ -37,19 +38,31 @@ class StreamedPictures:
         self.image_root = None if spec.image_root is None else Path(spec.image_root)
         columns, present = spec.columns, rows.column_names()
         self.images: tuple[str, ...] = (columns.image or default_image,)
-        self.text = columns.text
+        self.texts_in: tuple[str, ...] = (columns.text,)
         if rows.is_tar:
-            if columns.image is None:
-                self.images = PICTURES
-            if self.text == "text" and "text" not in present and "txt" in present:
-                self.text = "txt"
-        used: dict[str, str | None] = {"text": self.text, "question": columns.question, "kind": columns.kind}
+            self._choose_in_tar(present)
+        text = next((name for name in self.texts_in if name in present), self.texts_in[0])
+        used: dict[str, str | None] = {"text": text, "question": columns.question, "kind": columns.kind}
         if len(self.images) == 1:
             used["image"] = self.images[0]
-        elif not any(name in present for name in PICTURES):
-            raise DataError(f"{rows.name}: the first example holds no picture ({', '.join(PICTURES)}), only {present}")
         rows.require_columns(used)
-        self._text_columns = [column for role, column in used.items() if role != "image" and column is not None]
+        others = (columns.question, columns.kind)
+        self._text_columns = [*self.texts_in, *(column for column in others if column is not None)]
+
+    def _choose_in_tar(self, present: Sequence[str]) -> None:
+        columns, name = self.columns, self.streamed_rows.name
+        has_pictures = any(ending in present for ending in PICTURES)
+        if columns.image is None:
+            self.images = PICTURES
+            if not has_pictures:
+                raise DataError(f"{name}: the first example holds no picture ({', '.join(PICTURES)}), only {present}")
+        elif has_pictures and columns.image not in (*present, *PICTURES):
+            raise DataError(
+                f"{name} has no file {columns.image!r} in its first example: set data.columns.image=null, and pictures "
+                f"are found by their endings ({', '.join(PICTURES)})"
+            )
+        if columns.text == "text":
+            self.texts_in = ("text", "txt")
 
     @property
     def name(self) -> str:
@@ -69,9 +82,12 @@ class StreamedPictures:
         ((place, row),) = self.streamed_rows.rows([index], [*self.images, *self._text_columns])
         if isinstance(row, DataError):
             raise DataError(f"{place}: {row}")
-        items = self._items(row)
+        try:
+            items = self._items(row)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
         if not items:
-            raise DataError(f"{place}: column {self.text!r} holds no text")
+            raise DataError(f"{place}: column {self.texts_in[0]!r} holds no text")
         column = next((name for name in self.images if row.get(name) is not None), self.images[0])
         root = self.image_root or self.streamed_rows.shard_of(index).parent
         label, picture = row_picture(row.get(column), place, column, root)
@@ -81,7 +97,13 @@ class StreamedPictures:
     def texts(self, indices: Sequence[int]) -> list[tuple[TextItem, ...]]:
         """The texts of records, without reading pictures; none of a row that cannot be read."""
         rows = self.streamed_rows.rows(indices, self._text_columns)
-        return [() if isinstance(row, DataError) else tuple(self._items(row)) for _, row in rows]
+        return [tuple(self._readable(row)) for _, row in rows]
+
+    def _readable(self, row: Mapping[str, Any] | DataError) -> list[TextItem]:
+        with contextlib.suppress(DataError):
+            return [] if isinstance(row, DataError) else self._items(row)
+        return []
 
     def _items(self, row: Mapping[str, Any]) -> list[TextItem]:
-        return row_items(row, self.columns, self.text)
+        found = (items for text in self.texts_in if (items := row_items(row, self.columns, text)))
+        return next(found, [])

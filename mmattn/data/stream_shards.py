@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import re
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mmattn.data.tables import named_files
 from mmattn.data.whole_files import is_too_many_open, kept_array
 from mmattn.errors import DataError, RunError
 
@@ -291,7 +291,7 @@ def _files(entry: str) -> list[Path]:
         if not files:
             raise DataError(f"{entry} holds no shards: files that end in {', '.join(SUFFIXES)}")
         return files
-    files = [Path(name) for name in sorted(glob.glob(entry, recursive=True))] if glob.has_magic(entry) else [path]
+    files = [Path(name) for name in named_files(entry)]
     if not files or not files[0].is_file():
         raise DataError(f"{entry}: no such file; set data.path or data.shards to shards")
     for file in files:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 import glob
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from mmattn.data.draws import draw_generator
 from mmattn.data.images import MAX_PIXELS, open_image
 from mmattn.data.records import ImageTextRecord, TextItem
+from mmattn.data.text_rows import has_half_surrogate, json_rows
 from mmattn.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from mmattn.data.spec import ColumnConfig
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _FORMATS = {
@@ -99,17 +102,16 @@ class TableSource:
         Raises:
             DataError: its picture cannot be read.
         """
-        rows = [self.table[row] for row in self.rows[index]]
         label, source = self.picture(self.rows[index][0])
         image = np.asarray(open_image(source, name=label, max_pixels=self.max_pixels))
-        texts = tuple(item for row in rows for item in self._items(row))
+        texts = tuple(item for row in self.rows[index] for item in self._items(self.table, row))
         return ImageTextRecord(label, image, texts, {"rows": self.rows[index]})
 
     def texts(self, indices: Sequence[int]) -> list[tuple[TextItem, ...]]:
         """The texts of records, without opening pictures."""
         chosen = [self.rows[index] for index in indices]
         table = self.table.remove_columns([self.image_column])
-        return [tuple(item for row in rows for item in self._items(table[row])) for rows in chosen]
+        return [tuple(item for row in rows for item in self._items(table, row)) for rows in chosen]
 
     def split_off(self, fraction: float, seed: int, *, wants_rest: bool) -> TableSource:
         """A part of the records, drawn by seed, or what that leaves; at least one record on each side.
@@ -135,26 +137,34 @@ class TableSource:
 
     def _grouped(self) -> list[list[int]]:
         """Row numbers of each record, in the order of the table."""
-        table, group = self.table, self.columns.group
+        table, group, text_column = self.table, self.columns.group, self.columns.text
         by_path = getattr(table.features[self.image_column], "dtype", None) in ("string", "large_string")
-        column = group or (self.image_column if by_path else None)
-        keys = table[column][:] if column is not None else range(table.num_rows)
+        nothing = [None] * table.num_rows
+        names = table[group][:] if group is not None else nothing
+        paths = table[self.image_column][:] if by_path else nothing
         groups: dict[Any, list[int]] = {}
         without: list[int] = []
-        for row, (key, text) in enumerate(zip(keys, table[self.columns.text][:], strict=True)):
-            if _texts(text):
-                groups.setdefault(key, []).append(row)
+        for row, (name, path, text) in enumerate(zip(names, paths, table[text_column][:], strict=True)):
+            if self._said_of(row, lambda text=text: _texts(text, text_column)):
+                groups.setdefault(_group_key(row, name, path), []).append(row)
             else:
                 without.append(row + 1)
         if without and groups:
             _log.warning(
                 "%s: %d of %d rows have no text in column %r and are left out, the first is row %d",
-                *(self._name, len(without), table.num_rows, self.columns.text, without[0]),
+                *(self._name, len(without), table.num_rows, text_column, without[0]),
             )
         return list(groups.values())
 
-    def _items(self, row: dict[str, Any]) -> list[TextItem]:
-        return row_items(row, self.columns, self.columns.text)
+    def _items(self, table: Dataset, row: int) -> list[TextItem]:
+        return self._said_of(row, lambda: row_items(table[row], self.columns, self.columns.text))
+
+    def _said_of(self, row: int, read: Callable[[], list[T]]) -> list[T]:
+        """What `read` gives; what is wrong with it is said of this row."""
+        try:
+            return read()
+        except DataError as error:
+            raise DataError(f"{self._name} row {row + 1}: {error}") from error
 
     def picture(self, row: int) -> tuple[str, Path | bytes]:
         """What to call the picture of a row of the table, and where it is.
@@ -195,17 +205,38 @@ def row_picture(value: Any, place: str, column: str, root: Path | None) -> tuple
 
 
 def row_items(row: Mapping[str, Any], columns: ColumnConfig, text_column: str) -> list[TextItem]:
-    """The texts of a row; a column that it lacks counts as empty."""
-    question = row.get(columns.question) if columns.question else None
-    question = None if question is None or not str(question).strip() else str(question).strip()
-    kind = row.get(columns.kind) if columns.kind else None
-    kind = str(kind) if kind is not None else "caption" if question is None else "answer"
-    return [TextItem(text, question, kind) for text in _texts(row.get(text_column))]
+    """The texts of a row; a column that it lacks counts as empty.
+
+    Raises:
+        DataError: what stands in a column is no text.
+    """
+    question = _as_text(row.get(columns.question), columns.question) if columns.question else ""
+    kind = _as_text(row.get(columns.kind), columns.kind) if columns.kind else ""
+    kind = kind or ("answer" if question else "caption")
+    return [TextItem(text, question or None, kind) for text in _texts(row.get(text_column), text_column)]
 
 
-def _texts(value: Any) -> list[str]:
+def _texts(value: Any, column: str) -> list[str]:
     values = value if isinstance(value, list) else [value]
-    return [text for item in values if item is not None and (text := str(item).strip())]
+    return [text for item in values if (text := _as_text(item, column))]
+
+
+def _as_text(value: Any, column: str) -> str:
+    """A text without outer spaces, empty where there is none; numbers and truth values are written out."""
+    if value is None or value != value:  # what is missing in a column of numbers is NaN
+        return ""
+    if not isinstance(value, str | int | float):
+        raise DataError(f"column {column!r} holds {type(value).__name__}, not text")
+    text = str(value).strip()
+    if has_half_surrogate(text):
+        raise DataError(f"column {column!r} holds half of a surrogate pair, which is no character")
+    return text
+
+
+def _group_key(row: int, name: Any, path: str | None) -> tuple[str, Any]:
+    """What rows that show one picture have in common; a row that names neither group nor path stays alone."""
+    pairs = (("group", name), ("path", path))
+    return next((pair for pair in pairs if pair[1] not in (None, "")), ("row", row))
 
 
 def missing_column(name: str, role: str, column: str, present: Sequence[str]) -> str:
@@ -223,7 +254,7 @@ def table_files(path: str) -> tuple[list[str], str]:
     Raises:
         DataError: no such file, another kind of file, or nothing in it.
     """
-    files = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+    files = named_files(path)
     if not files or not Path(files[0]).is_file():
         kind = "is a folder, not a file" if Path(path).is_dir() else "no such file"
         raise DataError(f"{path}: {kind}; set data.path to a JSONL, CSV or Parquet file")
@@ -235,8 +266,16 @@ def table_files(path: str) -> tuple[list[str], str]:
     return files, suffix
 
 
+def named_files(path: str) -> list[str]:
+    """The files that a glob means, sorted; a path of which there is a file means that, whatever is in its name."""
+    is_glob = glob.has_magic(path) and not Path(path).exists()
+    return sorted(glob.glob(path, recursive=True)) if is_glob else [path]
+
+
 def read_table(path: str) -> tuple[Dataset, Path]:
     """A JSONL, CSV, TSV or Parquet file, or a glob of them, and the folder it lies in.
+
+    Whatever stands in a CSV or TSV file is text, as it was written: "007", "NA" and "None" too.
 
     Raises:
         DataError: no such file, another kind of file, nothing in it, or not readable as what its name says.
@@ -244,18 +283,57 @@ def read_table(path: str) -> tuple[Dataset, Path]:
     from datasets import load_dataset
 
     files, suffix = table_files(path)
-    options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    names = [glob.escape(file) for file in files]  # datasets takes every name for a glob
     try:
-        table = load_dataset(_FORMATS[suffix], data_files=files, split="train", **options)
+        options = _text_columns(files, suffix) if _FORMATS[suffix] == "csv" else {}
+        table = load_dataset(_FORMATS[suffix], data_files=names, split="train", **options)
+    except DataError:
+        raise
     except Exception as error:  # datasets lets through what pandas, pyarrow and its own builders raise
         if "corresponds to no data" in str(error):
             raise DataError(f"{path} is empty: no rows") from error
-        raise DataError(f"{path}: cannot be read as {_FORMATS[suffix]} ({root_cause(error)})") from error
+        bad_line = _bad_line(files) if suffix in (".jsonl", ".ndjson") else None
+        raise DataError(bad_line or f"{path}: cannot be read as {_FORMATS[suffix]} ({root_cause(error)})") from error
     return table, Path(files[0]).parent
 
 
+def _text_columns(files: Sequence[str], suffix: str) -> dict[str, Any]:
+    """What makes `datasets` read a CSV or TSV file without guessing what its columns are.
+
+    Raises:
+        DataError: a first row of more fields than there are columns, of which pandas makes names of rows.
+    """
+    import pandas
+    from datasets import Features, Value
+
+    delimiter = "\t" if suffix == ".tsv" else ","
+    names: dict[str, None] = {}
+    for file in files:
+        first = pandas.read_csv(file, sep=delimiter, nrows=1, dtype=str)
+        if not isinstance(first.index, pandas.RangeIndex):
+            raise DataError(
+                f"{file}: its first row has {first.index.nlevels + len(first.columns)} fields, and there are "
+                f"{len(first.columns)} columns; put quote marks around texts that hold a delimiter"
+            )
+        names |= dict.fromkeys(map(str, first.columns))
+    features = Features({name: Value("string") for name in names})
+    return {"sep": delimiter, "features": features, "keep_default_na": False}
+
+
+def _bad_line(files: Sequence[str]) -> str | None:
+    """The first line that keeps JSONL files from being read, if lines are to blame."""
+    for file in files:
+        for number, row in json_rows(file):
+            problem = str(row) if isinstance(row, DataError) else None
+            if problem is None and has_half_surrogate(json.dumps(row, ensure_ascii=False)):
+                problem = "half of a surrogate pair, which is no character"
+            if problem is not None:
+                return f"{file} line {number}: {problem}"
+    return None
+
+
 def load_hub(path: str, name: str | None = None, revision: str | None = None) -> DatasetDict:
-    """Every split of a data set on the Hugging Face hub, or of a folder in its layout.
+    """Every split of a data set on the Hugging Face hub, or of a folder in its layout or written by `save_to_disk`.
 
     Args:
         path: Id or folder.
@@ -265,16 +343,23 @@ def load_hub(path: str, name: str | None = None, revision: str | None = None) ->
     Raises:
         DataError: it cannot be loaded, or has no splits.
     """
-    from datasets import DatasetDict, load_dataset
+    from datasets import DatasetDict, load_dataset, load_from_disk
 
+    is_saved = any((Path(path) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    if is_saved and (name, revision) != (None, None):
+        raise DataError(
+            f"{path} was saved to disk, where there are no data.hub_config and data.revision: leave them out"
+        )
     try:
-        tables = load_dataset(path, name, revision=revision)
+        tables = load_from_disk(path) if is_saved else load_dataset(path, name, revision=revision)
     except Exception as error:  # network, access, missing id, unsupported layout: each with a class of its own
         first = str(error).strip().splitlines()
         reason = first[0] if first else root_cause(error)
         raise DataError(
             f"{path}: cannot be loaded with datasets ({reason}); check data.path and the network"
         ) from error
+    if is_saved and not isinstance(tables, DatasetDict):
+        return DatasetDict({"train": tables})
     if not isinstance(tables, DatasetDict) or not tables:
         raise DataError(f"{path} is empty: no splits")
     return tables
@@ -297,8 +382,9 @@ def hub_split(tables: DatasetDict, path: str, split: str, train_split: str, eval
 
 
 def root_cause(error: BaseException) -> str:
-    """The first line of the error that started a chain."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
+    """The first line of the error that started a chain, of which what was tried in its place is no part."""
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        error, cause = cause, cause.__cause__
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -91,6 +91,11 @@ def json_row(line: str) -> dict[str, Any] | DataError:
     return row if isinstance(row, dict) else DataError("a JSON value, but no object")
 
 
+def has_half_surrogate(text: str) -> bool:
+    """Whether a text, from JSON that was cut or written wrongly, holds what is no character and cannot be encoded."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def delimited_rows(
     path: str | Path, delimiter: str, *, header: bool = True, quoting: bool = True
 ) -> Iterator[tuple[int, dict[str, Any] | DataError]]:

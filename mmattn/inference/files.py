@@ -40,7 +40,8 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             yield file
         os.replace(part, path)
     except OSError as error:
-        raise RunError(f"{path}: not complete ({error.strerror}); what is done is in {part}") from error
+        kept = f"not complete ({error.strerror}); what is done is in {part}"
+        raise RunError(f"{path}: {kept if part.exists() else f'cannot be written ({error.strerror})'}") from error
     except MmattnError as error:
         if part.stat().st_size:
             raise type(error)(f"{error}; what is done is in {part}") from error

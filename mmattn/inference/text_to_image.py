@@ -212,7 +212,7 @@ class TextToImage(Movable):
         """Put keys and values of a Custom Diffusion file into the U-Net, and its new tokens into the tokenizer.
 
         Args:
-            folder: as in `mmattn.models.unet.kv_file.read_cross_attention_kv`.
+            folder: as in `mmattn.models.unet.kv_file.read_cross_attention_kv`, or that of a training run.
 
         Returns:
             The new tokens, to be used in prompts.

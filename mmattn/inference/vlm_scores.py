@@ -19,6 +19,7 @@ from mmattn.errors import UsageError
 from mmattn.inference.pictures import Pictures
 from mmattn.inference.vlm import VisionLanguageModel
 from mmattn.models.vlm import CaptioningNetwork, QuestionAnsweringNetwork
+from mmattn.models.vlm.blip import is_blip
 
 _SAME_SCORE = 1e-5  # nats per token: what rounding can make of equal texts
 _TEXT_SAMPLE = 20_000  # training records whose texts make a tokenizer and the baseline
@@ -214,7 +215,10 @@ def score_splits(
 
 def can_answer(vlm: VisionLanguageModel) -> bool:
     """Whether `vlm.ask` works on this model: BLIP has a network of its own for it, ours answer and caption alike."""
-    return isinstance(vlm.network, QuestionAnsweringNetwork) or vlm.network.config.sep_token_id is not None
+    config = vlm.network.config
+    return isinstance(vlm.network, QuestionAnsweringNetwork) or (
+        config.sep_token_id is not None and not is_blip(config)
+    )
 
 
 def retrieval(
@@ -228,33 +232,45 @@ def retrieval(
 
     Args:
         vlm: a captioning model.
-        source: pictures; the first caption of each counts.
+        source: pictures; the first caption of each counts. One without captions is left out, and so is one that cannot
+            be read, in whose place another picture comes.
         limit: use only the first so many pictures.
         batch_size: pictures at a time.
 
     Returns:
-        `recall_at_1`, `recall_at_5` (share of pictures) and, as `/blind`, what a random order gives.
+        `recall_at_1`, `recall_at_5` (share of pictures) and, as `/blind`, what a random order gives; nothing where no
+        picture has a caption.
     """
     count = len(source) if limit is None else min(limit, len(source))
-    captions = [
-        next(item.text for item in items if item.question is None) for items in read_texts(source, range(count))
-    ]
-    texts = sorted(set(captions))
-    hits = {1: 0.0, 5: 0.0}
+    firsts = enumerate(map(_first_caption, read_texts(source, range(count))))
+    captions = {number: caption for number, caption in firsts if caption is not None}
+    texts, numbers = sorted(set(captions.values())), list(captions)
+    if not texts:
+        return {}
+    hits, num_scored = {1: 0.0, 5: 0.0}, 0
     blank = np.full((32, 32, 3), 128, dtype=np.uint8)
     unconditional = caption_likelihoods(vlm, vlm.encode([blank], progress=False), texts)
-    for first in range(0, count, batch_size):
-        records = read_records(source, range(first, min(first + batch_size, count)))
-        pictures = vlm.encode([record.image for record in records], progress=False)
+    for first in range(0, len(numbers), batch_size):
+        batch = numbers[first : first + batch_size]
+        read = zip(read_records(source, batch), [captions[number] for number in batch], strict=True)
+        pairs = [(record.image, truth) for record, truth in read if _first_caption(record.texts) == truth]
+        if not pairs:
+            continue
+        pictures = vlm.encode([image for image, _ in pairs], progress=False)
         scores = caption_likelihoods(vlm, pictures, texts) - unconditional
-        for row, truth in zip(scores, captions[first : first + batch_size], strict=True):
+        num_scored += len(pairs)
+        for row, (_, truth) in zip(scores, pairs, strict=True):
             for k in hits:
                 hits[k] += hit_chance(row, texts.index(truth), k)
     flat: dict[str, float] = {}
     for k, number in hits.items():
-        flat[f"recall_at_{k}"] = number / count
+        flat[f"recall_at_{k}"] = number / max(1, num_scored)
         flat[f"recall_at_{k}/blind"] = min(1.0, k / len(texts))
     return flat
+
+
+def _first_caption(items: Iterable[TextItem]) -> str | None:
+    return next((item.text for item in items if item.question is None), None)
 
 
 def hit_chance(scores: torch.Tensor, truth: int, k: int) -> float:
@@ -271,7 +287,10 @@ def hit_chance(scores: torch.Tensor, truth: int, k: int) -> float:
 def caption_likelihoods(
     vlm: VisionLanguageModel, pictures: Pictures, texts: Sequence[str], *, chunk: int = 64
 ) -> torch.Tensor:
-    """Mean log-likelihood per token of every text under every picture, float32 `[P, T]`; pictures are not copied."""
+    """Mean log-likelihood per token of every text under every picture, float32 `[P, T]`; pictures are not copied.
+
+    Of a text that is longer than the model has positions, its start is scored.
+    """
     network = vlm.network
     if not isinstance(network, CaptioningNetwork):
         raise UsageError(f"{type(network).__name__} has no likelihood of a caption: use a captioning checkpoint")
@@ -281,6 +300,7 @@ def caption_likelihoods(
             [config.bos_token_id, *vlm.tokenizer(text, add_special_tokens=False).input_ids, config.stop_token_id]
             for text in texts[first : first + chunk]
         ]
+        rows = [row[: config.text.max_positions] for row in rows]
         ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=config.pad_token_id)
         ids = ids.to(vlm.device).repeat(len(pictures), 1)
         lengths = torch.tensor([len(row) for row in rows], device=vlm.device).repeat(len(pictures))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -186,13 +188,26 @@ class Progress:
             self._bar = tqdm(total=last_step, initial=first_step, file=self.stream, unit="step", dynamic_ncols=True)
 
     def say(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
+        """Print a line, above the bar if there is one. A terminal or a pipe that is gone, or a full disk that the lines
+        go to, does not end a run."""
         if not self.enabled:
             return
-        if self._bar is not None:
-            self._bar.write(text, file=self.stream)
-        else:
-            print(text, file=self.stream, flush=True)
+        try:
+            if self._bar is not None:
+                self._bar.write(text, file=self.stream)
+            else:
+                print(text, file=self.stream, flush=True)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):
+                self.enabled = False
+                self._let_go()
+
+    def _let_go(self) -> None:
+        """What still lies in the stream's buffer would fail again, at exit at the latest."""
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
 
     def step(self, step: int, *, loss: float, learning_rate: float, clock: Mapping[str, float]) -> None:
         """Show the end of a step: every step in the bar, every `log_every`-th as a line; `clock` is that of `Rates`."""

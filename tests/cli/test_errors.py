@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mmattn.cli.guard import split_debug
+from mmattn.cli.guard import run_guarded, split_debug
 from mmattn.cli.main import main
 
 UNEXPECTED = "mmattn: IndexError: list index out of range (unexpected; --debug shows the traceback)\n"
@@ -74,6 +75,13 @@ def test_wrong_usage(toy_tree: Path, capsys, arguments: list[str], message: str)
     assert message in printed.err
     assert "Traceback" not in printed.err
     assert list(Path().iterdir()) == []
+
+
+def test_an_output_that_cannot_hold_a_text_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert run_guarded(lambda: print("Kätzchen"), debug=False) == 1
+    message = "mmattn: this output is written as ascii, which has no '\\xe4': set PYTHONIOENCODING=utf-8\n"
+    assert capsys.readouterr().err == message
 
 
 def test_no_reader_is_no_traceback():

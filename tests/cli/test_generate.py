@@ -101,12 +101,12 @@ def test_prompts_from_a_file(command, tmp_path, capsys):
     ]
 
 
-def test_keys_and_values_of_a_folder(command, run, tmp_path):
+def test_keys_and_values_of_a_run(command, run, tmp_path):
     unet = UNet.from_pretrained(run / "final", subfolder="unet")
     for name, weight in unet.named_parameters():
         if "attn2.to_v" in name:
             weight.data.mul_(-3)
-    save_cross_attention_kv(unet, tmp_path / "kv")
+    save_cross_attention_kv(unet, tmp_path / "kv" / "final")  # as a training run does
     for name, extra in (("plain", []), ("kv", ["--kv", str(tmp_path / "kv")])):
         assert main([*command, "a red circle", "-o", str(tmp_path / f"{name}.png"), *extra]) == 0
     plain, changed = (Image.open(tmp_path / f"{name}.png") for name in ("plain", "kv"))

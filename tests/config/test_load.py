@@ -113,6 +113,8 @@ def test_yaml_reads_back_equal(write):
         ("name=${nowhere}", "config: name: Interpolation key 'nowhere' not found"),
         ("sources=[{}]", "config: needs a value for sources[0].path"),
         ("name=[a", "override 'name=[a': the value is not valid YAML"),
+        ("name=run #2", "override 'name=run #2': in YAML ' #' begins a comment: put quotes inside, as in a='\"b #c\"'"),
+        ("words=[take #2]", "in YAML ' #' begins a comment"),
         ("training.max_steps", "must be key.path=value, for example training.max_steps=100"),
         ("=3", "override '=3': must be key.path=value"),
         ("--training.max_steps=3", "a config value is set without dashes: training.max_steps=VALUE"),
@@ -189,4 +191,6 @@ def test_a_saved_config_may_have_settings_that_there_no_longer_are(write):
 def test_lists_and_what_is_none(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(Config, None, [override])
+    assert load_config(Config, None, ['name="run #2"']).name == "run #2"
+    assert load_config(Config, None, ["name=run#2"]).name == "run#2"
     assert load_config(Config, None, ["words=[one]", "training.betas=[0, 0.5]"]).training.betas == (0, 0.5)

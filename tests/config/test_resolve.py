@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import pytest
 
 from mmattn.config import config_path, describe_config, list_configs, list_recipes, load_recipe
 from mmattn.config.resolve import copy_config, describe_recipe, trained_config
-from mmattn.errors import ConfigError
+from mmattn.errors import ConfigError, RunError
 from tests.toy_recipe import CONFIG, write_toy_files
 
 PACKAGE = Path(__file__).resolve().parents[2] / "mmattn"
@@ -120,6 +121,16 @@ def test_copy_names_what_is_wrong(toy_tree: Path):
         copy_config("toy/dbug", Path("my.yaml"))
     with pytest.raises(ConfigError, match="the folder nowhere does not exist"):
         copy_config("toy/debug", Path("nowhere/my.yaml"))
+    assert list(Path().iterdir()) == []
+
+
+def test_a_copy_is_whole_or_not_there(toy_tree: Path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "read_text", full)
+    with pytest.raises(RunError, match=r"my.yaml: cannot be written \(No space left on device\)"):
+        copy_config("toy/debug", Path("my.yaml"))
     assert list(Path().iterdir()) == []
 
 

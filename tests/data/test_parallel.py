@@ -97,6 +97,12 @@ def test_texts_by_language_in_a_column(tmp_path, kind):
         open_parallel(_files(path))
     with pytest.raises(DataError, match="has no language 'es' in column 'translation', it has .*fr"):
         open_parallel(_files(path, src_lang="en", tgt_lang="es"))
+    without = _write(tmp_path / f"without.{kind}", [{"id": 9, "translation": None}, *rows])
+    assert _all(open_parallel(_files(without, src_lang="de", tgt_lang="fr"))) == _all(source)
+    with pytest.raises(
+        DataError, match=r"texts by language \(not seen yet\) in column 'translation': set data.src_lang"
+    ):
+        open_parallel(_files(without))
 
 
 def test_a_hub_layout_with_splits(tmp_path):

@@ -127,6 +127,35 @@ def test_embedded_images(tmp_path, form):
     assert "row 2" in source[1].id
 
 
+def test_what_stands_in_a_csv_file_is_text(tmp_path):
+    _pictures(tmp_path, 1)
+    written = ["007", "2", "NA", "None", "nan", "true", "1e3", "2024-01-01"]
+    rows = [{"image": "0.png", "text": text, "q": "what?", "kind": "", "": ""} for text in [*written, ""]]
+    path = _csv(tmp_path / "data.csv", rows)
+    source = open_image_text(_files(path, columns=ColumnConfig(question="q", kind="kind")))
+    assert [item.text for item in source[0].texts] == written
+    assert {item.kind for item in source[0].texts} == {"answer"}
+
+
+def test_rows_that_name_no_group_or_no_picture_stay_apart(tmp_path):
+    _pictures(tmp_path, 3)
+    rows = [
+        {"image": name, "text": "a", "group": group}
+        for name, group in zip(["0.png", "1.png", "0.png"], ["", None, "x"], strict=True)
+    ]
+    path = _jsonl(tmp_path / "data.jsonl", [*rows, *({"image": "", "text": "b"} for _ in range(2))])
+    source = open_image_text(_files(path, columns=ColumnConfig(group="group"), max_bad=9))
+    assert [source.source.rows[number] for number in range(len(source))] == [[0], [1], [2], [3], [4]]
+    assert [Path(source[number].id).name for number in range(2)] == ["0.png", "1.png"]
+    assert len(source.check()) == 2
+
+
+def test_a_file_with_the_signs_of_a_glob_in_its_name(tmp_path):
+    _pictures(tmp_path / "cats [2024]", 1)
+    path = _jsonl(tmp_path / "cats [2024]" / "set [1]*.jsonl", [{"image": "0.png", "text": "a"}])
+    assert len(open_image_text(_files(path))) == 1
+
+
 def test_globs_and_limit(tmp_path):
     _pictures(tmp_path, 4)
     _jsonl(tmp_path / "part-0.jsonl", [{"image": "0.png", "text": "a"}, {"image": "1.png", "text": "b"}])
@@ -165,6 +194,16 @@ def test_image_folder_with_metadata_and_split_folders(tmp_path):
     assert np.array_equal(test[1].image, np.asarray(_picture(1)))
     alone = DataConfig(kind="imagefolder", path=str(tmp_path / "train"))
     assert [len(open_image_text(alone)), len(open_image_text(alone, "test"))] == [2, 1]
+
+
+def test_data_sets_saved_to_disk(tmp_path):
+    table = datasets.Dataset.from_dict({"image": [_picture(1), _picture(2)], "text": ["a", "b"]})
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": table, "dev": table.select([1])}).save_to_disk(tmp_path / "several")
+    one, several = (DataConfig(kind="hub", path=str(tmp_path / name)) for name in ("one", "several"))
+    assert [len(open_image_text(one)), len(open_image_text(one, "test"))] == [1, 1]
+    assert [len(open_image_text(several)), len(open_image_text(several, "test"))] == [2, 1]
+    assert open_image_text(several, "test")[0].texts[0].text == "b"
 
 
 def test_hub_ids_through_a_folder_in_the_hubs_layout(tmp_path):
@@ -207,7 +246,16 @@ def _messages(tmp_path: Path) -> list[tuple[DataConfig, str]]:
     (tmp_path / "data.xlsx").write_text("x")
     (tmp_path / "bare").mkdir()
     blank = _jsonl(tmp_path / "blank.jsonl", [{"image": "0.png", "text": " "}])
+    nested = _jsonl(tmp_path / "nested.jsonl", [{"image": "0.png", "text": {"raw": "a"}}])
+    half = _jsonl(tmp_path / "half.jsonl", [{"image": "0.png", "text": "\ud83d"}])
+    (tmp_path / "comma.csv").write_text("image,text\n0.png,a cat, on a sofa\n")
     return [
+        (_files(nested), r"nested\.jsonl row 1: column 'text' holds dict, not text"),
+        (_files(half), r"half\.jsonl line 1: half of a surrogate pair"),
+        (
+            _files(str(tmp_path / "comma.csv")),
+            r"comma\.csv: its first row has 3 fields, and there are 2 columns; put q",
+        ),
         (
             _files(str(tmp_path / "gone.jsonl")),
             r"gone\.jsonl: no such file; set data\.path to a JSONL, CSV or Parquet file",
@@ -229,7 +277,7 @@ def _messages(tmp_path: Path) -> list[tuple[DataConfig, str]]:
         (_files(str(tmp_path / "empty.jsonl")), r"empty\.jsonl is empty: no rows"),
         (_files(str(tmp_path / "header.csv")), r"header\.csv is empty: no rows"),
         (_files(blank), r"blank\.jsonl is empty: column 'text' holds no text in any of 1 rows"),
-        (_files(str(tmp_path / "broken.jsonl")), r"broken\.jsonl: cannot be read as json \("),
+        (_files(str(tmp_path / "broken.jsonl")), r"broken\.jsonl line 1: not JSON \("),
         (_files(str(tmp_path / "data.xlsx")), r"data\.xlsx: unknown kind of table '\.xlsx': use \.jsonl"),
         (DataConfig(kind="files"), r"data\.kind=files needs data\.path"),
         (DataConfig(kind="imagefolder", path=str(tmp_path / "none")), r"none: no such folder"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -89,6 +91,12 @@ def test_tars(tmp_path):
         open_image_text(config(tmp_path, bare))
     texts = write_tar(tmp_path / "c.tar", [("a", {"jpg": png(1), "json": b'{"text": "in json"}', "txt": b"beside"})])
     assert open_image_text(config(tmp_path, texts))[0].texts[0].text == "in json"
+    json_first = [("first", {"jpg": png(1), "json": b'{"text": "in json"}'}), *examples]
+    mixed = open_image_text(config(tmp_path, write_tar(tmp_path / "d.tar", json_first)))
+    assert [texts[0].text for texts in read_texts(mixed, range(3))] == ["in json", "zero", "one"]
+    assert [mixed[number].texts[0].text for number in range(3)] == ["in json", "zero", "one"]
+    with pytest.raises(DataError, match=r"has no file 'image' in its first example: set data\.columns\.image=null"):
+        open_image_text(config(tmp_path, path, columns=ColumnConfig(image="image")))
 
 
 def test_bad_rows_are_replaced_until_there_are_too_many(tmp_path):
@@ -101,9 +109,22 @@ def test_bad_rows_are_replaced_until_there_are_too_many(tmp_path):
     assert streamed[4].texts[0].text.startswith("picture")
     assert "a.parquet row 4: not a picture" in streamed.bad[3]
     assert "a.parquet row 5: column 'text' holds no text" in streamed.bad[4]
+    assert read_texts(streamed.source, [3, 4])[1] == ()
     few = open_image_text(config(tmp_path, path, max_bad=1))
     with pytest.raises(RunError, match="too many records cannot be read, 2 so far, 1 allowed"):
         [few[number] for number in (3, 4)]
+
+
+def test_what_is_no_text_makes_a_bad_row(tmp_path):
+    wrong = [{"raw": "a"}, ["a", ["b"]], "\ud83d"]
+    text = "".join(json.dumps({"image": "a.png", "text": value}) + "\n" for value in [*wrong, float("nan"), 7])
+    (tmp_path / "a [1].jsonl").write_text(text)
+    (tmp_path / "a.png").write_bytes(png(1))
+    streamed = open_image_text(config(tmp_path, tmp_path / "a [1].jsonl"))
+    kinds = ("dict, not text", "list, not text", "half of a surrogate pair", "no text")
+    bad = streamed.check()
+    assert all(f"line {number + 1}: column 'text' holds {kind}" in bad[number] for number, kind in enumerate(kinds))
+    assert [[item.text for item in items] for items in read_texts(streamed, range(5))] == [[], [], [], [], ["7"]]
 
 
 def test_a_shard_that_is_gone_is_no_bad_row(tmp_path):

@@ -151,6 +151,11 @@ def test_a_new_file_is_complete_or_not_there(tmp_path):
         check_new_file(path)
     with pytest.raises(UsageError, match=r"none/out.txt: the folder .*none does not exist; make it first"):
         check_new_file(tmp_path / "none" / "out.txt")
+    with (
+        pytest.raises(RunError, match=r"none/out.txt: cannot be written \(No such file"),
+        new_file(tmp_path / "none" / "out.txt"),
+    ):
+        pass
 
 
 def _write(path, data: bytes, error: Exception) -> None:

@@ -108,6 +108,32 @@ def test_retrieval_finds_what_the_model_says(own):
     assert ranks["recall_at_5/blind"] == 1.0  # one caption is the first of every record
 
 
+def test_retrieval_of_what_real_data_holds(own):
+    source = _Source(own)
+    long = ImageTextRecord("long", source.stored[2].image, (TextItem("red cat " * 100),))
+    answer = ImageTextRecord("answer", source.stored[3].image, source.stored[3].texts[2:])
+    source.stored = [*source.stored[:2], long, answer]
+    ranks = retrieval(own, source)
+    assert ranks["recall_at_1/blind"] == 0.5
+    other = ImageTextRecord("other", source.stored[0].image, (TextItem("instead of the long one"),))
+    source.texts = lambda numbers: [(long, *source.stored[1:])[number].texts for number in numbers]
+    source.stored = [other, *source.stored[1:]]  # the first cannot be read: another stands in its place
+    assert retrieval(own, source)["recall_at_5"] == 1.0
+    source.stored = [answer]
+    del source.texts
+    assert retrieval(own, source) == {}
+
+
+def test_a_blip_captioning_model_is_not_asked(tmp_path):
+    vlm = VisionLanguageModel.from_pretrained(save_stock(tmp_path, "captioning"), device="cpu")
+    record = ImageTextRecord(
+        "0", np.asarray(pictures(1)[0]), (TextItem("cat"), TextItem("red", "what colour ?", "color"))
+    )
+    source = _Source.__new__(_Source)
+    source.stored = [record]
+    assert score_texts(vlm, source, PictureBlindBaseline([])).keys() == {"caption"}
+
+
 def test_equal_scores_share_their_ranks():
     # Captions of unknown words only are the same text to a model: it must gain nothing by that.
     same = torch.zeros(13)

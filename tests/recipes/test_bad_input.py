@@ -50,6 +50,14 @@ def test_a_wrong_key_names_the_nearest(captions, capsys):
     assert not (captions / "run").exists()
 
 
+def test_questions_to_a_checkpoint_that_is_never_asked(captions, capsys):
+    rows = [{"image": "0.png", "text": "two", "q": "how many ?"}, {"image": "1.png", "text": "cat", "q": None}]
+    (captions / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = r"data\.columns\.question: a BLIP captioning checkpoint is never asked: leave the column out"
+    _fails(capsys, _train(captions, "data.columns.question=q"), 2, asked)
+    assert not (captions / "run").exists()
+
+
 def test_a_missing_file(captions, capsys):
     missing = captions / "gone.jsonl"
     _fails(capsys, _train(captions, f"data.path={missing}"), 2, r"gone\.jsonl")

@@ -241,6 +241,17 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_a_console_that_is_gone_does_not_end_a_run():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        progress = Progress(0, 4, log_every=1, enabled=True, stream=stream)
+        progress.say("to nobody")
+        progress.step(1, loss=1.0, learning_rate=0.1, clock={})
+        progress.close()
+    assert not progress.enabled
+
+
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
 def test_the_console_shows_loss_rate_and_time_left(stream):
     progress = Progress(0, 4, log_every=2, enabled=True, stream=stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -230,6 +231,18 @@ def test_one_run_at_a_time(tmp_path):
 
         assert run_in_child(intrude) == 0
     train(ToyTask(), toy_config(tmp_path, max_steps=1))
+
+
+def test_an_output_dir_that_cannot_be_written_or_locked(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    refuse("output_dir .*run cannot be written .Not a directory.: mend that, or", toy_config(tmp_path / "file" / "run"))
+
+    def lockf(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    train(ToyTask(), toy_config(tmp_path / "run", max_steps=1))
+    assert "run cannot be locked (Function not implemented): let no other run write there" in caplog.text
 
 
 def test_settings_that_cannot_be_used_are_all_named():

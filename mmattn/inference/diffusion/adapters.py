@@ -50,6 +50,7 @@ def _find_file(path: str | Path) -> Path:
 
 def load_kv(pipeline: Any, folder: str | Path) -> tuple[str, ...]:
     """Keys and values into the U-Net and new tokens into the tokenizer. See `TextToImage.load_cross_attention_kv`."""
+    folder = run_part(Path(folder)) if Path(folder).is_dir() else folder
     tokens = read_cross_attention_kv(folder).tokens
     if tokens and getattr(pipeline, "text_encoder_2", None) is not None:
         raise UsageError(
