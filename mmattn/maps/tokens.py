@@ -102,13 +102,16 @@ def prompt_tokens(pipeline: Any, tokenizer: Any, prompt: str, *, max_length: int
         pipeline: of diffusers; None: the prompt is given as it is.
         tokenizer: of transformers.
         prompt: the text.
-        max_length: tokens at most, where they are fewer than the tokenizer's own limit.
+        max_length: tokens of the padded text, where they are fewer than the tokenizer's own limit; None: not known.
     """
     # Textual inversion writes a word of several vectors as several words.
     convert = getattr(pipeline, "maybe_convert_prompt", None)
     converted = prompt if convert is None else convert(prompt, tokenizer)
     limit = int(tokenizer.model_max_length)
-    return text_tokens(tokenizer, converted, max_length=limit if max_length is None else min(limit, max_length))
+    limit = limit if max_length is None else min(limit, max_length)
+    found = text_tokens(tokenizer, converted, max_length=limit)
+    is_behind = max_length is not None and getattr(tokenizer, "padding_side", "right") == "left"  # of its padding
+    return shifted_tokens(found, max(0, limit - len(found))) if is_behind else found
 
 
 def tokens_of_ids(tokenizer: Any, ids: Sequence[int], *, special: Sequence[int] = (), text: str = "") -> TextTokens:

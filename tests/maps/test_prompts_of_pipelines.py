@@ -17,7 +17,7 @@ from tests.swap import zoo_dits, zoo_sd
 from tests.swap.zoo_base import quiet, seeded
 
 from .joint_pipelines import _t5
-from .steered import PROMPT, build, run
+from .steered import PROMPT, TOKENS, build, run
 
 OTHER = "a green circle above a star"
 
@@ -35,6 +35,17 @@ def test_a_word_of_several_vectors():
     with mmattn.steer_attention(pipe, weights={"circle": 0}), mmattn.record_attention(pipe) as hidden:
         run(pipe, prompt)
     assert np.flatnonzero(hidden.array().max((0, 1)) == 0).tolist() == [6], "the very token is hidden, no other"
+
+
+def test_a_tokenizer_that_pads_on_the_left():
+    pipe = build("sd")
+    pipe.tokenizer.padding_side = "left"
+    padded = tuple(pipe.tokenizer(PROMPT, padding="max_length", max_length=TOKENS).input_ids)
+    with mmattn.steer_attention(pipe, weights={"circle": 0}), mmattn.record_attention(pipe) as maps:
+        run(pipe)
+    (place,) = maps.texts[0].prompt.positions("circle")
+    assert padded[place] == pipe.tokenizer("circle").input_ids[1]
+    assert np.flatnonzero(maps.array().max((0, 1)) == 0).tolist() == [place]
 
 
 @seeded
