@@ -112,6 +112,8 @@ class Drawing:
     _first_text: Tensor | None = None  # of the generation's first forward
     _first_rows: Tensor = field(default_factory=lambda: torch.empty(0))  # of it, those of the pictures
     _latest_text: Tensor | None = None
+    _timesteps: Any = None  # of the generation
+    _guided_step: int | None = None  # a guider's count of steps, each of which may have several forwards
     _count: int = 0  # of its rows
     _is_aside: bool = False  # the forward that is under way is none of the generation's own
     _unseen: dict[str, str] = field(default_factory=dict)
@@ -193,7 +195,12 @@ class Drawing:
         # Times fall within a generation. A pipeline says when one begins, unless it is given embeddings.
         is_new = self._is_fresh or now > self._last_time
         is_new = is_new or (self.pipeline is None and (now == self._last_time or is_training))
-        self._is_aside = not is_new and now == self._last_time and self._is_guidance(sample.shape[0])
+        guider = None if self.pipeline is None else self.pipeline.components.get("guider")
+        if guider is not None:
+            is_new = is_new or self._timesteps is not self._scheduled
+        self._guided_step, latest = getattr(guider, "_step", None), self._guided_step
+        is_again = self._is_guidance(sample.shape[0]) if guider is None else self._guided_step == latest
+        self._is_aside = not is_new and now == self._last_time and is_again
         if self._is_aside:
             return
         self._rows = self._kept_rows(sample.shape[0])
@@ -263,14 +270,18 @@ class Drawing:
         kept = self._texts.kept(texts, None if self._text is None else self._text.shape[1])
         self.pictures = [RecordedPicture(*text, places) for text, places in zip(texts, kept, strict=True)]
         self._step, self._count, self._first_text, self._asked = 0, count, self._text, None
-        self._latest_text = self._text
+        self._latest_text, self._timesteps = self._text, self._scheduled
         self._first_rows = torch.empty(0) if self._text is None else self._rows_of(self._text, count)
 
     @property
     def _num_steps(self) -> int | None:
         """Forwards of a generation at most, where the pipeline's scheduler says it."""
-        timesteps = getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
-        return None if timesteps is None else len(timesteps)
+        return None if self._scheduled is None else len(self._scheduled)
+
+    @property
+    def _scheduled(self) -> Any:
+        """The times of the pipeline's scheduler, which makes new ones for each generation."""
+        return getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
 
     @property
     def _halves(self) -> bool | None:

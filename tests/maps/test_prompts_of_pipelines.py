@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
+from diffusers.guiders import SkipLayerGuidance
+from diffusers.hooks import LayerSkipConfig
 from diffusers.modular_pipelines.stable_diffusion_xl import StableDiffusionXLAutoBlocks
 
 import mmattn
@@ -121,6 +123,14 @@ def test_modular_pipelines():
     assert len(alone) == 4
     assert np.allclose((alone.array(0) + alone.array(2)) / 2, maps.array(), atol=1e-6)
     assert not np.allclose((alone.array(1) + alone.array(3)) / 2, maps.array(), atol=1e-4)
+    # Of a guider's further forwards of a step none is a step of its own.
+    skipped = LayerSkipConfig([0], fqn="mid_block.attentions.0.transformer_blocks")
+    during = {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    pipe.update_components(guider=SkipLayerGuidance(skip_layer_config=skipped, **during))
+    with mmattn.record_attention(pipe, views="step") as maps:
+        draw()
+        draw()
+    assert [(picture.steps, set(picture.counts.values())) for picture in maps.texts] == [([0, 1], {1})] * 2
     with pytest.raises(UsageError, match="guidance='both' is for pipelines whose batch has two halves"):
         mmattn.record_attention(pipe, guidance="both").__enter__()
     with pytest.raises(UsageError, match="StableDiffusionXLModularPipeline has no encode_prompt"):
