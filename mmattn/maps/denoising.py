@@ -56,12 +56,13 @@ def watching_pipeline(pipeline: Any, maps: AttentionMaps) -> Iterator[None]:
             f"record_attention: which rows of {type(pipeline).__name__} follow the prompt is not known: guidance='both'"
             " records them all"
         )
-    if maps.wanted.guidance != "conditional" and type(model).__name__.startswith(_ONE_HALF):
+    is_apart = type(model).__name__.startswith(_ONE_HALF) or "guider" in pipeline.components
+    if maps.wanted.guidance != "conditional" and is_apart:
         raise UsageError(
             f"record_attention: guidance={maps.wanted.guidance!r} is for pipelines whose batch has two halves, not for "
             f"a {type(pipeline).__name__}; leave it out"
         )
-    drawing = Drawing(model, maps, pipeline)
+    drawing = Drawing(model, maps, pipeline, is_apart)
     with drawing.watched(), noting_prompts(pipeline, drawing.note):
         yield
 
@@ -91,12 +92,14 @@ class Drawing:
         model: the U-Net.
         maps: gets a `RecordedPicture` for each picture.
         pipeline: around it; None for a model by itself.
+        is_apart: guidance's halves run one after the other, if at all, the conditional one first.
         pictures: those that are being drawn, in the order of the rows that are kept.
     """
 
     model: nn.Module
     maps: AttentionMaps
     pipeline: Any = None
+    is_apart: bool = False
     pictures: list[RecordedPicture] = field(default_factory=list)
     _is_fresh: bool = True  # the next forward begins a generation
     _is_guided: bool | None = None
@@ -107,6 +110,10 @@ class Drawing:
     _size: tuple[int, int] = (0, 0)
     _text: Tensor | None = None  # of the forward that is under way
     _first_text: Tensor | None = None  # of the generation's first forward
+    _first_rows: Tensor = field(default_factory=lambda: torch.empty(0))  # of it, those of the pictures
+    _latest_text: Tensor | None = None
+    _timesteps: Any = None  # of the generation
+    _guided_step: int | None = None  # a guider's count of steps, each of which may have several forwards
     _count: int = 0  # of its rows
     _is_aside: bool = False  # the forward that is under way is none of the generation's own
     _unseen: dict[str, str] = field(default_factory=dict)
@@ -188,15 +195,27 @@ class Drawing:
         # Times fall within a generation. A pipeline says when one begins, unless it is given embeddings.
         is_new = self._is_fresh or now > self._last_time
         is_new = is_new or (self.pipeline is None and (now == self._last_time or is_training))
-        self._is_aside = not is_new and now == self._last_time and self._is_guidance(sample.shape[0])
+        guider = None if self.pipeline is None else self.pipeline.components.get("guider")
+        if guider is not None:
+            is_new = is_new or self._timesteps is not self._scheduled
+        self._guided_step, latest = getattr(guider, "_step", None), self._guided_step
+        is_again = self._is_guidance(sample.shape[0]) if guider is None else self._guided_step == latest
+        self._is_aside = not is_new and now == self._last_time and is_again
         if self._is_aside:
             return
         self._rows = self._kept_rows(sample.shape[0])
         self._size = size
-        if is_new or len(self._rows) != len(self.pictures):
+        is_other = not is_new and self._has_other_text(sample.shape[0])
+        if is_new or len(self._rows) != len(self.pictures) or (is_other and self.pipeline is None):
             self._begin(sample.shape[0])
         else:
             self._step += 1
+            if is_other and self.maps.wanted.prompts is None and any(picture.prompt for picture in self.pictures):
+                _log.warning(
+                    "record_attention: from step %d on a picture is drawn from another text: its maps go by the words "
+                    "of the first",
+                    self._step,
+                )
         self._most_steps = max(self._most_steps, self._step + 1)
         self._last_time, self._is_fresh = now, False
 
@@ -209,6 +228,22 @@ class Drawing:
             return False
         return first.shape != text.shape or not torch.equal(first, text)
 
+    def _has_other_text(self, count: int) -> bool:
+        """Whether these pictures are drawn from another text than in their first forward, said once."""
+        text, latest, self._latest_text = self._text, self._latest_text, self._text
+        if text is latest or text is None or not len(self._first_rows):
+            return False
+        rows = self._rows_of(text, count)
+        if rows.shape == self._first_rows.shape and torch.equal(rows, self._first_rows):
+            return False
+        self._first_rows = rows[:0]
+        return True
+
+    def _rows_of(self, text: Tensor, count: int) -> Tensor:
+        """The text [R, Lk, C] of each row that is kept, of `count`."""
+        each = max(1, count // len(text))
+        return text.detach()[[row // each for row in self._rows]]
+
     def _kept_rows(self, rows: int) -> range:
         wanted = self.maps.wanted.guidance
         if self.pipeline is None or wanted == "both":
@@ -216,8 +251,8 @@ class Drawing:
         guided = self._halves
         if guided is None:
             raise UsageError(
-                f"record_attention: whether {type(self.pipeline).__name__} is guided is not known: guidance='both'"
-                " records every row"
+                f"record_attention: whether {type(self.pipeline).__name__} is guided is not known: where another"
+                " pipeline runs its model, record that one; guidance='both' records every row"
             )
         if not guided:
             if wanted == "unconditional":
@@ -235,17 +270,23 @@ class Drawing:
         kept = self._texts.kept(texts, None if self._text is None else self._text.shape[1])
         self.pictures = [RecordedPicture(*text, places) for text, places in zip(texts, kept, strict=True)]
         self._step, self._count, self._first_text, self._asked = 0, count, self._text, None
+        self._latest_text, self._timesteps = self._text, self._scheduled
+        self._first_rows = torch.empty(0) if self._text is None else self._rows_of(self._text, count)
 
     @property
     def _num_steps(self) -> int | None:
         """Forwards of a generation at most, where the pipeline's scheduler says it."""
-        timesteps = getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
-        return None if timesteps is None else len(timesteps)
+        return None if self._scheduled is None else len(self._scheduled)
+
+    @property
+    def _scheduled(self) -> Any:
+        """The times of the pipeline's scheduler, which makes new ones for each generation."""
+        return getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
 
     @property
     def _halves(self) -> bool | None:
         """Whether the batch has two halves; None: not known."""
-        if type(self.model).__name__.startswith(_ONE_HALF):
+        if self.is_apart:
             return False
         return getattr(self.pipeline, "do_classifier_free_guidance", self._is_guided)
 
@@ -273,22 +314,25 @@ class Drawing:
         if wanted.steps is not None and self._step not in wanted.steps:
             return
         where = f"record_attention: {self.maps.layer_names[number]}"
-        keys = range(seen.sizes[2])
+        keys, length = range(seen.sizes[2]), 0 if self._text is None else self._text.shape[1]
+        count = max(len(keys), length) if self.maps.role == "cross" else len(keys)
         if id(module) in self._joint:
-            length = 0 if self._text is None else self._text.shape[1]
-            seen, first = picture_part(module, seen, length)
+            count = length
+            seen, first = picture_part(module, seen, length, self._size[0] * self._size[1])
             keys = range(first, first + length)
-        heads, length, _ = seen.sizes
+        heads, num_places, _ = seen.sizes
         check_heads(wanted.heads, heads, self.maps.layer_names[number])
         step = self._step if "step" in wanted.views else _ALL_STEPS
-        grid = grid_of(self._size, length, where=where)
+        grid = grid_of(self._size, num_places, where=where)
         if not self.pictures[0].sums:
             self.maps.texts += self.pictures
         for row, picture in zip(self._rows, self.pictures, strict=True):
             weights = seen.asked_for(row)
             if weights is None:
                 weights = _columns(seen, row, picture.kept, keys, wanted.heads, average="head" not in wanted.views)
-            picture.add(number, step, grid, weights)
+            # Tokens that a swapped layer leaves out as padding have none.
+            missing = (count if picture.kept is None else len(picture.kept)) - weights.shape[-1]
+            picture.add(number, step, grid, torch.nn.functional.pad(weights, (0, missing)) if missing else weights)
 
     def _why_empty(self) -> str:
         if self._unseen:
@@ -307,15 +351,12 @@ class Drawing:
 def _columns(
     seen: SeenAttention, row: int, kept: list[int] | None, keys: range, heads: list[int] | None, *, average: bool
 ) -> Tensor:
-    """Weights [H', C, T] of a row, whose text has these keys; tokens that a swapped layer leaves out as padding have
-    none."""
+    """Weights [H', C, T] of a row, whose text has these keys."""
     if kept is None and len(keys) == seen.sizes[2]:
         return seen.kept(row, None, heads, average=average)
-    wanted = range(len(keys)) if kept is None else kept
-    inside = [keys[place] for place in wanted if place < len(keys)]
+    inside = list(keys) if kept is None else [keys[place] for place in kept if place < len(keys)]
     device = (seen.query if seen.query is not None else seen.weights).device  # pyright: ignore
-    weights = seen.kept(row, torch.tensor(inside, dtype=torch.long, device=device), heads, average=average)
-    return torch.nn.functional.pad(weights, (0, len(wanted) - len(inside))) if len(inside) < len(wanted) else weights
+    return seen.kept(row, torch.tensor(inside, dtype=torch.long, device=device), heads, average=average)
 
 
 def _size_of(sample: Any, given: dict[str, Any]) -> tuple[int, int] | None:
@@ -327,7 +368,9 @@ def _size_of(sample: Any, given: dict[str, Any]) -> tuple[int, int] | None:
     places = given.get("img_ids")  # of packed places, [L, 3]: each with its row and column
     if sample.dim() != 3 or not isinstance(places, Tensor) or places.shape[-1] != 3:
         return None
-    rows, columns = (int(each) + 1 for each in places.reshape(-1, 3).amax(0)[1:])
+    places = places.reshape(-1, 3)
+    own = places[places[:, 0] == places[0, 0]]  # not those of given pictures (FLUX.1 Kontext)
+    rows, columns = (int(each) + 1 for each in own.amax(0)[1:])
     return rows, columns
 
 

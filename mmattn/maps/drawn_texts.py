@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mmattn.errors import UsageError
-from mmattn.maps.prompt_memory import Encoded, PromptMemory, listed
-from mmattn.maps.tokens import TextTokens, shifted_tokens, text_tokens
+from mmattn.maps.prompt_memory import Encoded, PromptMemory, as_tokenized, listed
+from mmattn.maps.tokens import TextTokens, prompt_tokens, shifted_tokens
 from mmattn.maps.wanted import Wanted
 
 
@@ -88,7 +88,8 @@ class DrawnTexts:
         noted, self._noted = self._noted, Texts()
         length = None if text is None else text.shape[1]
         if self._wanted.prompts is not None:
-            return self._spread(Texts(self._wanted.prompts, None, noted.negatives), rows, is_guided, length)
+            prompts = listed(as_tokenized(self._pipeline, self._wanted.prompts))
+            return self._spread(Texts(prompts, None, noted.negatives), rows, is_guided, length)
         if told is not None:
             return self._spread(told, rows, is_guided, length)
         found = [] if text is None else self._remembered(text, rows, count, is_guided)
@@ -160,11 +161,7 @@ class DrawnTexts:
         return found._replace(second=self._cut(second, others[0], length) if is_other else None)
 
     def _cut(self, tokenizer: Any, prompt: str, length: int | None) -> TextTokens:
-        # Textual inversion writes a word of several vectors as several words.
-        convert = getattr(self._pipeline, "maybe_convert_prompt", None)
-        converted = prompt if convert is None else convert(prompt, tokenizer)
-        limit = int(tokenizer.model_max_length)
-        return text_tokens(tokenizer, converted, max_length=limit if length is None else min(limit, length))
+        return prompt_tokens(self._pipeline, tokenizer, prompt, max_length=length)
 
     def kept(self, texts: Sequence[PictureText], length: int | None) -> list[list[int] | None]:
         """Positions to keep of each prompt; None: all. A word need not be in every prompt, but in one.

@@ -88,15 +88,12 @@ def phrase_positions(tokens: TextTokens, phrase: str, what: str) -> list[int]:
     """The positions of all tokens of a word or phrase, everywhere in a prompt.
 
     Raises:
-        UsageError: it is not in the prompt, naming the words that are, or was cut off.
+        UsageError: it is not in the prompt; see `TextTokens.positions`.
     """
     try:
         return tokens.positions(phrase)
     except UsageError as error:
-        unseen = "".join(tokens.text.lower().split())[len("".join(tokens.pieces)) :]
-        was_cut = "".join(phrase.lower().split()) in unseen
-        hint = f" (the text encoder takes {len(tokens)} tokens, the rest was cut off)" if was_cut else ""
-        raise UsageError(f"{what}: {error}{hint}") from error
+        raise UsageError(f"{what}: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +185,7 @@ def _connect_ends(taken: Tensor, source: TextTokens, edited: TextTokens, *, is_r
 
 def inside(tokens: TextTokens) -> tuple[int, int]:
     """The first token of the text itself, and the one after its last: what is outside is special."""
-    places = [place for place, piece in enumerate(tokens.pieces) if piece]
+    places = [place for place, piece in enumerate(tokens.pieces) if piece.strip()]
     return (places[0], places[-1] + 1) if places else (len(tokens), len(tokens))
 
 

@@ -37,8 +37,15 @@ def check_joint(name: str, module: nn.Module) -> None:
         )
 
 
-def picture_part(module: nn.Module, seen: SeenAttention, text_length: int) -> tuple[SeenAttention, int]:
+def picture_part(module: nn.Module, seen: SeenAttention, text_length: int, places: int) -> tuple[SeenAttention, int]:
     """The queries of the picture's places, and where the text's keys begin.
+
+    Args:
+        module: the layer.
+        seen: its joint attention.
+        text_length: tokens of the text.
+        places: of the picture that is drawn, where the text comes first; places of given pictures (FLUX.1 Kontext)
+            come after them.
 
     Raises:
         UsageError: the calls of the layer are no joint attention over so many tokens.
@@ -50,7 +57,7 @@ def picture_part(module: nn.Module, seen: SeenAttention, text_length: int) -> tu
             f"no joint attention of a picture and {text_length} tokens"
         )
     is_first = is_text_first(module)
-    part = slice(text_length, None) if is_first else slice(0, length - text_length)
+    part = slice(text_length, text_length + places) if is_first else slice(0, length - text_length)
     cut = {
         name: None if whole is None else whole[:, :, part]
         for name, whole in (

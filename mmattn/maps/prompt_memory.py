@@ -56,8 +56,35 @@ class _EncodePrompt:
         result = self._original(*args, **kwargs)
         for pipeline, note in _NOTES.get():
             if pipeline is self._pipeline:
-                note(self.__signature__.bind(*args, **kwargs).arguments, result)
+                note(self._arguments(args, kwargs), result)
         return result
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """By name, with prompts as they reached the tokenizer."""
+        given = self.__signature__.bind(*args, **kwargs).arguments
+        parameter = self.__signature__.parameters.get("clean_caption")
+        is_cleaned = parameter is not None and given.get("clean_caption", parameter.default)
+        for name in ("prompt", "negative_prompt"):
+            if given.get(name) is not None:
+                given[name] = as_tokenized(self._pipeline, given[name], is_cleaned=is_cleaned)
+        return given
+
+
+def as_tokenized(pipeline: Any, prompts: str | list[str], *, is_cleaned: bool = False) -> str | list[str]:
+    """Prompts as a pipeline gives them to its tokenizer: PixArt, Sana and their kin take capitals out of them first.
+
+    Args:
+        pipeline: of diffusers.
+        prompts: one, or several.
+        is_cleaned: it was called with `clean_caption`.
+    """
+    rewrite = getattr(pipeline, "_text_preprocessing", None)
+    if rewrite is None:
+        return prompts
+    from diffusers.utils.import_utils import is_bs4_available, is_ftfy_available
+
+    # Without these packages it warns, and cleans nothing.
+    return rewrite(prompts, clean_caption=is_cleaned and is_bs4_available() and is_ftfy_available())
 
 
 @dataclass(frozen=True, eq=False)

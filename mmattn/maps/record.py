@@ -37,6 +37,7 @@ from mmattn.maps.wanted import Guidance, Prompts, Tokens, View, Wanted
 from mmattn.ops.observe import AttentionCall, observing
 from mmattn.ops.request import Request
 from mmattn.ops.same_pass import MapsAsked
+from mmattn.swap.verify import is_verifying
 
 __all__ = ["AttentionMaps", "RecordedText", "TextToRecord", "record_attention", "recorders_of"]
 
@@ -184,13 +185,16 @@ class AttentionMaps:
             image: the picture to draw on, where the recorder does not know it: a pipeline returns it at its end.
 
         Raises:
-            UsageError: as `array`; the word is not there; or self-attention was recorded, which has no picture.
+            UsageError: as `array`; the word is not there; self-attention was recorded, which has no picture; or `image`
+                is none of Pillow's.
         """
         recorded = self._text(text)
         if self.role != "cross":
             raise UsageError("heatmap() needs record_attention(role='cross'); array() gives the self-attention weights")
         if place not in get_args(Place):
             raise UsageError(f"heatmap: place is {place!r}; choose one of {', '.join(get_args(Place))}")
+        if not isinstance(image, Image.Image | None):
+            raise UsageError(f"heatmap: image is a {type(image).__name__}; give a picture of Pillow, or leave it out")
         averaged = self._averaged(recorded, layer, head, step)
         return recorded.heatmap(averaged, word, place, occurrence, image)
 
@@ -348,8 +352,8 @@ def recorders_of(target: Any) -> list[AttentionMaps]:
 
 
 def is_recording(maps: AttentionMaps) -> bool:
-    """Whether a recorder's block is open here: in this thread or task."""
-    return any(open_maps is maps for open_maps in _RECORDERS.get())
+    """Whether a recorder's block is open here: in this thread or task, and not for a swap's `verify`."""
+    return not is_verifying() and any(open_maps is maps for open_maps in _RECORDERS.get())
 
 
 def _watching(target: Any, maps: AttentionMaps) -> contextlib.AbstractContextManager[object]:

@@ -17,7 +17,7 @@ from PIL import Image
 from mmattn.errors import UsageError
 from mmattn.maps.alignment import Alignment, word_alignment
 from mmattn.maps.draw import Heatmap
-from mmattn.maps.tokens import TextTokens, find_pieces
+from mmattn.maps.tokens import REST, SPACE, TextTokens, find_pieces
 
 Place = Literal["predicting", "reading"]
 Averaged = Mapping[int, np.ndarray]
@@ -47,7 +47,7 @@ class TextToRecord:
     @property
     def sentence(self) -> str:
         """The text, a space between tokens."""
-        return " ".join(filter(None, self.pieces))
+        return " ".join(piece for piece in self.pieces if piece not in ("", SPACE, REST))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,9 @@ class RecordedText:
         """
         num_tokens, num_given = len(self.text.pieces), self.text.num_given
         if word is None:
-            tokens = list(range(num_given, num_tokens)) or [t for t, piece in enumerate(self.text.pieces) if piece]
+            tokens = list(range(num_given, num_tokens)) or [
+                t for t, piece in enumerate(self.text.pieces) if piece.strip()
+            ]
         else:
             found = find_pieces(self.text.pieces, word)
             if len(found) <= occurrence:
@@ -78,7 +80,7 @@ class RecordedText:
     @property
     def words(self) -> list[str]:
         """What `heatmap` knows, each once."""
-        return list(dict.fromkeys(piece for piece in self.text.pieces if piece))
+        return list(dict.fromkeys(piece for piece in self.text.pieces if piece not in ("", SPACE, REST)))
 
     def array(self, averaged: Averaged) -> np.ndarray:
         """`[L, Lk]`."""
@@ -164,7 +166,17 @@ class RecordedPicture:
         return list(dict.fromkeys(known))
 
     def array(self, averaged: Averaged) -> np.ndarray:
-        """`[rows, columns, T]` at the finest grid among the layers; coarser ones are interpolated to it."""
+        """`[rows, columns, T]` at the finest grid among the layers; coarser ones are interpolated to it.
+
+        Raises:
+            UsageError: the layers attend to different things, such as the text and the picture itself.
+        """
+        widths: dict[int, list[int]] = {}
+        for layer, weights in averaged.items():
+            widths.setdefault(weights.shape[-1], []).append(layer)
+        if len(widths) > 1:
+            found = ", ".join(f"{width} keys in layers {layers}" for width, layers in widths.items())
+            raise UsageError(f"these layers attend to different things: {found}; choose with layer=")
         rows, columns = max((self.grids[layer] for layer in averaged), key=lambda grid: grid[0] * grid[1])
         total = np.zeros((rows, columns, next(iter(averaged.values())).shape[-1]), dtype=np.float64)
         for layer, weights in averaged.items():

@@ -26,6 +26,7 @@ from mmattn.swap.diffusers.context_path import StandIn
 from mmattn.swap.diffusers.install import plan_model
 from mmattn.swap.diffusers.layer import Swapped
 from mmattn.swap.layers import Options, SetAttribute
+from mmattn.swap.verify import is_verifying
 
 
 class Steerer(Protocol):
@@ -49,6 +50,11 @@ class Steerer(Protocol):
 
 
 STEERERS: ContextVar[tuple[Steerer, ...]] = ContextVar("mmattn_steerers", default=())
+
+
+def _steerers() -> tuple[Steerer, ...]:
+    """The blocks that are under way here; none for a swap's `verify`."""
+    return () if is_verifying() else STEERERS.get()
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,8 +182,7 @@ class SteeredForward(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         original = self.stock if self._before is None else self._before
-        steerers = () if torch.compiler.is_compiling() else STEERERS.get()
-        for steerer in steerers:
+        for steerer in () if torch.compiler.is_compiling() else _steerers():
             states = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
             change = None if states is None else steerer.change(self.module, states.shape[1])
             if change is not None:
@@ -196,11 +201,11 @@ class _AroundForward:
         """Hook in."""
 
         def begin(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for steerer in STEERERS.get():
+            for steerer in _steerers():
                 steerer.begin(unet, args, kwargs)
 
         def end(unet: nn.Module, args: Any, output: Any) -> None:
-            for steerer in STEERERS.get():
+            for steerer in _steerers():
                 steerer.end(unet)
 
         self._hooks = (

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmattn.errors import UsageError
 from mmattn.maps.prompt_memory import MOST_TEXTS, Encoded, PromptMemory
-from mmattn.maps.tokens import TextTokens, text_tokens
+from mmattn.maps.tokens import TextTokens, prompt_tokens
 
 
 class SteeredPrompts:
@@ -24,11 +24,17 @@ class SteeredPrompts:
     def __init__(self, pipeline: Any) -> None:
         found = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
         self._tokenizers = [tokenizer for tokenizer in found if tokenizer is not None]
-        if not self._tokenizers or not hasattr(pipeline, "encode_prompt"):
+        if self._tokenizers and not hasattr(pipeline, "encode_prompt"):
+            raise UsageError(
+                f"steer_attention: {type(pipeline).__name__} has no encode_prompt, so that its prompts are not seen: a "
+                "modular pipeline encodes them in blocks of its own; steer a StableDiffusionPipeline or its kin"
+            )
+        if not self._tokenizers:
             raise UsageError(
                 f"steer_attention: {type(pipeline).__name__} has no tokenizer, so that words cannot be found in its "
                 "prompts; open the whole pipeline"
             )
+        self._pipeline = pipeline
         self._memory = PromptMemory()
         self._tokens: dict[tuple[str, int], TextTokens] = {}
 
@@ -73,7 +79,7 @@ class SteeredPrompts:
 
     def _cut(self, prompt: str, length: int) -> TextTokens:
         limit = min(length, *(int(tokenizer.model_max_length) for tokenizer in self._tokenizers))
-        cuts = [text_tokens(tokenizer, prompt, max_length=limit) for tokenizer in self._tokenizers]
+        cuts = [prompt_tokens(self._pipeline, each, prompt, max_length=limit) for each in self._tokenizers]
         if any(cut.pieces != cuts[0].pieces for cut in cuts):
             raise UsageError(
                 f"steer_attention: the pipeline's tokenizers cut {prompt!r} differently, so that a token stands "

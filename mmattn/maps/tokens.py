@@ -11,6 +11,9 @@ from mmattn.errors import UsageError
 _WORD_STARTS = ("\u2581", "\u0120")  # what sentencepiece and byte-level tokenizers put before a word
 _WORD_END = "</w>"  # what CLIP's puts behind one
 _CONTINUES = "##"  # what BERT's puts before the later pieces of one
+SPACE = " "  # spelled by a token that holds nothing but the mark of a word's beginning
+REST = "\ufffd"  # spelled by a token that holds the rest of a letter, whose beginning the token before it holds
+_MOST_SHARING = 12  # tokens that may share letters
 _UNBOUNDED = 100_000  # tokenizers without a limit say a very large one
 _SHOWN = 40  # words that an error lists
 
@@ -22,7 +25,8 @@ class TextTokens:
     Attributes:
         text: the text; of tokens that a model wrote, what they spell.
         ids: the tokens, special ones included.
-        pieces: what each token spells, without marks and spaces; "" for special tokens.
+        pieces: what each token spells, without marks and spaces; "" for special tokens, `SPACE` for a mark by itself.
+            Of tokens that hold bytes of one letter the first spells it, the others `REST`.
         starts: whether a token begins a word.
     """
 
@@ -42,12 +46,14 @@ class TextTokens:
         """The positions of a word's tokens: of all its places, or of one, counted from 0.
 
         Raises:
-            UsageError: the word is not there, or not so often; the message says which words are.
+            UsageError: the word is not there, or not so often; the message says which words are, and what was cut off.
         """
         found = self.find(word)
         if not found or (occurrence is not None and not 0 <= occurrence < len(found)):
             times = "not" if not found else "only once" if len(found) == 1 else f"only {len(found)} times"
-            raise UsageError(f"{word!r} is {times} in {self.text!r}; its words are {self._listed_words()}")
+            raise UsageError(
+                f"{word!r} is {times} in {self.text!r}; its words are {self._listed_words()}{self._cut(word)}"
+            )
         return sorted({place for run in found for place in run}) if occurrence is None else found[occurrence]
 
     def words(self) -> list[tuple[str, list[int]]]:
@@ -55,15 +61,20 @@ class TextTokens:
         words: list[tuple[str, list[int]]] = []
         is_open = False
         for place, (piece, is_start) in enumerate(zip(self.pieces, self.starts, strict=True)):
-            if not piece:
-                # A lone space mark begins the word that follows it.
+            if piece in ("", SPACE):
                 is_open = False
                 continue
             if is_start or not is_open:
                 words.append(("", []))
-            words[-1] = (words[-1][0] + piece, [*words[-1][1], place])
+            words[-1] = (words[-1][0] + _spelled(piece), [*words[-1][1], place])
             is_open = True
         return words
+
+    def _cut(self, word: str) -> str:
+        """A hint where a word stands behind the last token."""
+        unseen = "".join(self.text.lower().split())[len("".join(map(_spelled, self.pieces))) :]
+        is_there = "".join(word.lower().split()) in unseen
+        return f" (the text encoder takes {len(self)} tokens, the rest was cut off)" if is_there else ""
 
     def _listed_words(self) -> str:
         words = list(dict.fromkeys(word for word, _ in self.words()))
@@ -84,6 +95,25 @@ def text_tokens(tokenizer: Any, text: str, *, max_length: int | None = None) -> 
     return tokens_of_ids(tokenizer, tokenizer(text, **cut).input_ids, text=text)
 
 
+def prompt_tokens(pipeline: Any, tokenizer: Any, prompt: str, *, max_length: int | None = None) -> TextTokens:
+    """A prompt as a pipeline gives it to the text encoder of one of its tokenizers; see `text_tokens`.
+
+    Args:
+        pipeline: of diffusers; None: the prompt is given as it is.
+        tokenizer: of transformers.
+        prompt: the text.
+        max_length: tokens of the padded text, where they are fewer than the tokenizer's own limit; None: not known.
+    """
+    # Textual inversion writes a word of several vectors as several words.
+    convert = getattr(pipeline, "maybe_convert_prompt", None)
+    converted = prompt if convert is None else convert(prompt, tokenizer)
+    limit = int(tokenizer.model_max_length)
+    limit = limit if max_length is None else min(limit, max_length)
+    found = text_tokens(tokenizer, converted, max_length=limit)
+    is_behind = max_length is not None and getattr(tokenizer, "padding_side", "right") == "left"  # of its padding
+    return shifted_tokens(found, max(0, limit - len(found))) if is_behind else found
+
+
 def tokens_of_ids(tokenizer: Any, ids: Sequence[int], *, special: Sequence[int] = (), text: str = "") -> TextTokens:
     """Tokens that a model read or wrote, as a text.
 
@@ -100,15 +130,18 @@ def tokens_of_ids(tokenizer: Any, ids: Sequence[int], *, special: Sequence[int] 
         "" if number in hidden else _spelling(tokenizer, number, token)
         for number, token in zip(ids, marked, strict=True)
     ]
-    starts = _word_starts(marked, pieces)
+    _join_letters(tokenizer, ids, pieces)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    starts = _word_starts(marked, pieces, [number in added for number in ids])
     made = TextTokens(text, tuple(ids), tuple(pieces), tuple(starts))
     return made if text else TextTokens(" ".join(word for word, _ in made.words()), made.ids, made.pieces, made.starts)
 
 
 def marked_tokens(marked: Sequence[str], special: Collection[str]) -> TextTokens:
     """Pieces of a sentencepiece vocabulary, "" or special ones for tokens that stand for no text."""
-    pieces = ["" if piece in special else piece.strip(_WORD_STARTS[0]) for piece in marked]
-    made = TextTokens("", tuple(range(len(marked))), tuple(pieces), tuple(_word_starts(marked, pieces)))
+    pieces = ["" if piece in special else piece.strip(_WORD_STARTS[0]) or _lone(piece) for piece in marked]
+    starts = _word_starts(marked, pieces, [False] * len(marked))
+    made = TextTokens("", tuple(range(len(marked))), tuple(pieces), tuple(starts))
     return TextTokens(" ".join(word for word, _ in made.words()), made.ids, made.pieces, made.starts)
 
 
@@ -135,36 +168,65 @@ def find_pieces(pieces: Sequence[str], word: str, starts: Sequence[bool] | None 
     wanted = "".join(word.lower().split())
     runs = []
     for first in range(len(pieces)):
-        if starts is not None and not starts[first]:
+        if not _spelled(pieces[first]) or (starts is not None and not starts[first]):
             continue
         spelled = ""
         for last in range(first, len(pieces)):
-            spelled += pieces[last].lower()
+            spelled += _spelled(pieces[last]).lower()
             if not pieces[last] or not wanted.startswith(spelled):
                 break
-            if spelled == wanted:
-                if starts is None or last + 1 == len(pieces) or starts[last + 1] or not pieces[last + 1]:
-                    runs.append(list(range(first, last + 1)))
+            following = pieces[last + 1] if last + 1 < len(pieces) else ""
+            if spelled == wanted and following != REST:
+                if starts is None or not following or starts[last + 1]:
+                    runs.append([place for place in range(first, last + 1) if pieces[place] != SPACE])
                 break
     return runs
 
 
+def _spelled(piece: str) -> str:
+    return "" if piece in (REST, SPACE) else piece
+
+
+def _join_letters(tokenizer: Any, ids: Sequence[int], pieces: list[str]) -> None:
+    """Let the first of the tokens that hold bytes of one letter spell it: by themselves they decode to nothing that
+    could be read."""
+    end = 0
+    for first, piece in enumerate(pieces):
+        if first < end or REST not in piece:
+            continue
+        for last in range(first + 1, min(len(pieces), first + _MOST_SHARING)):
+            if not pieces[last]:
+                break
+            letters = str(tokenizer.decode(list(ids[first : last + 1]))).strip()
+            if REST not in letters:
+                end = last + 1
+                pieces[first:end] = [letters, *[REST] * (last - first)]
+                break
+
+
 def _spelling(tokenizer: Any, number: int, token: str) -> str:
     if token.startswith(_WORD_STARTS[0]):
-        return token.strip(_WORD_STARTS[0])
-    return str(tokenizer.decode([number])).strip().removeprefix(_CONTINUES)
+        return token.strip(_WORD_STARTS[0]) or _lone(token)
+    return str(tokenizer.decode([number])).strip().removeprefix(_CONTINUES) or _lone(token)
 
 
-def _word_starts(marked: Sequence[str], pieces: Sequence[str]) -> list[bool]:
-    """Which tokens begin a word, by whichever marks the tokenizer uses; punctuation is a word of its own."""
+def _lone(token: str) -> str:
+    return SPACE if token in _WORD_STARTS else ""
+
+
+def _word_starts(marked: Sequence[str], pieces: Sequence[str], added: Sequence[bool]) -> list[bool]:
+    """Which tokens begin a word, by whichever marks the tokenizer uses; punctuation is a word of its own, and so are
+    tokens that were added to the vocabulary, which have no marks."""
     marks_starts = any(token.startswith(_WORD_STARTS) for token in marked)
     marks_ends = any(token.endswith(_WORD_END) for token in marked)
     starts: list[bool] = []
+    spelled = ""  # by the token before, or by that whose letter it ends
     for place, (token, piece) in enumerate(zip(marked, pieces, strict=True)):
         before = marked[place - 1] if place else ""
-        is_first = place == 0 or not pieces[place - 1]
-        is_mark = bool(piece) and not any(letter.isalnum() for letter in piece)
-        after_mark = bool(place and pieces[place - 1]) and not any(letter.isalnum() for letter in pieces[place - 1])
+        if piece == REST and spelled:
+            starts.append(False)
+            continue
+        is_mark = _is_mark(piece)
         if marks_starts:
             is_start = token.startswith(_WORD_STARTS)
             # A lone mark begins the word that follows it.
@@ -173,5 +235,11 @@ def _word_starts(marked: Sequence[str], pieces: Sequence[str]) -> list[bool]:
             is_start = before.endswith(_WORD_END)
         else:
             is_start = not token.startswith(_CONTINUES)
-        starts.append(is_first or is_start or is_mark or after_mark)
+        is_added = added[place] or (place > 0 and added[place - 1])
+        starts.append(not spelled or is_start or is_added or is_mark or _is_mark(spelled))
+        spelled = piece
     return starts
+
+
+def _is_mark(piece: str) -> bool:
+    return bool(piece) and not any(letter.isalnum() for letter in piece)

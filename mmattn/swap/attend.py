@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
 
 from mmattn.ops.attention import attention
 
@@ -34,6 +35,14 @@ def computing_reference(kind: str) -> Iterator[None]:
 def reference_kind() -> str | None:
     """What `computing_reference` has set here; compiled code never sees one."""
     return None if torch.compiler.is_compiling() else _REFERENCE.get()
+
+
+def _is_perturbed() -> bool:
+    """Whether a hook of diffusers (perturbed-attention guidance of guiders, skipped layers) waits for torch's fused
+    attention, to give something else in its place: no other backend may pass it by."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in _get_current_function_mode_stack())
 
 
 def attend(
@@ -61,6 +70,7 @@ def attend(
     }
     reference = reference_kind()
     if reference is None:
+        backend = "sdpa" if _is_perturbed() else backend
         return attention(query, key, value, attn_mask=attn_mask, backend=backend, **arguments)
     if reference == "eager":
         return attention(query, key, value, attn_mask=attn_mask, backend="eager", **arguments)

@@ -14,7 +14,7 @@ from torch import nn
 from mmattn.errors import RunError, UsageError
 from mmattn.swap.layers import Layer, Plan, Step, take
 from mmattn.swap.report import SwapReport
-from mmattn.swap.verify import Verification, run_model, verify_swap
+from mmattn.swap.verify import Verification, reusing_hook, run_model, verify_swap
 
 _LOCK = threading.RLock()  # swaps change registries of the whole process
 
@@ -90,14 +90,21 @@ class Swap:
     def verify(self, **inputs: Any) -> Verification:
         """Old and new attention on the same random inputs, layer by layer, and the whole model on a probe made from
         its config (or on `inputs`, keyword arguments of a single model's forward), by the tolerance rule. It runs the
-        model; nothing is changed.
+        model; nothing is changed, and what it runs is neither recorded nor steered.
 
         Raises:
-            RunError: when the swap is no longer in place.
+            RunError: when the swap is no longer in place, or a hook gives outputs of earlier steps again.
         """
         problems = self.check()
         if problems:
             raise RunError(f"verify: the swap is not in place: {problems[0]}" + _and_more(problems))
+        for part, model in self._parts.items():
+            hook = reusing_hook(model)
+            if hook is not None:
+                raise RunError(
+                    f"verify: diffusers' hook {hook[1]!r} on {hook[0]} of {part} gives outputs of earlier steps again, "
+                    "so that nothing would be compared: take it off (disable_cache()), verify, and put it on again"
+                )
         probes = dict(self._plan.probes)
         if inputs:
             if len(self._parts) != 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from mmattn.swap.attend import computing_reference
 from mmattn.swap.layers import Layer
 
 Probe = Callable[[], Tensor]
+_VERIFYING: ContextVar[bool] = ContextVar("mmattn_verifying", default=False)
 
 
 class ProbeError(RunError):
@@ -84,6 +86,11 @@ class Verification:
         return "\n".join([*lines, "same output" if self.is_ok else "NOT the same output"])
 
 
+def is_verifying() -> bool:
+    """Whether what runs here is a probe, which is to be neither recorded nor steered."""
+    return _VERIFYING.get()
+
+
 def verify_swap(
     models: Iterable[nn.Module],
     layers: list[Layer],
@@ -94,7 +101,7 @@ def verify_swap(
     cannot run on its probe is left out, and named."""
     alone = {layer.full_name: layer.probe for layer in layers if layer.probe is not None}
     unprobed = sorted({layer.part for layer in layers if layer.probe is None} - set(probes))
-    with torch.no_grad(), _evaluating(models):
+    with torch.no_grad(), _evaluating(models), _verifying():
         with undone():
             stock = {name: _two_ways(probe) for name, probe in alone.items()}
             stock_models: dict[str, tuple[Tensor, Tensor]] = {}
@@ -110,6 +117,17 @@ def verify_swap(
         [_verdict(name, *stock_models[name], *our_models[name]) for name in our_models],
         unprobed,
     )
+
+
+def reusing_hook(model: nn.Module) -> tuple[str, str] | None:
+    """A module's name and that of a hook of diffusers on it that keeps outputs from step to step (Pyramid Attention
+    Broadcast, FasterCache, first block cache, ...): probes would get and leave outputs that are not theirs."""
+    for name, module in model.named_modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for kind, hook in getattr(registry, "hooks", {}).items():
+            if getattr(hook, "_is_stateful", False):
+                return name or type(model).__name__, kind
+    return None
 
 
 def run_model(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -171,6 +189,15 @@ def _verdict(name: str, stock: Tensor, exact: Tensor, ours: Tensor, eager: Tenso
 
 def _distance(one: Tensor, other: Tensor) -> float:
     return (one.double() - other.double()).abs().max().item() if one.numel() else 0.0
+
+
+@contextlib.contextmanager
+def _verifying() -> Iterator[None]:
+    token = _VERIFYING.set(True)
+    try:
+        yield
+    finally:
+        _VERIFYING.reset(token)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
 from mmattn.maps.recordings import RecordedPicture
 from tests.inference.tiny_pipelines import pixel_parts, stable_diffusion, stable_diffusion_xl
 from tests.maps.oracle import eager_weights
-from tests.swap import zoo_sd
+from tests.swap import zoo_sd, zoo_unets
 from tests.swap.zoo_base import quiet
 from tests.tolerance import check_within
 
@@ -284,6 +284,7 @@ def test_wrong_arguments_are_named(pipe, arguments, message):
         (lambda maps: maps.array(layer=12), r"layers \[12\] were not recorded, only \[0, 1"),
         (lambda maps: maps.alignment(), r"alignment\(\) is for translations"),
         (lambda maps: maps.heatmap("red", place="near"), "place is 'near'"),
+        (lambda maps: maps.heatmap("red", image=np.zeros((8, 8))), "image is a ndarray; give a picture of Pillow"),
     ],
 )
 def test_wrong_questions_are_answered(pipe, ask, message):
@@ -291,6 +292,18 @@ def test_wrong_questions_are_answered(pipe, ask, message):
         draw(pipe, num_inference_steps=1)
     with pytest.raises(UsageError, match=message):
         ask(maps)
+
+
+def test_layers_that_attend_to_different_things():
+    family = zoo_unets.FAMILIES["kandinsky3"]
+    model = family.build()
+    with record_attention(model) as maps:
+        family.run(model)
+    widths = {number: weights.shape[-1] for number, weights in maps.texts[0].weights.items()}
+    with pytest.raises(UsageError, match="61 keys in layers .*; choose with layer="):
+        maps.array()
+    layers = [number for number, width in widths.items() if width == 61]
+    assert np.allclose(maps.array(layer=layers).sum(-1), 1, atol=1e-5)
 
 
 def test_nothing_recorded_says_why(pipe):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxKontextPipeline
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from mmattn import record_attention, swap_attention
 from mmattn.errors import UsageError
 from tests.swap import zoo_dits
+from tests.swap.zoo_base import quiet
 from tests.tolerance import check_within
 
 from .joint_pipelines import CLIP_TOKENS, T5_TOKENS, flux, joint_weights, stable_diffusion_3
@@ -39,7 +41,8 @@ def check_maps(maps, run, name, model, *, rows):
     with joint_weights(model, names, torch.float32) as eager:
         run()
     text, count = TEXT[name], PLACES[name][0] * PLACES[name][1]
-    places, tokens = (slice(0, count), slice(count, None)) if name == "sd3" else (slice(text, None), slice(0, text))
+    both = slice(0, count), slice(count, None)
+    places, tokens = both if name == "sd3" else (slice(text, text + count), slice(0, text))
     for number in names:
         assert len(reference[number]) == STEPS
         for picture, row in zip(maps.texts, rows, strict=True):
@@ -86,6 +89,20 @@ def test_a_word_is_at_the_tokens_of_both_kinds_of_encoders(pipes):
     assert first.words == ["circle"]
     check_maps(maps, lambda: draw(pipes["sd3"]), "sd3", pipes["sd3"].transformer, rows=[2, 3])
     assert maps.grid(["star"], 1).draw().width > 100
+
+
+def test_the_pictures_that_kontext_is_given_are_no_places_of_the_one_it_draws(pipes):
+    pipe = quiet(FluxKontextPipeline(**pipes["flux"].components))
+    given = torch.rand(1, 3, 48, 32, generator=torch.Generator().manual_seed(1))
+
+    def run():
+        return draw(pipe, given, prompt=PROMPTS, max_area=48 * 32, _auto_resize=False)
+
+    plain = run()
+    with record_attention(pipe) as maps:
+        assert torch.equal(run(), plain)
+    assert maps.array(1).shape == (12, 8, TEXT["flux"])
+    check_maps(maps, run, "flux", pipe.transformer, rows=[0, 1])
 
 
 def test_words_of_flux_are_the_second_prompts(pipes):
