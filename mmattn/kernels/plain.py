@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 _TYPES = (Tensor, torch.nn.Parameter)
@@ -37,3 +37,18 @@ def is_eager_call(*tensors: Tensor | None) -> bool:
         if type(tensor) not in _TYPES or tensor.is_neg() or is_legacy_batchedtensor(tensor):
             return False
     return True
+
+
+def is_forward_mode() -> bool:
+    """Is this within forward-mode derivatives? Always false in what torch compiles."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def wants_any_derivative() -> bool:
+    """Is this within derivatives that a kernel with a backward pass alone has not: forward-mode ones, and those of
+    gradients in torch.func? (Those of autograd nobody knows beforehand.)"""
+    if is_forward_mode():
+        return True
+    if torch.compiler.is_compiling() or peek_interpreter_stack() is None:
+        return False
+    return sum(each.key() == TransformType.Grad for each in get_interpreter_stack() or ()) > 1

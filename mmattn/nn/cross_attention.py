@@ -139,7 +139,8 @@ class CrossAttention(ProjectedAttention):
         repeats = rows // batch if batch else 1
         if repeats != 1:
             query = query.reshape(batch, repeats * length, query.shape[2])
-            attn_mask = None if attn_mask is None else fold_attn_mask(attn_mask, rows, length, repeats)
+            if isinstance(attn_mask, Tensor):  # else `attention` says what it is
+                attn_mask = fold_attn_mask(attn_mask, rows, self.num_heads, length, context.length, repeats)
         query = split_heads(query, self.num_heads)
         if self.q_norm is not None:
             query = self.q_norm(query)
@@ -149,7 +150,7 @@ class CrossAttention(ProjectedAttention):
             context.key,
             context.value,
             attn_mask=attn_mask,
-            key_mask=_both(context.key_mask, key_mask),
+            key_mask=_both(context, key_mask),
             is_causal=False,
         )
         if repeats != 1:
@@ -205,31 +206,48 @@ class CrossAttention(ProjectedAttention):
         return ContextKV(key, value, key_mask)
 
 
-def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first & second
+def _both(context: ContextKV, key_mask: Tensor | None) -> Tensor | None:
+    """The context's own key mask and another, by "and"."""
+    own = context.key_mask
+    if own is None or key_mask is None:
+        return key_mask if own is None else own
+    if key_mask.dtype is not torch.bool or key_mask.shape != own.shape:
+        raise UsageError(
+            f"CrossAttention: key_mask is {key_mask.dtype} {list(key_mask.shape)}, it must be boolean [B, Lk] = "
+            f"{list(own.shape)}, as the context's own"
+        )
+    return own & key_mask
 
 
-def fold_attn_mask(attn_mask: Tensor, rows: int, length: int, repeats: int) -> Tensor:
+def fold_attn_mask(
+    attn_mask: Tensor, rows: int, num_heads: int, length: int, context_length: int, repeats: int
+) -> Tensor:
     """The mask of folded rows: `[L, Lk]` to `[n * L, Lk]`, `[B * n, h, L, Lk]` to `[B, h, n * L, Lk]`.
 
     Args:
         attn_mask: Of rank 2, 3 or 4; an axis of size 1 stands for all of its places.
         rows: B * n.
+        num_heads: H.
         length: L.
+        context_length: Lk.
         repeats: n.
 
     Raises:
-        UsageError: When the first axis of a mask of rank 3 or 4 is neither 1 nor `rows`.
+        UsageError: When an axis is neither 1 nor of these sizes.
     """
     shape = list(attn_mask.shape)
-    # Not `in (1, rows)`: see `masks.as_four_dim`.
-    fits_rows = len(shape) == 2 or shape[0] == 1 or shape[0] == rows
-    if len(shape) not in (2, 3, 4) or not fits_rows or (shape[-2] != 1 and shape[-2] != length):
+    wanted = {
+        2: [length, context_length],
+        3: [rows, length, context_length],
+        4: [rows, num_heads, length, context_length],
+    }
+    # Not `in (1, full)`: see `masks.as_four_dim`.
+    if len(shape) not in wanted or any(
+        size != 1 and size != full for size, full in zip(shape, wanted[len(shape)], strict=True)
+    ):
         raise UsageError(
-            f"CrossAttention: attn_mask has shape {shape}, expected [{length}, Lk], [{rows}, {length}, Lk] or "
-            f"[{rows}, heads, {length}, Lk]"
+            f"CrossAttention: attn_mask has shape {shape}, expected {', '.join(map(str, wanted.values()))}, or 1 for "
+            "an axis that broadcasts"
         )
     if len(shape) == 2 or shape[0] == 1:
         if shape[-2] == 1:

@@ -17,6 +17,7 @@ from mmattn.nn.norms import NormKind, make_norm
 from mmattn.nn.packed_linears import PackedLinears, packing_refusals
 from mmattn.ops.attention import attention
 from mmattn.ops.packed import packed_attention
+from mmattn.ops.request import check_scale
 from mmattn.ops.segments import Segments, check_segments
 
 
@@ -68,6 +69,8 @@ class ProjectedAttention(nn.Module):
                 raise UsageError(f"{kind}: {name} is {size}, it must be at least 1")
         if not 0.0 <= dropout_p < 1.0:
             raise UsageError(f"{kind}: dropout_p is {dropout_p}, it must be at least 0 and below 1")
+        if scale is not None:
+            check_scale(kind, scale)
         if head_dim is None:
             if embed_dim % num_heads:
                 raise UsageError(
@@ -190,9 +193,11 @@ class ProjectedAttention(nn.Module):
         return packed
 
     def _check_input(self, x: Tensor, width: int, name: str) -> None:
-        shape = x.shape
+        shape = getattr(x, "shape", ())
         if len(shape) != 3 or shape[2] != width:
             kind = type(self).__name__
+            if not isinstance(x, Tensor):
+                raise UsageError(f"{kind}: {name} is a {type(x).__name__}, not a tensor [batch, length, {width}]")
             raise UsageError(f"{kind}: {name} has shape {list(shape)}, expected [batch, length, {width}]")
 
     def _attend(

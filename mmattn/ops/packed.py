@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from mmattn.errors import UsageError
+from mmattn.kernels.plain import wants_any_derivative
 from mmattn.ops.observe import OBSERVERS
 from mmattn.ops.packed_groups import attend_groups
 from mmattn.ops.registry import check_role, choose_packed, selected
-from mmattn.ops.request import Traits, cast_to_autocast
+from mmattn.ops.request import Traits, cast_to_autocast, check_scale
 from mmattn.ops.segments import PackedRequest, Segments, check_segments
 
 
@@ -63,6 +64,8 @@ def packed_attention(
     if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
         query, key, value = cast_to_autocast(query.device.type, query, key, value)
     _check(query, key, value, query_segments, key_segments, dropout_p)
+    if scale is not None:
+        check_scale("packed_attention", scale)
     if role is not None:
         check_role(role)
     if not torch.compiler.is_compiling() and OBSERVERS.get():
@@ -100,6 +103,7 @@ def _traits(request: PackedRequest) -> Traits:
         has_dropout=request.dropout_p > 0.0,
         has_grad=has_grad,
         needs_weights=False,
+        wants_any_derivative=wants_any_derivative(),
     )
 
 

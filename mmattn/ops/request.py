@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmattn.errors import UsageError
+from mmattn.kernels.plain import wants_any_derivative
 from mmattn.ops.masks import as_four_dim
 
 
@@ -45,6 +46,7 @@ class Traits(NamedTuple):
     has_dropout: bool
     has_grad: bool
     needs_weights: bool
+    wants_any_derivative: bool
 
 
 def prepare(
@@ -108,9 +110,23 @@ def prepare(
         raise UsageError(f"attention: dropout_p is {dropout_p}, it must be at least 0 and below 1")
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+    else:
+        check_scale("attention", scale)
     # One query sees every key of a bottom-right aligned causal mask.
     is_causal = is_causal and num_queries > 1
     return Request(query, key, value, attn_mask, key_mask, is_causal, scale, dropout_p, return_weights)
+
+
+def check_scale(what: str, scale: object) -> None:
+    """Raise `UsageError` for a scale that is not a finite number."""
+    if isinstance(scale, Tensor):
+        raise UsageError(
+            f"{what}: scale is a tensor, it must be a number (fused kernels have no gradient of it): multiply the "
+            "query by the tensor and pass scale=1.0"
+        )
+    # Not `math.isfinite`: within torch.compile a scale may be a symbol.
+    if not -math.inf < scale < math.inf:  # pyright: ignore[reportOperatorIssue]
+        raise UsageError(f"{what}: scale is {scale}, it must be a finite number")
 
 
 def traits_of(request: Request) -> Traits:
@@ -132,6 +148,7 @@ def traits_of(request: Request) -> Traits:
         request.dropout_p > 0.0,
         has_grad,
         request.return_weights,
+        wants_any_derivative(),
     )
 
 

@@ -118,6 +118,7 @@ def _supports(backend: Backend) -> str:
         "weights": limits.has_weights,
         "packed sequences": backend.run_packed is not None,
         "gradient of a float mask": limits.has_mask_grad,
+        "forward-mode or second derivatives": limits.has_any_derivative,
     }
     can = [name for name, is_there in features.items() if is_there]
     cannot = [f"no {name}" for name, is_there in features.items() if not is_there]

@@ -36,6 +36,9 @@ REFUSED = [
     ({"value": None}, "query is a Tensor, key a Tensor, value a NoneType; all must be tensors"),
     ({"attn_mask": [[True] * 11] * 7}, "attn_mask is a list, it must be a tensor"),
     ({"key_mask": torch.ones(2, 11, dtype=torch.bool).numpy()}, "key_mask is a ndarray, it must be a tensor"),
+    ({"scale": float("nan")}, "scale is nan, it must be a finite number"),
+    ({"scale": float("-inf")}, "scale is -inf, it must be a finite number"),
+    ({"scale": torch.tensor(0.5, requires_grad=True)}, "multiply the query by the tensor and pass scale=1.0"),
     ({"dropout_p": 1.0}, "dropout_p is 1.0, it must be at least 0 and below 1"),
 ]
 

@@ -65,6 +65,7 @@ BACKEND = Backend(
         dtypes={"cpu": FLOATS, "cuda": FLOATS},
         grad_devices=("cpu", "cuda"),
         has_weights=True,
+        has_any_derivative=True,
     ),
     unusable=torch_device_missing,
     auto_devices=("cpu", "cuda"),

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmattn.errors import BackendError
-from mmattn.kernels.plain import is_eager_call, is_plain_call
+from mmattn.kernels.plain import is_eager_call, is_forward_mode, is_plain_call
 from mmattn.ops import masks
+from mmattn.ops.derivatives import forward_mode_refused, refuse_second
 from mmattn.ops.limits import FLOATS, Backend, KnownBad, Limits, torch_device_missing
 from mmattn.ops.request import Request
 
@@ -239,14 +240,30 @@ def _kernel(
     query, scale = _with_positive_scale(query, request.scale)
     if query.device.type == "cuda":
         with _safe_kernels(query, key, value, mask):
-            output = F.scaled_dot_product_attention(
-                query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=is_grouped
-            )
+            output = _fused(query, key, value, mask, dropout_p, is_causal, scale, is_grouped)
     else:
+        output = _fused(query, key, value, mask, dropout_p, is_causal, scale, is_grouped)
+    return output if query.shape == shape else output.reshape(shape)
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    is_grouped: bool,
+) -> Tensor:
+    """Torch's operation."""
+    with forward_mode_refused() if is_forward_mode() else contextlib.nullcontext():
         output = F.scaled_dot_product_attention(
             query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=is_grouped
         )
-    return output if query.shape == shape else output.reshape(shape)
+    if output.requires_grad and is_eager_call(query):
+        refuse_second(output)
+    return output
 
 
 # Kernels compute with float32 numbers, of which those far below this one are zeros.
