@@ -15,7 +15,6 @@ from mmattn.nn.norms import NormKind
 from mmattn.nn.projected_attention import ProjectedAttention, split_heads
 from mmattn.ops.cache import ContextKV
 from mmattn.ops.observe import OBSERVERS, STEER
-from mmattn.ops.packed import check_rows
 from mmattn.ops.registry import selected
 from mmattn.ops.segments import Segments
 
@@ -174,8 +173,6 @@ class CrossAttention(ProjectedAttention):
         query = self.q_proj(x).unflatten(1, (self.num_heads, -1))
         queries = segments.merged(len(context_segments))
         if self._is_absorbed(query, context, queries, context_segments):
-            check_rows("CrossAttention", "x", x, queries)
-            check_rows("CrossAttention", "context", context, context_segments)
             rows = context.unflatten(0, (len(context_segments), -1))
             out = attend_absorbed(query, rows, self.k_proj, self.v_proj, queries, self.num_kv_heads, self.scale)
             return self.out_proj(out.flatten(1))

@@ -13,7 +13,7 @@ from mmattn.nn.norms import NormKind
 from mmattn.nn.positions import RotaryEmbedding, RotaryTables
 from mmattn.nn.projected_attention import ProjectedAttention, split_heads
 from mmattn.ops.cache import KVCache
-from mmattn.ops.masks import sliding_window_mask
+from mmattn.ops.masks import as_four_dim, sliding_window_mask
 from mmattn.ops.rotary import rotate
 from mmattn.ops.segments import Segments
 
@@ -146,6 +146,11 @@ class SelfAttention(ProjectedAttention):
 
     def _rotary_tables(self, positions: Tensor | RotaryTables, dtype: torch.dtype) -> RotaryTables:
         if not isinstance(positions, Tensor):
+            if not isinstance(positions, tuple):
+                raise UsageError(
+                    f"SelfAttention: positions are a {type(positions).__name__}, they must be a tensor [L] or [B, L], "
+                    "or the tables that RotaryEmbedding makes of one"
+                )
             return positions
         assert self.rotary is not None  # who asks has checked
         return self.rotary(positions, torch.promote_types(dtype, torch.float32))
@@ -169,13 +174,15 @@ class SelfAttention(ProjectedAttention):
     def _windowed(self, attn_mask: Tensor | None, query: Tensor, key: Tensor, window: int) -> Tensor | None:
         if not self.is_causal:
             raise UsageError("SelfAttention: a cache with a window needs is_causal=True")
-        num_queries, num_keys = query.shape[2], key.shape[2]
+        batch, heads, num_queries, _ = query.shape
+        num_keys = key.shape[2]
         if num_queries == 1 or num_keys <= window:
             return attn_mask
         near = sliding_window_mask(num_queries, num_keys, window, device=query.device)
         if attn_mask is None:
             return near
-        return attn_mask & near if attn_mask.dtype is torch.bool else attn_mask.masked_fill(~near, float("-inf"))
+        mask = as_four_dim(attn_mask, batch, heads, num_queries, num_keys)
+        return mask & near if mask.dtype is torch.bool else mask.masked_fill(~near, float("-inf"))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         packed = self._usable_packing()

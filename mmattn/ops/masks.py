@@ -87,6 +87,15 @@ def split_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return allowed, attn_mask.masked_fill(~allowed, 0.0)
 
 
+def in_dtype(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float bias in a dtype in which what is finite stays finite: a number that is too large becomes the largest,
+    for as -inf it would say "may not attend"."""
+    if torch.finfo(bias.dtype).max > torch.finfo(dtype).max:
+        least, most = torch.finfo(dtype).min, torch.finfo(dtype).max
+        bias = torch.where(bias > float("-inf"), bias.clamp(least, most), bias)
+    return bias.to(dtype)
+
+
 def combine(*masks: Tensor | None) -> Tensor | None:
     """The "and" of boolean masks that broadcast with one another; None stands for "no limit"."""
     result: Tensor | None = None

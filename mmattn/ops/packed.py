@@ -16,7 +16,7 @@ from mmattn.kernels.plain import wants_any_derivative
 from mmattn.ops.observe import OBSERVERS
 from mmattn.ops.packed_groups import attend_groups
 from mmattn.ops.registry import check_role, choose_packed, selected
-from mmattn.ops.request import Traits, cast_to_autocast, check_scale
+from mmattn.ops.request import Traits, cast_to_autocast, check_dropout, check_scale, check_tensors
 from mmattn.ops.segments import PackedRequest, Segments, check_segments
 
 
@@ -60,6 +60,7 @@ def packed_attention(
             calls, of which a packed one shows nothing.
         BackendError: with every reason, when the backend cannot serve the call.
     """
+    check_tensors("packed_attention", query, key, value)
     key_segments = query_segments if key_segments is None else key_segments
     if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
         query, key, value = cast_to_autocast(query.device.type, query, key, value)
@@ -128,8 +129,7 @@ def _check(
             f"packed_attention: query is {query.dtype} on {query.device}, key {key.dtype} on {key.device}, value "
             f"{value.dtype} on {value.device}; they must share dtype and device"
         )
-    if not 0.0 <= dropout_p < 1.0:
-        raise UsageError(f"packed_attention: dropout_p is {dropout_p}, it must be at least 0 and below 1")
+    check_dropout("packed_attention", "dropout_p", dropout_p)
 
 
 def check_rows(what: str, name: str, rows: Tensor, segments: Segments) -> None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mmattn.kernels.plain import is_eager_call
 from mmattn.ops.attention import attention
 from mmattn.ops.masks import lengths_mask
 from mmattn.ops.segments import PackedRequest
@@ -88,8 +89,10 @@ def attend_groups(request: PackedRequest, backend: str, role: str | None, caller
 
 def padded(packed: Tensor, size: int, side: Side) -> Tensor:
     """Rows `[num_rows, H, D]` as `[size, H, longest, D]`, with gradients of the rows only."""
-    if side.slots is not None:
+    if side.slots is not None and is_eager_call(packed):
         packed = cast(Tensor, _Spread.apply(packed, side.slots, side.rows))
+    elif side.slots is not None:  # transforms of torch.func, which want functions in another form
+        packed = packed.index_select(0, side.slots)
     return packed.unflatten(0, (size, side.longest)).transpose(1, 2)
 
 

@@ -232,6 +232,8 @@ def test_layer_names_arguments_without_a_use(x: Tensor, context: Tensor) -> None
         plain(x, context=context)
     with pytest.raises(UsageError, match="the layer has no cross-attention"):
         plain.project_context(context)
+    with pytest.raises(UsageError, match="context_mask, context_attn_mask and context_segments need a cross-attention"):
+        plain(x, context_mask=torch.ones(ROWS, CONTEXT_LENGTH, dtype=torch.bool))
     cross = TransformerLayer(
         EMBED_DIM, NUM_HEADS, 13, has_self_attention=False, has_cross_attention=True, context_dim=CONTEXT_DIM
     ).double()

@@ -80,6 +80,23 @@ def test_plain_call_is_torch_bit_for_bit():
     assert torch.equal(attention(query, key, value), F.scaled_dot_product_attention(query, key, value))
 
 
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_what_is_finite_in_a_wider_mask_stays_finite(backend, dtype, mask_dtype):
+    """A row of nothing but the least number of a wider dtype attends to all keys evenly: that is not -inf."""
+    query, key, value = (tensor.to(dtype) for tensor in (QUERY, KEY, VALUE))
+    bias = torch.zeros(7, 11, dtype=mask_dtype)
+    bias[2] = torch.finfo(mask_dtype).min
+    bias[3], bias[4, 5:] = float("-inf"), torch.finfo(mask_dtype).min
+    output = attention(query, key, value, attn_mask=bias, backend=backend)
+    mean = value.double().mean(dim=2).repeat_interleave(2, dim=1)
+    torch.testing.assert_close(output[:, :, 2].double(), mean, atol=4 * torch.finfo(dtype).eps, rtol=0)
+    assert not output[:, :, 3].any()
+    cut = attention(query[:, :, 4:5], key[:, :, :5], value[:, :, :5], backend="eager")
+    torch.testing.assert_close(output[:, :, 4:5], cut, atol=4 * torch.finfo(dtype).eps, rtol=0)
+
+
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_dropout_keeps_the_mean_and_drops_the_share(backend):
     torch.manual_seed(0)

@@ -148,7 +148,7 @@ def _attend_masked(
     Rows without keys: torch's CPU kernels give zeros and zero gradients. CUDA kernels differ among themselves, so
     there such rows attend to everything and their output is then set to zero, which makes their gradients zero too.
     """
-    mask = _joined(attn_mask, extra, query.dtype)
+    mask = _joined(attn_mask, extra, _bias_dtype(attn_mask, query))
     if _may_look(query):
         if not _is_finite(key, value):
             key, value = masks.zero_unused(key, value, _allowed(mask))
@@ -208,8 +208,15 @@ def _joined(attn_mask: Tensor | None, extra: Tensor | None, dtype: torch.dtype) 
         mask = masks.combine(attn_mask, extra)
         assert mask is not None  # the caller has one of the two
         return mask
-    attn_mask = attn_mask.to(dtype)
+    attn_mask = masks.in_dtype(attn_mask, dtype)
     return attn_mask if extra is None else attn_mask.masked_fill(~extra, float("-inf"))
+
+
+def _bias_dtype(attn_mask: Tensor | None, query: Tensor) -> torch.dtype:
+    """What a float mask is added as. Torch's CPU kernels take float32 beside half types: nothing is rounded."""
+    if attn_mask is None or attn_mask.dtype is query.dtype or query.device.type != "cpu":
+        return query.dtype
+    return torch.promote_types(query.dtype, torch.float32)
 
 
 def _allowed(mask: Tensor) -> Tensor:
