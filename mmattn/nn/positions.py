@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmattn.errors import UsageError
+from mmattn.kernels.plain import makes_fake_tensors
 from mmattn.ops.rotary import rotary_frequencies, rotary_tables
 
 RotaryTables = tuple[Tensor, Tensor]
@@ -98,6 +99,8 @@ class SinusoidalPositions(nn.Module):
         return self._table_for(device, dtype)[start : start + length]
 
     def _table_for(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if makes_fake_tensors():
+            return self._make().to(device=device, dtype=dtype)
         table = self._table
         if table is None or table.device != device or table.dtype != dtype:
             table = self._make().to(device=device, dtype=dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmattn.errors import UsageError
+from mmattn.kernels.plain import makes_fake_tensors
 
 _BLOCK = 128
 
@@ -92,7 +93,7 @@ class Segments:
         """int32 `[N]`: the sequence of each row, from 0. Kept: models ask for `positions` before their layers run."""
         if self._row_numbers:
             return self._row_numbers[0]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or makes_fake_tensors():
             return self._numbered()
         # A tensor made in inference mode, and kept, could not be saved for a later backward pass.
         with torch.inference_mode(False):

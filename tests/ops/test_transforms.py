@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mmattn.errors import BackendError
+from mmattn.nn import SinusoidalPositions
 from mmattn.ops.attention import attention
+from mmattn.ops.packed import packed_attention
+from mmattn.ops.segments import Segments
 from tests.ops.cases import Shape, generator_for, make_inputs
 
 SHAPE = Shape(2, 6, 3, 7, 11, 5)
@@ -113,3 +117,22 @@ def test_fake_tensors(call):
         fake = [mode.from_tensor(tensor) for tensor in tensors]
         given = {name: mode.from_tensor(each) if name != "is_causal" else each for name, each in arguments.items()}
         assert attention(*fake, **given).shape == tensors[0].shape
+
+
+def test_a_traced_graph_keeps_no_mask():
+    query, key, value = (tensor[0] for tensor in inputs())
+    one, other = (masks(call)["key_mask"] for call in ("key mask", "all"))
+    graph = make_fx(lambda key_mask: attention(query, key, value, key_mask=key_mask))(one)
+    torch.testing.assert_close(graph(other), attention(query, key, value, key_mask=other))
+
+
+def test_what_fake_tensors_leave_is_not_kept():
+    positions, segments = SinusoidalPositions(6, 11), Segments.of([3, 1, 4])
+    rows, places = torch.randn(8, 2, 3), torch.arange(7)
+    for _ in range(2):  # before real tensors and after them
+        with FakeTensorMode() as mode:
+            assert isinstance(positions(mode.from_tensor(places)), FakeTensor)
+            fake = mode.from_tensor(rows)
+            assert packed_attention(fake, fake, fake, segments).shape == rows.shape
+        assert positions(places).isfinite().all()
+        assert packed_attention(rows, rows, rows, segments).isfinite().all()
