@@ -99,7 +99,8 @@ def attention(
 
     Raises:
         UsageError: for arguments that do not fit together, or an unknown backend or role.
-        BackendError: with every reason, when the named backend (or with "auto" every backend) cannot serve the call.
+        BackendError: with every reason, when the named backend (with "auto" every one that it takes on such a device)
+            cannot serve the call.
     """
     if role is not None:
         check_role(role)

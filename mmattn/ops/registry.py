@@ -115,7 +115,7 @@ def choose(name: str, traits: Traits, request: Request) -> Backend:
 
     Raises:
         UsageError: for an unknown name.
-        BackendError: naming every reason, when the named backend, or with "auto" every backend, must refuse.
+        BackendError: naming every reason, when the named backend, or every one that "auto" takes here, must refuse.
     """
     # torch.compile would guard on the table, which grows, and compile again: what it compiles chooses once anyway.
     is_compiling = torch.compiler.is_compiling()
@@ -254,5 +254,6 @@ def _refusal(name: str, traits: Traits, request: Request) -> BackendError:
     if traits.device not in served:
         hint = ": it has no values; for shapes alone torch has FakeTensorMode" if traits.device == "meta" else ""
         return BackendError(f"no attention backend serves device {traits.device} (only {', '.join(served)}){hint}")
-    refused = [f"{row.name}: {'; '.join(_against(row, traits, request, name))}" for row in TABLE]
+    rows = (row for row in TABLE if traits.device in row.auto_devices)
+    refused = [f"{row.name}: {'; '.join(_against(row, traits, request, name))}" for row in rows]
     return BackendError(f"no attention backend can serve this call. {'. '.join(refused)}")

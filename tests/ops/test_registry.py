@@ -130,6 +130,9 @@ def test_refusal_names_every_reason(inputs):
     meta = torch.empty(1, 1, 1, 8, device="meta")
     with pytest.raises(BackendError, match=r"serves device meta \(only cuda, cpu\).*FakeTensorMode"):
         attention(meta, meta, meta)
+    narrow = torch.empty(1, 1, 1, 0)
+    with pytest.raises(BackendError, match=r"call. sdpa: head_dim 0 \(serves 1 to any\). eager: head_dim 0 [^.]*$"):
+        attention(narrow, narrow, narrow)
 
 
 def test_explain(inputs):
@@ -189,6 +192,7 @@ def test_recomputation_sees_the_backend_of_the_forward(inputs):
         thread.join()
         return used
 
+    assert checkpoint_contexts is mmattn.ops.checkpoint_contexts
     assert run(checkpoint_contexts) == ["eager", "eager"]
 
 
