@@ -57,8 +57,10 @@ def is_forward_mode() -> bool:
 def wants_any_derivative() -> bool:
     """Is this within derivatives that a kernel with a backward pass alone has not: forward-mode ones, and those of
     gradients in torch.func? (Those of autograd nobody knows beforehand.)"""
-    if is_forward_mode():
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
         return True
-    if torch.compiler.is_compiling() or peek_interpreter_stack() is None:
+    if peek_interpreter_stack() is None:
         return False
     return sum(each.key() == TransformType.Grad for each in get_interpreter_stack() or ()) > 1

@@ -142,7 +142,8 @@ def key_spans(key_mask: Tensor) -> tuple[list[tuple[int, int]], bool]:
     """Per row of a CPU key mask [B, Lk] the half-open span (first, last + 1) of its valid keys, and "no row has gaps".
 
     Rows without a valid key have the span (0, 0). Works on the mask's bytes: decoding asks in every step of every
-    layer, and a handful of tensor operations would take longer than the attention itself.
+    layer, and a handful of tensor operations would take longer than the attention itself. Whatever is not 0 is True: so
+    are the 255s of a picture's mask that numpy views as booleans.
     """
     num_keys = key_mask.shape[1]
     data = key_mask.detach().numpy().tobytes()
@@ -150,12 +151,14 @@ def key_spans(key_mask: Tensor) -> tuple[list[tuple[int, int]], bool]:
         return [(0, num_keys)] * key_mask.shape[0], True
     spans = []
     is_contiguous = True
-    for row in range(0, len(data), num_keys):
-        start = data.find(b"\1", row, row + num_keys)
-        if start < 0:
-            spans.append((0, 0))
-            continue
-        end = data.rfind(b"\1", row, row + num_keys) + 1
-        is_contiguous = is_contiguous and data.find(b"\0", start, end) < 0
-        spans.append((start - row, end - row))
+    zeros = bytes(num_keys)
+    for first in range(0, len(data), num_keys):
+        row = data[first : first + num_keys]
+        start, end = 0, row.find(b"\0")
+        if end < 0:
+            end = num_keys
+        elif row[end:] != zeros[end:]:  # not padded on the right alone
+            start, end = num_keys - len(row.lstrip(b"\0")), len(row.rstrip(b"\0"))
+            is_contiguous = is_contiguous and row.find(b"\0", start, end) < 0
+        spans.append((start, end))
     return spans, is_contiguous

@@ -183,6 +183,8 @@ def test_key_spans():
     assert masks.key_spans(mask) == ([(0, 2), (1, 3), (0, 0), (0, 4)], True)
     assert masks.key_spans(torch.tensor([[1, 0, 1, 0]]).bool()) == ([(0, 3)], False)
     assert masks.key_spans(mask.t().contiguous().t()) == masks.key_spans(mask)
+    of_a_picture = torch.from_numpy((mask.numpy() * 255).astype("uint8").view(bool))
+    assert masks.key_spans(of_a_picture) == masks.key_spans(mask)
 
 
 @pytest.mark.slow

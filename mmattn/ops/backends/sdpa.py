@@ -36,15 +36,22 @@ _LOOK_COST = 2
 
 def run(request: Request) -> tuple[Tensor, None]:
     """Compute output [B, H, Lq, D]."""
+    if is_forward_mode():
+        with forward_mode_refused():
+            return _run(request), None
+    return _run(request), None
+
+
+def _run(request: Request) -> Tensor:
     query, key, value, attn_mask = request.query, request.key, request.value, request.attn_mask
     if query.numel() == 0 or key.shape[2] == 0:  # without keys, CUDA kernels may leave their output unwritten
-        return masks.nothing_for(query, key, value, attn_mask), None
+        return masks.nothing_for(query, key, value, attn_mask)
     offset = key.shape[2] - query.shape[2] if request.is_causal else None
     if request.key_mask is None:
-        return _attend(request, query, key, value, attn_mask, None, offset), None
+        return _attend(request, query, key, value, attn_mask, None, offset)
     if not _may_look(query):
-        return _attend(request, query, key, value, attn_mask, request.key_mask, offset), None
-    return _attend_padded(request, request.key_mask, offset), None
+        return _attend(request, query, key, value, attn_mask, request.key_mask, offset)
+    return _attend_padded(request, request.key_mask, offset)
 
 
 def _may_look(tensor: Tensor) -> bool:
@@ -264,10 +271,9 @@ def _fused(
     is_grouped: bool,
 ) -> Tensor:
     """Torch's operation."""
-    with forward_mode_refused() if is_forward_mode() else contextlib.nullcontext():
-        output = F.scaled_dot_product_attention(
-            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=is_grouped
-        )
+    output = F.scaled_dot_product_attention(
+        query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=is_grouped
+    )
     if output.requires_grad and is_eager_call(query):
         refuse_second(output)
     return output
