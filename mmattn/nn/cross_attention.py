@@ -139,8 +139,9 @@ class CrossAttention(ProjectedAttention):
         if repeats != 1:
             query = query.reshape(batch, repeats * length, query.shape[2])
             if isinstance(attn_mask, Tensor):  # else `attention` says what it is
-                attn_mask = fold_attn_mask(attn_mask, rows, self.num_heads, length, context.length, repeats)
-        query = split_heads(query, self.num_heads)
+                num_heads = query.shape[2] // self.head_dim
+                attn_mask = fold_attn_mask(attn_mask, rows, num_heads, length, context.length, repeats)
+        query = split_heads(query, self.head_dim)
         if self.q_norm is not None:
             query = self.q_norm(query)
         context.note_query(query)
@@ -170,13 +171,13 @@ class CrossAttention(ProjectedAttention):
             )
         self._check_packed(x, self.embed_dim, "x", segments, **masks)
         self._check_packed(context, self.context_dim, "context", context_segments)
-        query = self.q_proj(x).unflatten(1, (self.num_heads, -1))
+        query = self.q_proj(x).unflatten(1, (-1, self.head_dim))
         queries = segments.merged(len(context_segments))
         if self._is_absorbed(query, context, queries, context_segments):
             rows = context.unflatten(0, (len(context_segments), -1))
             out = attend_absorbed(query, rows, self.k_proj, self.v_proj, queries, self.num_kv_heads, self.scale)
             return self.out_proj(out.flatten(1))
-        key, value = (linear(context).unflatten(1, (self.num_kv_heads, -1)) for linear in (self.k_proj, self.v_proj))
+        key, value = (linear(context).unflatten(1, (-1, self.head_dim)) for linear in (self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         return self.out_proj(self._attend_packed(query, key, value, queries, context_segments, is_causal=False))
@@ -194,10 +195,10 @@ class CrossAttention(ProjectedAttention):
         self._check_input(context, self.context_dim, "context")
         packed = self._usable_packing()
         if packed is None:
-            key = split_heads(self.k_proj(context), self.num_kv_heads)
-            value = split_heads(self.v_proj(context), self.num_kv_heads)
+            key = split_heads(self.k_proj(context), self.head_dim)
+            value = split_heads(self.v_proj(context), self.head_dim)
         else:
-            key, value = split_heads(packed(context), 2 * self.num_kv_heads).chunk(2, dim=1)
+            key, value = split_heads(packed(context), self.head_dim).chunk(2, dim=1)
         if self.k_norm is not None:
             key = self.k_norm(key)
         return ContextKV(key, value, key_mask)

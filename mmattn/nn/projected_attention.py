@@ -270,7 +270,10 @@ class ProjectedAttention(nn.Module):
         return text + (", fused" if self.is_fused else "")
 
 
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """View `[B, L, N * D]` as `[B, N, L, D]`, without a copy."""
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """View `[B, L, N * D]` as `[B, N, L, D]`, without a copy.
+
+    By the size of a head and not their number: with tensor parallelism a process has some of the heads.
+    """
     batch, length, width = x.shape
-    return x.reshape(batch, length, num_heads, width // num_heads).transpose(1, 2)
+    return x.reshape(batch, length, width // head_dim, head_dim).transpose(1, 2)

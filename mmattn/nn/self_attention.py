@@ -132,8 +132,8 @@ class SelfAttention(ProjectedAttention):
         return self.out_proj(attended)
 
     def _forward_packed(self, x: Tensor, segments: Segments, positions: Tensor | RotaryTables | None) -> Tensor:
-        query = self.q_proj(x).unflatten(1, (self.num_heads, -1))
-        key, value = (linear(x).unflatten(1, (self.num_kv_heads, -1)) for linear in (self.k_proj, self.v_proj))
+        query = self.q_proj(x).unflatten(1, (-1, self.head_dim))
+        key, value = (linear(x).unflatten(1, (-1, self.head_dim)) for linear in (self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if self.rotary is not None:
@@ -187,8 +187,8 @@ class SelfAttention(ProjectedAttention):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         packed = self._usable_packing()
         if packed is None:
-            query = split_heads(self.q_proj(x), self.num_heads)
-            return query, split_heads(self.k_proj(x), self.num_kv_heads), split_heads(self.v_proj(x), self.num_kv_heads)
-        heads = split_heads(packed(x), self.num_heads + 2 * self.num_kv_heads)
+            query = split_heads(self.q_proj(x), self.head_dim)
+            return query, split_heads(self.k_proj(x), self.head_dim), split_heads(self.v_proj(x), self.head_dim)
+        heads = split_heads(packed(x), self.head_dim)
         query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         return query, key, value
