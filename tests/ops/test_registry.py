@@ -49,6 +49,9 @@ def test_what_is_compiled_does_not_depend_on_earlier_choices(inputs, monkeypatch
 def test_table_of_this_machine():
     table = mmattn.backends()
     assert [row.name for row in table] == NAMES
+    assert "flash" in table
+    assert "fast" not in table
+    assert table["sdpa"] in table
     assert table["sdpa"].is_usable
     assert table["eager"].usable_on[0] == "cpu"
     assert table["sdpa"].versions["torch"] == torch.__version__
