@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmattn.ops.cache import ContextKV as ContextKV
     from mmattn.ops.cache import KVCache as KVCache
+    from mmattn.ops.observe import observing as observing
     from mmattn.ops.packed import packed_attention as packed_attention
     from mmattn.ops.registry import checkpoint_contexts as checkpoint_contexts
     from mmattn.ops.registry import explain as explain
@@ -23,6 +24,7 @@ _EXPORTS = {
     "Segments": "segments",
     "checkpoint_contexts": "registry",
     "explain": "registry",
+    "observing": "observe",
     "packed_attention": "packed",
 }
 __all__ = [*_EXPORTS]  # pyright: ignore[reportUnsupportedDunderAll]
