@@ -231,7 +231,7 @@ def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager[None], cont
             y = checkpoint(layer, x, use_reentrant=False, context_fn=mmattn.ops.checkpoint_contexts)
         y.sum().backward()  # the layer's attention runs on eager again
 
-    In transformers: `model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": ...})`.
+    In transformers `use_reentrant` and `context_fn` belong to the `gradient_checkpointing_kwargs`.
     """
     return contextlib.nullcontext(), _selecting(_SELECTION.get())
 
