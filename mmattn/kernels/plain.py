@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
+from torch._C import _TorchDispatchModeKey as TorchDispatchModeKey
+from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 _TYPES = (Tensor, torch.nn.Parameter)
@@ -23,11 +24,11 @@ def is_plain_call(*tensors: Tensor | None) -> bool:
 def is_eager_call(*tensors: Tensor | None) -> bool:
     """Is this a call on ordinary tensors that runs as it is written?
 
-    False while torch compiles, exports or traces, within vmap and other transforms of torch.func, within forward-mode
-    derivatives, and for subclasses, views that the dispatcher has to resolve first, and several gradients at once
-    (`is_grads_batched`).
+    False while torch compiles, exports or traces (`make_fx` too), within vmap and other transforms of torch.func and
+    forward-mode derivatives, and for subclasses, views that the dispatcher has to resolve first, and several gradients
+    at once (`is_grads_batched`).
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or _has_mode(TorchDispatchModeKey.PROXY):
         return False
     if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
@@ -37,3 +38,29 @@ def is_eager_call(*tensors: Tensor | None) -> bool:
         if type(tensor) not in _TYPES or tensor.is_neg() or is_legacy_batchedtensor(tensor):
             return False
     return True
+
+
+def makes_fake_tensors() -> bool:
+    """Is this within a FakeTensorMode? What is made there has no values, and must not be kept for calls outside."""
+    return not torch.compiler.is_compiling() and _has_mode(TorchDispatchModeKey.FAKE)
+
+
+def _has_mode(key: TorchDispatchModeKey) -> bool:
+    return torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(key) is not None
+
+
+def is_forward_mode() -> bool:
+    """Is this within forward-mode derivatives? Always false in what torch compiles."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def wants_any_derivative() -> bool:
+    """Is this within derivatives that a kernel with a backward pass alone has not: forward-mode ones, and those of
+    gradients in torch.func? (Those of autograd nobody knows beforehand.)"""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    if peek_interpreter_stack() is None:
+        return False
+    return sum(each.key() == TransformType.Grad for each in get_interpreter_stack() or ()) > 1

@@ -15,7 +15,6 @@ from mmattn.nn.norms import NormKind
 from mmattn.nn.projected_attention import ProjectedAttention, split_heads
 from mmattn.ops.cache import ContextKV
 from mmattn.ops.observe import OBSERVERS, STEER
-from mmattn.ops.packed import check_rows
 from mmattn.ops.registry import selected
 from mmattn.ops.segments import Segments
 
@@ -139,8 +138,10 @@ class CrossAttention(ProjectedAttention):
         repeats = rows // batch if batch else 1
         if repeats != 1:
             query = query.reshape(batch, repeats * length, query.shape[2])
-            attn_mask = None if attn_mask is None else fold_attn_mask(attn_mask, rows, length, repeats)
-        query = split_heads(query, self.num_heads)
+            if isinstance(attn_mask, Tensor):  # else `attention` says what it is
+                num_heads = query.shape[2] // self.head_dim
+                attn_mask = fold_attn_mask(attn_mask, rows, num_heads, length, context.length, repeats)
+        query = split_heads(query, self.head_dim)
         if self.q_norm is not None:
             query = self.q_norm(query)
         context.note_query(query)
@@ -149,7 +150,7 @@ class CrossAttention(ProjectedAttention):
             context.key,
             context.value,
             attn_mask=attn_mask,
-            key_mask=_both(context.key_mask, key_mask),
+            key_mask=_both(context, key_mask),
             is_causal=False,
         )
         if repeats != 1:
@@ -170,15 +171,13 @@ class CrossAttention(ProjectedAttention):
             )
         self._check_packed(x, self.embed_dim, "x", segments, **masks)
         self._check_packed(context, self.context_dim, "context", context_segments)
-        query = self.q_proj(x).unflatten(1, (self.num_heads, -1))
+        query = self.q_proj(x).unflatten(1, (-1, self.head_dim))
         queries = segments.merged(len(context_segments))
         if self._is_absorbed(query, context, queries, context_segments):
-            check_rows("CrossAttention", "x", x, queries)
-            check_rows("CrossAttention", "context", context, context_segments)
             rows = context.unflatten(0, (len(context_segments), -1))
             out = attend_absorbed(query, rows, self.k_proj, self.v_proj, queries, self.num_kv_heads, self.scale)
             return self.out_proj(out.flatten(1))
-        key, value = (linear(context).unflatten(1, (self.num_kv_heads, -1)) for linear in (self.k_proj, self.v_proj))
+        key, value = (linear(context).unflatten(1, (-1, self.head_dim)) for linear in (self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         return self.out_proj(self._attend_packed(query, key, value, queries, context_segments, is_causal=False))
@@ -196,40 +195,57 @@ class CrossAttention(ProjectedAttention):
         self._check_input(context, self.context_dim, "context")
         packed = self._usable_packing()
         if packed is None:
-            key = split_heads(self.k_proj(context), self.num_kv_heads)
-            value = split_heads(self.v_proj(context), self.num_kv_heads)
+            key = split_heads(self.k_proj(context), self.head_dim)
+            value = split_heads(self.v_proj(context), self.head_dim)
         else:
-            key, value = split_heads(packed(context), 2 * self.num_kv_heads).chunk(2, dim=1)
+            key, value = split_heads(packed(context), self.head_dim).chunk(2, dim=1)
         if self.k_norm is not None:
             key = self.k_norm(key)
         return ContextKV(key, value, key_mask)
 
 
-def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first & second
+def _both(context: ContextKV, key_mask: Tensor | None) -> Tensor | None:
+    """The context's own key mask and another, by "and"."""
+    own = context.key_mask
+    if own is None or key_mask is None:
+        return key_mask if own is None else own
+    if key_mask.dtype is not torch.bool or key_mask.shape != own.shape:
+        raise UsageError(
+            f"CrossAttention: key_mask is {key_mask.dtype} {list(key_mask.shape)}, it must be boolean [B, Lk] = "
+            f"{list(own.shape)}, as the context's own"
+        )
+    return own & key_mask
 
 
-def fold_attn_mask(attn_mask: Tensor, rows: int, length: int, repeats: int) -> Tensor:
+def fold_attn_mask(
+    attn_mask: Tensor, rows: int, num_heads: int, length: int, context_length: int, repeats: int
+) -> Tensor:
     """The mask of folded rows: `[L, Lk]` to `[n * L, Lk]`, `[B * n, h, L, Lk]` to `[B, h, n * L, Lk]`.
 
     Args:
         attn_mask: Of rank 2, 3 or 4; an axis of size 1 stands for all of its places.
         rows: B * n.
+        num_heads: H.
         length: L.
+        context_length: Lk.
         repeats: n.
 
     Raises:
-        UsageError: When the first axis of a mask of rank 3 or 4 is neither 1 nor `rows`.
+        UsageError: When an axis is neither 1 nor of these sizes.
     """
     shape = list(attn_mask.shape)
-    # Not `in (1, rows)`: see `masks.as_four_dim`.
-    fits_rows = len(shape) == 2 or shape[0] == 1 or shape[0] == rows
-    if len(shape) not in (2, 3, 4) or not fits_rows or (shape[-2] != 1 and shape[-2] != length):
+    wanted = {
+        2: [length, context_length],
+        3: [rows, length, context_length],
+        4: [rows, num_heads, length, context_length],
+    }
+    # Not `in (1, full)`: see `masks.as_four_dim`.
+    if len(shape) not in wanted or any(
+        size != 1 and size != full for size, full in zip(shape, wanted[len(shape)], strict=True)
+    ):
         raise UsageError(
-            f"CrossAttention: attn_mask has shape {shape}, expected [{length}, Lk], [{rows}, {length}, Lk] or "
-            f"[{rows}, heads, {length}, Lk]"
+            f"CrossAttention: attn_mask has shape {shape}, expected {', '.join(map(str, wanted.values()))}, or 1 for "
+            "an axis that broadcasts"
         )
     if len(shape) == 2 or shape[0] == 1:
         if shape[-2] == 1:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmattn.errors import UsageError
 from mmattn.nn.gated_activation import GATES, gated
 from mmattn.nn.names import OUR_FEED_FORWARD, FeedForwardNames, find, place
+from mmattn.ops.request import check_dropout
 
 ActivationName = Literal["gelu", "gelu_tanh", "relu", "silu", "geglu", "swiglu"]
 
@@ -47,7 +48,7 @@ class FeedForward(nn.Module):
             are, `up_proj`, `gate_proj` and `down_proj` read them.
 
     Raises:
-        UsageError: When the activation is unknown.
+        UsageError: When the activation is unknown, or a number is out of range.
     """
 
     def __init__(
@@ -64,6 +65,10 @@ class FeedForward(nn.Module):
         if activation not in _PLAIN and activation not in GATES:
             known = ", ".join([*_PLAIN, *GATES])
             raise UsageError(f"activation {activation!r} is unknown: use one of {known}")
+        for name, size in (("embed_dim", embed_dim), ("ffn_dim", ffn_dim)):
+            if size < 1:
+                raise UsageError(f"FeedForward: {name} is {size}, it must be at least 1")
+        check_dropout("FeedForward", "dropout_p", dropout_p, may_drop_all=True)
         self.activation = activation
         self.is_gated = activation in GATES
         self.dropout_p = dropout_p

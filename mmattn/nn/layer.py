@@ -15,6 +15,7 @@ from mmattn.nn.norms import NormKind, make_norm
 from mmattn.nn.positions import RotaryEmbedding, RotaryTables
 from mmattn.nn.self_attention import SelfAttention
 from mmattn.ops.cache import ContextKV, KVCache
+from mmattn.ops.request import check_dropout
 from mmattn.ops.segments import Segments
 
 
@@ -51,7 +52,8 @@ class TransformerLayer(nn.Module):
             `cross_attn_norm`, `ffn` and `ffn_norm` read them.
 
     Raises:
-        UsageError: When the sizes do not divide, a norm or activation is unknown, or an option has nothing to act on.
+        UsageError: When the sizes do not divide, a number is out of range, a norm, activation or backend is unknown, or
+            an option has nothing to act on.
     """
 
     def __init__(
@@ -89,6 +91,8 @@ class TransformerLayer(nn.Module):
         self.norm_first = norm_first
         self.dropout_p = dropout_p
         self.ffn_dropout_p = dropout_p if ffn_dropout_p is None else ffn_dropout_p
+        for name in ("dropout_p", "ffn_dropout_p"):
+            check_dropout("TransformerLayer", name, getattr(self, name), may_drop_all=True)
         self.names = names
         attention: dict[str, Any] = {
             "num_kv_heads": num_kv_heads,
@@ -212,8 +216,10 @@ class TransformerLayer(nn.Module):
                 context_segments=context_segments,
             )
             x = self._add(x, out, cross_attn_norm)
-        elif context_attn_mask is not None or context_segments is not None:
-            raise UsageError("TransformerLayer: context_attn_mask and context_segments need a cross-attention")
+        elif not all(argument is None for argument in (context_mask, context_attn_mask, context_segments)):
+            raise UsageError(
+                "TransformerLayer: context_mask, context_attn_mask and context_segments need a cross-attention"
+            )
         ffn_norm = self.ffn_norm
         out = self.ffn(ffn_norm(x) if self.norm_first else x)
         return self._add(x, out, ffn_norm, self.ffn_dropout_p)

@@ -38,12 +38,18 @@ def _linear_refusal(module: nn.Module | None) -> str | None:
     if type(module.weight) is not nn.Parameter or not module.weight.is_floating_point():
         return "has a quantised weight or a weight of a tensor subclass"
     if _is_hooked(module):
-        return "has forward hooks, which a packed product would pass by"
+        return "has hooks, which a packed product would pass by"
     return None
 
 
 def _is_hooked(linear: nn.Linear) -> bool:
-    return bool(linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__)
+    return bool(
+        linear._forward_hooks
+        or linear._forward_pre_hooks
+        or linear._backward_hooks
+        or linear._backward_pre_hooks
+        or "forward" in linear.__dict__
+    )
 
 
 def _addresses(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:

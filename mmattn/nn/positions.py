@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmattn.errors import UsageError
+from mmattn.kernels.plain import makes_fake_tensors
 from mmattn.ops.rotary import rotary_frequencies, rotary_tables
 
 RotaryTables = tuple[Tensor, Tensor]
@@ -93,11 +94,13 @@ class SinusoidalPositions(nn.Module):
 
     def span(self, start: int, length: int, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """Vectors `[length, C]` of the positions from `start` on: a view, without a look-up."""
-        if start + length > self.max_length:
+        if start < 0 or start + length > self.max_length:
             raise UsageError(_out_of_range(type(self).__name__, start, start + length - 1, self.max_length))
         return self._table_for(device, dtype)[start : start + length]
 
     def _table_for(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if makes_fake_tensors():
+            return self._make().to(device=device, dtype=dtype)
         table = self._table
         if table is None or table.device != device or table.dtype != dtype:
             table = self._make().to(device=device, dtype=dtype)
@@ -129,7 +132,7 @@ class RotaryEmbedding(nn.Module):
         base: Of the frequencies base^(-2i / D).
 
     Raises:
-        UsageError: When D is odd.
+        UsageError: When D is odd, or the base not positive.
     """
 
     def __init__(self, head_dim: int, base: float = 10000.0) -> None:

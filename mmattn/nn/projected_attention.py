@@ -16,7 +16,9 @@ from mmattn.nn.names import OUR_ATTENTION, AttentionNames, find, place
 from mmattn.nn.norms import NormKind, make_norm
 from mmattn.nn.packed_linears import PackedLinears, packing_refusals
 from mmattn.ops.attention import attention
-from mmattn.ops.packed import packed_attention
+from mmattn.ops.packed import check_rows, packed_attention
+from mmattn.ops.registry import check_name
+from mmattn.ops.request import check_dropout, check_scale
 from mmattn.ops.segments import Segments, check_segments
 
 
@@ -39,7 +41,7 @@ class ProjectedAttention(nn.Module):
             read them.
 
     Raises:
-        UsageError: When the sizes do not divide, or a number is out of range.
+        UsageError: When the sizes do not divide, a number is out of range, or there is no such backend.
     """
 
     role: ClassVar[Literal["self", "cross"]]
@@ -63,11 +65,14 @@ class ProjectedAttention(nn.Module):
     ) -> None:
         super().__init__()
         kind = type(self).__name__
-        for name, size in (("embed_dim", embed_dim), ("context_dim", context_dim), ("num_heads", num_heads)):
-            if size < 1:
+        sizes = {"embed_dim": embed_dim, "context_dim": context_dim, "num_heads": num_heads, "head_dim": head_dim}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
                 raise UsageError(f"{kind}: {name} is {size}, it must be at least 1")
-        if not 0.0 <= dropout_p < 1.0:
-            raise UsageError(f"{kind}: dropout_p is {dropout_p}, it must be at least 0 and below 1")
+        check_dropout(kind, "dropout_p", dropout_p)
+        check_name(backend)
+        if scale is not None:
+            check_scale(kind, scale)
         if head_dim is None:
             if embed_dim % num_heads:
                 raise UsageError(
@@ -190,9 +195,11 @@ class ProjectedAttention(nn.Module):
         return packed
 
     def _check_input(self, x: Tensor, width: int, name: str) -> None:
-        shape = x.shape
+        shape = getattr(x, "shape", ())
         if len(shape) != 3 or shape[2] != width:
             kind = type(self).__name__
+            if not isinstance(x, Tensor):
+                raise UsageError(f"{kind}: {name} is a {type(x).__name__}, not a tensor [batch, length, {width}]")
             raise UsageError(f"{kind}: {name} has shape {list(shape)}, expected [batch, length, {width}]")
 
     def _attend(
@@ -221,7 +228,7 @@ class ProjectedAttention(nn.Module):
         )
         return cast(Tensor, out).transpose(1, 2).flatten(2)
 
-    def _check_packed(self, x: Tensor, width: int, name: str, segments: object, **unused: object) -> None:
+    def _check_packed(self, x: Tensor, width: int, name: str, segments: Segments, **unused: object) -> None:
         """Check rows of packed sequences, and that nothing is given which they take no notice of."""
         kind = type(self).__name__
         check_segments(kind, segments)
@@ -230,6 +237,7 @@ class ProjectedAttention(nn.Module):
             raise UsageError(f"{kind}: packed sequences (segments) take no {' or '.join(given)}")
         if x.dim() != 2 or x.shape[1] != width:
             raise UsageError(f"{kind}: {name} has shape {list(x.shape)}, expected packed rows [rows, {width}]")
+        check_rows(kind, name, x, segments)
 
     def _attend_packed(
         self,
@@ -262,7 +270,10 @@ class ProjectedAttention(nn.Module):
         return text + (", fused" if self.is_fused else "")
 
 
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """View `[B, L, N * D]` as `[B, N, L, D]`, without a copy."""
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """View `[B, L, N * D]` as `[B, N, L, D]`, without a copy.
+
+    By the size of a head and not their number: with tensor parallelism a process has some of the heads.
+    """
     batch, length, width = x.shape
-    return x.reshape(batch, length, num_heads, width // num_heads).transpose(1, 2)
+    return x.reshape(batch, length, width // head_dim, head_dim).transpose(1, 2)

@@ -13,7 +13,7 @@ from mmattn.nn.norms import NormKind
 from mmattn.nn.positions import RotaryEmbedding, RotaryTables
 from mmattn.nn.projected_attention import ProjectedAttention, split_heads
 from mmattn.ops.cache import KVCache
-from mmattn.ops.masks import sliding_window_mask
+from mmattn.ops.masks import as_four_dim, sliding_window_mask
 from mmattn.ops.rotary import rotate
 from mmattn.ops.segments import Segments
 
@@ -132,8 +132,8 @@ class SelfAttention(ProjectedAttention):
         return self.out_proj(attended)
 
     def _forward_packed(self, x: Tensor, segments: Segments, positions: Tensor | RotaryTables | None) -> Tensor:
-        query = self.q_proj(x).unflatten(1, (self.num_heads, -1))
-        key, value = (linear(x).unflatten(1, (self.num_kv_heads, -1)) for linear in (self.k_proj, self.v_proj))
+        query = self.q_proj(x).unflatten(1, (-1, self.head_dim))
+        key, value = (linear(x).unflatten(1, (-1, self.head_dim)) for linear in (self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if self.rotary is not None:
@@ -146,6 +146,11 @@ class SelfAttention(ProjectedAttention):
 
     def _rotary_tables(self, positions: Tensor | RotaryTables, dtype: torch.dtype) -> RotaryTables:
         if not isinstance(positions, Tensor):
+            if not isinstance(positions, tuple):
+                raise UsageError(
+                    f"SelfAttention: positions are a {type(positions).__name__}, they must be a tensor [L] or [B, L], "
+                    "or the tables that RotaryEmbedding makes of one"
+                )
             return positions
         assert self.rotary is not None  # who asks has checked
         return self.rotary(positions, torch.promote_types(dtype, torch.float32))
@@ -169,19 +174,21 @@ class SelfAttention(ProjectedAttention):
     def _windowed(self, attn_mask: Tensor | None, query: Tensor, key: Tensor, window: int) -> Tensor | None:
         if not self.is_causal:
             raise UsageError("SelfAttention: a cache with a window needs is_causal=True")
-        num_queries, num_keys = query.shape[2], key.shape[2]
+        batch, heads, num_queries, _ = query.shape
+        num_keys = key.shape[2]
         if num_queries == 1 or num_keys <= window:
             return attn_mask
         near = sliding_window_mask(num_queries, num_keys, window, device=query.device)
         if attn_mask is None:
             return near
-        return attn_mask & near if attn_mask.dtype is torch.bool else attn_mask.masked_fill(~near, float("-inf"))
+        mask = as_four_dim(attn_mask, batch, heads, num_queries, num_keys)
+        return mask & near if mask.dtype is torch.bool else mask.masked_fill(~near, float("-inf"))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         packed = self._usable_packing()
         if packed is None:
-            query = split_heads(self.q_proj(x), self.num_heads)
-            return query, split_heads(self.k_proj(x), self.num_kv_heads), split_heads(self.v_proj(x), self.num_kv_heads)
-        heads = split_heads(packed(x), self.num_heads + 2 * self.num_kv_heads)
+            query = split_heads(self.q_proj(x), self.head_dim)
+            return query, split_heads(self.k_proj(x), self.head_dim), split_heads(self.v_proj(x), self.head_dim)
+        heads = split_heads(packed(x), self.head_dim)
         query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         return query, key, value

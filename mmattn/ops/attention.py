@@ -73,8 +73,9 @@ def attention(
     The three masks combine by "and". A finite query that may attend to nothing gives exactly zero, and zero gradients.
     A key that no query of its row and head may attend to has no influence, on output or gradients, even if it is NaN.
 
-    Forward-mode derivatives and those of gradients (`torch.func.jvp`, `hessian`) need `backend="eager"`: fused kernels
-    have none.
+    Fused kernels have neither forward-mode derivatives nor those of gradients. Within `torch.func` "auto" takes eager
+    for these (`jvp`, `hessian`, `grad` of `grad`); where gradients made with `create_graph=True` are differentiated,
+    name `backend="eager"`.
 
     Args:
         query: [B, H, Lq, D].
@@ -86,7 +87,7 @@ def attention(
         key_mask: boolean [B, Lk], True = may be attended to: padding. Keep it apart from `attn_mask`, it stays on the
             fast path.
         is_causal: query i may attend to keys j <= i + Lk - Lq (aligned at the last query and the last key).
-        scale: factor of the scores; 1 / sqrt(D) by default.
+        scale: factor of the scores, a finite number; 1 / sqrt(D) by default.
         dropout_p: probability of dropping a weight. It is applied whenever it is not 0: pass 0 outside training.
         backend: a name of `mmattn.backends()`, or "auto": what `use_backend` says, else the first that can serve.
         return_weights: also return the weights [B, H, Lq, Lk], before dropout. Only the eager backend has them.
@@ -98,7 +99,8 @@ def attention(
 
     Raises:
         UsageError: for arguments that do not fit together, or an unknown backend or role.
-        BackendError: with every reason, when the named backend (or with "auto" every backend) cannot serve the call.
+        BackendError: with every reason, when the named backend (with "auto" every one that it takes on such a device)
+            cannot serve the call.
     """
     if role is not None:
         check_role(role)

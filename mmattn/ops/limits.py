@@ -31,6 +31,7 @@ class Limits:
         has_groups: fewer key/value heads than query heads.
         has_dropout: attention dropout.
         has_weights: can return the weights.
+        has_any_derivative: forward-mode derivatives, and those of gradients.
         min_head_dim: smallest head_dim.
         max_head_dim: largest head_dim; None without a bound.
         head_dim_step: head_dim must be a multiple of it.
@@ -46,6 +47,7 @@ class Limits:
     has_groups: bool = True
     has_dropout: bool = True
     has_weights: bool = False
+    has_any_derivative: bool = False
     min_head_dim: int = 1
     max_head_dim: int | None = None
     head_dim_step: int = 1
@@ -227,6 +229,8 @@ class Backend:
         """Why "auto" does not choose it for calls with these features."""
         if traits.device not in self.auto_devices:
             return [f"auto does not choose it on {traits.device}: {self.auto_note}"]
+        if traits.wants_any_derivative and not self.limits.has_any_derivative:
+            return ["auto does not choose it within forward-mode derivatives, or those of gradients: it has none"]
         shapes = self.auto_shapes_for(traits)
         return [self._not_measured] if shapes is not None and not shapes else []
 

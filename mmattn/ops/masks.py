@@ -87,6 +87,15 @@ def split_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return allowed, attn_mask.masked_fill(~allowed, 0.0)
 
 
+def in_dtype(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float bias in a dtype in which what is finite stays finite: a number that is too large becomes the largest,
+    for as -inf it would say "may not attend"."""
+    if torch.finfo(bias.dtype).max > torch.finfo(dtype).max:
+        least, most = torch.finfo(dtype).min, torch.finfo(dtype).max
+        bias = torch.where(bias > float("-inf"), bias.clamp(least, most), bias)
+    return bias.to(dtype)
+
+
 def combine(*masks: Tensor | None) -> Tensor | None:
     """The "and" of boolean masks that broadcast with one another; None stands for "no limit"."""
     result: Tensor | None = None
@@ -133,7 +142,8 @@ def key_spans(key_mask: Tensor) -> tuple[list[tuple[int, int]], bool]:
     """Per row of a CPU key mask [B, Lk] the half-open span (first, last + 1) of its valid keys, and "no row has gaps".
 
     Rows without a valid key have the span (0, 0). Works on the mask's bytes: decoding asks in every step of every
-    layer, and a handful of tensor operations would take longer than the attention itself.
+    layer, and a handful of tensor operations would take longer than the attention itself. Whatever is not 0 is True: so
+    are the 255s of a picture's mask that numpy views as booleans.
     """
     num_keys = key_mask.shape[1]
     data = key_mask.detach().numpy().tobytes()
@@ -141,12 +151,14 @@ def key_spans(key_mask: Tensor) -> tuple[list[tuple[int, int]], bool]:
         return [(0, num_keys)] * key_mask.shape[0], True
     spans = []
     is_contiguous = True
-    for row in range(0, len(data), num_keys):
-        start = data.find(b"\1", row, row + num_keys)
-        if start < 0:
-            spans.append((0, 0))
-            continue
-        end = data.rfind(b"\1", row, row + num_keys) + 1
-        is_contiguous = is_contiguous and data.find(b"\0", start, end) < 0
-        spans.append((start - row, end - row))
+    zeros = bytes(num_keys)
+    for first in range(0, len(data), num_keys):
+        row = data[first : first + num_keys]
+        start, end = 0, row.find(b"\0")
+        if end < 0:
+            end = num_keys
+        elif row[end:] != zeros[end:]:  # not padded on the right alone
+            start, end = num_keys - len(row.lstrip(b"\0")), len(row.rstrip(b"\0"))
+            is_contiguous = is_contiguous and row.find(b"\0", start, end) < 0
+        spans.append((start, end))
     return spans, is_contiguous

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from mmattn.errors import UsageError
+from mmattn.kernels.plain import wants_any_derivative
 from mmattn.ops.observe import OBSERVERS
 from mmattn.ops.packed_groups import attend_groups
 from mmattn.ops.registry import check_role, choose_packed, selected
-from mmattn.ops.request import Traits, cast_to_autocast
+from mmattn.ops.request import Traits, cast_to_autocast, check_dropout, check_scale, check_tensors
 from mmattn.ops.segments import PackedRequest, Segments, check_segments
 
 
@@ -59,10 +60,13 @@ def packed_attention(
             calls, of which a packed one shows nothing.
         BackendError: with every reason, when the backend cannot serve the call.
     """
+    check_tensors("packed_attention", query, key, value)
     key_segments = query_segments if key_segments is None else key_segments
     if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
         query, key, value = cast_to_autocast(query.device.type, query, key, value)
     _check(query, key, value, query_segments, key_segments, dropout_p)
+    if scale is not None:
+        check_scale("packed_attention", scale)
     if role is not None:
         check_role(role)
     if not torch.compiler.is_compiling() and OBSERVERS.get():
@@ -100,6 +104,7 @@ def _traits(request: PackedRequest) -> Traits:
         has_dropout=request.dropout_p > 0.0,
         has_grad=has_grad,
         needs_weights=False,
+        wants_any_derivative=wants_any_derivative(),
     )
 
 
@@ -124,8 +129,7 @@ def _check(
             f"packed_attention: query is {query.dtype} on {query.device}, key {key.dtype} on {key.device}, value "
             f"{value.dtype} on {value.device}; they must share dtype and device"
         )
-    if not 0.0 <= dropout_p < 1.0:
-        raise UsageError(f"packed_attention: dropout_p is {dropout_p}, it must be at least 0 and below 1")
+    check_dropout("packed_attention", "dropout_p", dropout_p)
 
 
 def check_rows(what: str, name: str, rows: Tensor, segments: Segments) -> None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mmattn.kernels.plain import is_eager_call, makes_fake_tensors
 from mmattn.ops.attention import attention
 from mmattn.ops.masks import lengths_mask
 from mmattn.ops.segments import PackedRequest
@@ -52,7 +53,7 @@ class _Group:
 @torch.compiler.disable
 def attend_groups(request: PackedRequest, backend: str, role: str | None, caller: Any) -> Tensor:
     """Compute output [N, H, D] by calls of `mmattn.attention` on `backend`."""
-    groups = _groups(
+    groups = (_groups.__wrapped__ if makes_fake_tensors() else _groups)(
         request.query_segments.lengths,
         request.key_segments.lengths,
         request.query.shape[1] * request.query.shape[2],
@@ -88,8 +89,10 @@ def attend_groups(request: PackedRequest, backend: str, role: str | None, caller
 
 def padded(packed: Tensor, size: int, side: Side) -> Tensor:
     """Rows `[num_rows, H, D]` as `[size, H, longest, D]`, with gradients of the rows only."""
-    if side.slots is not None:
+    if side.slots is not None and is_eager_call(packed):
         packed = cast(Tensor, _Spread.apply(packed, side.slots, side.rows))
+    elif side.slots is not None:  # transforms of torch.func, which want functions in another form
+        packed = packed.index_select(0, side.slots)
     return packed.unflatten(0, (size, side.longest)).transpose(1, 2)
 
 
@@ -150,11 +153,12 @@ def side_of(lengths: tuple[int, ...], device: torch.device) -> Side:
     longest, total = max(lengths), sum(lengths)
     if longest * len(lengths) == total:
         return Side(total, longest, None, None)
-    is_row = lengths_mask(torch.tensor(lengths), longest).flatten()
-    starts = [0, *itertools.accumulate(lengths)][:-1]
-    slots = torch.tensor(starts).repeat_interleave(longest)
-    slots[is_row] = torch.arange(total)
-    return Side(total, longest, slots.to(device), is_row.nonzero().squeeze(1).to(device))
+    sizes, places = torch.tensor(lengths), torch.arange(longest)
+    starts = torch.tensor([0, *itertools.accumulate(lengths)][:-1])
+    slots = starts[:, None] + torch.where(places < sizes[:, None], places, 0)
+    numbers = torch.arange(len(lengths)).repeat_interleave(sizes, output_size=total)
+    rows = torch.arange(total) + (numbers * longest - starts[numbers])
+    return Side(total, longest, slots.flatten().to(device), rows.to(device))
 
 
 def _bounds(

@@ -64,7 +64,7 @@ def use_backend(name: str, role: str | None = None) -> Iterator[None]:
     """Within the block (and this thread or task only), attention without a `backend` argument runs on `name`.
 
     Gradient checkpointing computes anew in the backward: let that happen in the block, too, or give torch's
-    `checkpoint` the `context_fn` of this module, `checkpoint_contexts`.
+    `checkpoint` `context_fn=mmattn.ops.checkpoint_contexts`.
 
     Args:
         name: a backend's name, or "auto".
@@ -115,7 +115,7 @@ def choose(name: str, traits: Traits, request: Request) -> Backend:
 
     Raises:
         UsageError: for an unknown name.
-        BackendError: naming every reason, when the named backend, or with "auto" every backend, must refuse.
+        BackendError: naming every reason, when the named backend, or every one that "auto" takes here, must refuse.
     """
     # torch.compile would guard on the table, which grows, and compile again: what it compiles chooses once anyway.
     is_compiling = torch.compiler.is_compiling()
@@ -227,9 +227,11 @@ def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager[None], cont
     """`context_fn` for `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`: recomputation in the backward,
     which may run in another thread and after the `use_backend` block, gets the backends that the forward had.
 
-        with use_backend("eager"):
-            y = checkpoint(layer, x, use_reentrant=False, context_fn=checkpoint_contexts)
+        with mmattn.use_backend("eager"):
+            y = checkpoint(layer, x, use_reentrant=False, context_fn=mmattn.ops.checkpoint_contexts)
         y.sum().backward()  # the layer's attention runs on eager again
+
+    In transformers `use_reentrant` and `context_fn` belong to the `gradient_checkpointing_kwargs`.
     """
     return contextlib.nullcontext(), _selecting(_SELECTION.get())
 
@@ -248,5 +250,10 @@ def _refusal(name: str, traits: Traits, request: Request) -> BackendError:
     if name != "auto":
         reasons = _against(_BY_NAME[name], traits, request, name)
         return BackendError(f"attention backend {name!r} cannot serve this call: {'; '.join(reasons)}")
-    refused = [f"{row.name}: {'; '.join(_against(row, traits, request, name))}" for row in TABLE]
+    served = dict.fromkeys(device for row in TABLE for device in row.limits.dtypes)
+    if traits.device not in served:
+        hint = ": it has no values; for shapes alone torch has FakeTensorMode" if traits.device == "meta" else ""
+        return BackendError(f"no attention backend serves device {traits.device} (only {', '.join(served)}){hint}")
+    rows = (row for row in TABLE if traits.device in row.auto_devices)
+    refused = [f"{row.name}: {'; '.join(_against(row, traits, request, name))}" for row in rows]
     return BackendError(f"no attention backend can serve this call. {'. '.join(refused)}")

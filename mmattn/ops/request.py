@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmattn.errors import UsageError
+from mmattn.kernels.plain import wants_any_derivative
 from mmattn.ops.masks import as_four_dim
 
 
@@ -45,6 +46,7 @@ class Traits(NamedTuple):
     has_dropout: bool
     has_grad: bool
     needs_weights: bool
+    wants_any_derivative: bool
 
 
 def prepare(
@@ -63,9 +65,7 @@ def prepare(
     Raises:
         UsageError: naming the argument, what it is and what it must be.
     """
-    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
-        kinds = [type(given).__name__ for given in (query, key, value)]
-        raise UsageError(f"attention: query is a {kinds[0]}, key a {kinds[1]}, value a {kinds[2]}; all must be tensors")
+    check_tensors("attention", query, key, value)
     device_type = query.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         query, key, value = cast_to_autocast(device_type, query, key, value)
@@ -104,13 +104,40 @@ def prepare(
                 f"it must be boolean [B, Lk] = {[batch, num_keys]}{hint}"
             )
         _check_device("key_mask", key_mask, query)
-    if not 0.0 <= dropout_p < 1.0:
-        raise UsageError(f"attention: dropout_p is {dropout_p}, it must be at least 0 and below 1")
+    check_dropout("attention", "dropout_p", dropout_p)
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+    else:
+        check_scale("attention", scale)
     # One query sees every key of a bottom-right aligned causal mask.
     is_causal = is_causal and num_queries > 1
     return Request(query, key, value, attn_mask, key_mask, is_causal, scale, dropout_p, return_weights)
+
+
+def check_tensors(what: str, query: object, key: object, value: object) -> None:
+    """Raise `UsageError` where one of the three is no tensor."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        kinds = [type(given).__name__ for given in (query, key, value)]
+        raise UsageError(f"{what}: query is a {kinds[0]}, key a {kinds[1]}, value a {kinds[2]}; all must be tensors")
+
+
+def check_dropout(what: str, name: str, probability: float, *, may_drop_all: bool = False) -> None:
+    """Raise `UsageError` for what is no probability of dropping, or drops everything."""
+    if not 0.0 <= probability < 1.0 and not (may_drop_all and probability == 1.0):
+        most = "at most" if may_drop_all else "below"
+        raise UsageError(f"{what}: {name} is {probability}, it must be at least 0 and {most} 1")
+
+
+def check_scale(what: str, scale: object) -> None:
+    """Raise `UsageError` for a scale that is not a finite number."""
+    if isinstance(scale, Tensor):
+        raise UsageError(
+            f"{what}: scale is a tensor, it must be a number (fused kernels have no gradient of it): multiply the "
+            "query by the tensor and pass scale=1.0"
+        )
+    # Not `math.isfinite`: within torch.compile a scale may be a symbol.
+    if not -math.inf < scale < math.inf:  # pyright: ignore[reportOperatorIssue]
+        raise UsageError(f"{what}: scale is {scale}, it must be a finite number")
 
 
 def traits_of(request: Request) -> Traits:
@@ -132,6 +159,7 @@ def traits_of(request: Request) -> Traits:
         request.dropout_p > 0.0,
         has_grad,
         request.return_weights,
+        wants_any_derivative(),
     )
 
 

@@ -5,6 +5,8 @@ Shapes: B batch, H heads, L length, D head_dim.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,10 +17,12 @@ def rotary_frequencies(head_dim: int, base: float = 10000.0, *, device: torch.de
     """Angular frequencies base^(-2i / D) for i < D / 2 (section 3.2.2 of the paper): float64 [D / 2].
 
     Raises:
-        UsageError: if `head_dim` is odd or not positive.
+        UsageError: if `head_dim` is odd or not positive, or `base` not positive.
     """
     if head_dim < 2 or head_dim % 2:
         raise UsageError(f"rotary positions: head_dim is {head_dim}, it must be even and positive")
+    if not 0.0 < base < math.inf:
+        raise UsageError(f"rotary positions: base is {base}, it must be a positive number")
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
     return base**-exponents
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmattn.errors import UsageError
+from mmattn.kernels.plain import makes_fake_tensors
 
 _BLOCK = 128
 
@@ -40,6 +41,12 @@ class Segments:
         _row_numbers: list[Tensor] = field(init=False)  # made once, for all layers
 
     def __post_init__(self) -> None:
+        starts = self.cu_seqlens
+        if isinstance(starts, Tensor) and (starts.dtype is not torch.int32 or starts.dim() != 1):
+            raise UsageError(
+                f"packed sequences: cu_seqlens are {starts.dtype} {list(starts.shape)}, they must be int32 "
+                "[num_sequences + 1]: Segments.of(cu_seqlens.diff()) makes them so"
+            )
         object.__setattr__(self, "total", sum(self.lengths))
         object.__setattr__(self, "longest", max(self.lengths, default=0))
         object.__setattr__(self, "longest_block", -(-self.longest // _BLOCK) * _BLOCK)
@@ -51,13 +58,16 @@ class Segments:
         return self.cu_seqlens.shape[0] - 1
 
     @classmethod
-    def of(cls, lengths: Iterable[int], device: torch.device | str = "cpu") -> Segments:
+    def of(cls, lengths: Iterable[int] | Tensor, device: torch.device | str = "cpu") -> Segments:
         """The segments of sequences of these lengths.
 
         Raises:
-            UsageError: no sequence, or an empty one.
+            UsageError: no sequence, an empty one, or one whose length is no whole number.
         """
-        numbers = tuple(int(length) for length in lengths)
+        given = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+        numbers = tuple(int(length) for length in given)
+        if any(number != length for number, length in zip(numbers, given, strict=True)):
+            raise UsageError(f"packed sequences: lengths {given[:8]} must be whole numbers")
         if not numbers or min(numbers) < 1:
             raise UsageError(
                 f"packed sequences: lengths {list(numbers[:8])}{', ...' if len(numbers) > 8 else ''} must be one or "
@@ -83,7 +93,7 @@ class Segments:
         """int32 `[N]`: the sequence of each row, from 0. Kept: models ask for `positions` before their layers run."""
         if self._row_numbers:
             return self._row_numbers[0]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or makes_fake_tensors():
             return self._numbered()
         # A tensor made in inference mode, and kept, could not be saved for a later backward pass.
         with torch.inference_mode(False):

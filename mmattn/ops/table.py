@@ -60,6 +60,10 @@ class BackendTable(tuple[BackendRow, ...]):
             raise KeyError(f"no attention backend {index!r}; there are: {', '.join(row.name for row in self)}")
         return super().__getitem__(index)
 
+    def __contains__(self, row: object) -> bool:
+        """Is there such a row, or a row of such a name? (That does not say that it can be used here.)"""
+        return any(each.name == row for each in self) if isinstance(row, str) else super().__contains__(row)
+
     def __str__(self) -> str:
         return "\n".join(str(row) for row in self)
 
@@ -118,6 +122,7 @@ def _supports(backend: Backend) -> str:
         "weights": limits.has_weights,
         "packed sequences": backend.run_packed is not None,
         "gradient of a float mask": limits.has_mask_grad,
+        "forward-mode or second derivatives": limits.has_any_derivative,
     }
     can = [name for name, is_there in features.items() if is_there]
     cannot = [f"no {name}" for name, is_there in features.items() if not is_there]

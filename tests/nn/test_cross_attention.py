@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from mmattn.errors import UsageError
 from mmattn.nn import CrossAttention, TransformerLayer, fuse
-from mmattn.nn.cross_attention import fold_attn_mask
 from mmattn.ops.cache import ContextKV
 from mmattn.ops.observe import AttentionCall, observing
 from mmattn.ops.segments import Segments
@@ -204,12 +204,23 @@ def test_wrong_arguments_are_named(x: Tensor, context: Tensor) -> None:
         module(x, context[..., 1:])
     with pytest.raises(UsageError, match=r"x has shape \[15, 24\], expected \[batch, length, 24\]"):
         module(x[:, 0], context)
-    with pytest.raises(UsageError, match=r"attn_mask has shape \[3, 7, 11\], expected \[7, Lk\], \[15, 7, Lk\]"):
-        module(x, context, attn_mask=torch.ones(3, 7, 11, dtype=torch.bool))
-    with pytest.raises(UsageError, match=r"attn_mask has shape \[6, 11\]"):
-        fold_attn_mask(torch.ones(6, 11, dtype=torch.bool), ROWS, LENGTH, REPEATS)
-    with pytest.raises(UsageError, match="key_mask"):
-        module(x, context, key_mask=torch.ones(ROWS, CONTEXT_LENGTH, dtype=torch.bool))
+    for shape in [(3, 7, 11), (6, 11), (7, 13), (15, 3, 7, 11), (15, 7, 13), (11,)]:
+        expected = rf"attn_mask has shape {list(shape)}, expected [7, 11], [15, 7, 11], [15, 6, 7, 11], or 1"
+        with pytest.raises(UsageError, match=re.escape(expected)):
+            module(x, context, attn_mask=torch.ones(shape, dtype=torch.bool))
+    with pytest.raises(UsageError, match="attn_mask is a list"):
+        module(x, context, attn_mask=[[True] * 11] * 7)  # type: ignore[arg-type]
+    own = module.project_context(context, torch.ones(3, CONTEXT_LENGTH, dtype=torch.bool))
+    for mask in (torch.ones(ROWS, CONTEXT_LENGTH), torch.ones(3, 13), torch.ones(1, CONTEXT_LENGTH)):
+        for given in (context, own):
+            with pytest.raises(UsageError, match=r"key_mask is torch.bool .* must be boolean \[B, Lk\] = \[3, 11\]"):
+                module(x, given, key_mask=mask.bool())
+    with pytest.raises(UsageError, match="key_mask is torch.float32"):
+        module(x, own, key_mask=torch.ones(3, CONTEXT_LENGTH))
+    with pytest.raises(UsageError, match="context is a NoneType, not a tensor"):
+        module(x, None)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="CrossAttention: scale is inf, it must be a finite number"):
+        make(scale=float("inf"))
     with pytest.raises(UsageError, match="does not fit key"):
         module(x, ContextKV(torch.zeros(3, 4, 2, 4).double(), torch.zeros(3, 4, 2, 4).double()))
 
@@ -221,6 +232,8 @@ def test_layer_names_arguments_without_a_use(x: Tensor, context: Tensor) -> None
         plain(x, context=context)
     with pytest.raises(UsageError, match="the layer has no cross-attention"):
         plain.project_context(context)
+    with pytest.raises(UsageError, match="context_mask, context_attn_mask and context_segments need a cross-attention"):
+        plain(x, context_mask=torch.ones(ROWS, CONTEXT_LENGTH, dtype=torch.bool))
     cross = TransformerLayer(
         EMBED_DIM, NUM_HEADS, 13, has_self_attention=False, has_cross_attention=True, context_dim=CONTEXT_DIM
     ).double()

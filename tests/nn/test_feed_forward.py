@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mmattn.errors import UsageError
-from mmattn.nn import FeedForward, RMSNorm, make_norm
+from mmattn.nn import FeedForward, RMSNorm, TransformerLayer, make_norm
 
 PLAIN = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu}
 
@@ -37,6 +37,15 @@ def test_unknown_names_are_errors() -> None:
         FeedForward(7, 13, activation="tanh")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="norm 'batch' is unknown: use 'layer' or 'rms'"):
         make_norm("batch", 7)  # type: ignore[arg-type]
+
+
+def test_numbers_out_of_range_are_errors() -> None:
+    with pytest.raises(UsageError, match="FeedForward: ffn_dim is 0, it must be at least 1"):
+        FeedForward(7, 0)
+    with pytest.raises(UsageError, match="FeedForward: dropout_p is -0.1, it must be at least 0 and at most 1"):
+        FeedForward(7, 13, dropout_p=-0.1)
+    with pytest.raises(UsageError, match="TransformerLayer: ffn_dropout_p is 10, it must be at least 0 and at most 1"):
+        TransformerLayer(8, 2, 13, ffn_dropout_p=10)
 
 
 def test_norms() -> None:

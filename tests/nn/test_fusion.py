@@ -283,7 +283,17 @@ def test_hooks_refuse_and_undo(inputs, kind: str) -> None:
     getattr(projection, f"register_{kind}")(lambda *arguments: calls.append(1))
     run(layer, inputs)
     assert calls == [1]
-    with pytest.raises(UsageError, match="k_proj has forward hooks, which a packed product would pass by"):
+    with pytest.raises(UsageError, match="k_proj has hooks, which a packed product would pass by"):
+        fuse(layer)
+
+
+def test_backward_hooks_refuse_and_undo(inputs) -> None:
+    layer = fuse(make()).requires_grad_(False)
+    calls: list[int] = []
+    layer.get_submodule("self_attn.k_proj").register_full_backward_hook(lambda *arguments: calls.append(1))
+    layer(inputs[0].requires_grad_(), context=inputs[1]).sum().backward()
+    assert calls == [1]
+    with pytest.raises(UsageError, match="k_proj has hooks, which a packed product would pass by"):
         fuse(layer)
 
 

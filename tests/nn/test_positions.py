@@ -42,6 +42,8 @@ def test_sinusoidal_positions_end_somewhere() -> None:
         positions(torch.tensor([9, 11]))
     with pytest.raises(UsageError, match=r"positions 9 to 11 were asked for, there are 11"):
         positions.span(9, 3, device=torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"positions -2 to 0 were asked for"):
+        positions.span(-2, 3, device=torch.device("cpu"))
 
 
 def test_sinusoidal_positions_keep_shape_and_take_a_dtype() -> None:
@@ -62,3 +64,5 @@ def test_rotary_tables() -> None:
     assert not rotary.state_dict()
     with pytest.raises(UsageError, match="head_dim is 5, it must be even"):
         RotaryEmbedding(5)
+    with pytest.raises(UsageError, match="base is 0.0, it must be a positive number"):
+        RotaryEmbedding(6, base=0.0)

@@ -11,6 +11,7 @@ from mmattn.nn import RotaryEmbedding, SelfAttention
 from mmattn.ops.cache import KVCache
 from mmattn.ops.masks import sliding_window_mask
 from mmattn.ops.rotary import apply_rotary
+from mmattn.ops.segments import Segments
 
 BATCH, LENGTH, EMBED_DIM = 3, 11, 24
 
@@ -161,6 +162,8 @@ def test_gradients(x: Tensor, length: int) -> None:
     [
         ({"num_heads": 5}, "embed_dim 24 does not divide into num_heads 5: set head_dim"),
         ({"num_heads": 0}, "num_heads is 0, it must be at least 1"),
+        ({"num_heads": 6, "head_dim": 0}, "head_dim is 0, it must be at least 1"),
+        ({"num_heads": 6, "backend": "flsh"}, "unknown attention backend 'flsh'; use one of: auto"),
         ({"num_heads": 6, "dropout_p": 1.0}, "dropout_p is 1.0, it must be at least 0 and below 1"),
         ({"num_heads": 6, "num_kv_heads": 4}, "num_kv_heads 4 does not divide num_heads 6"),
         ({"num_heads": 6, "num_kv_heads": 0}, "num_kv_heads 0 does not divide num_heads 6"),
@@ -186,6 +189,15 @@ def test_wrong_arguments_are_named(x: Tensor) -> None:
         module(x, cache=make_cache(module, window=3))
     with pytest.raises(UsageError, match=r"described by mmattn\.ops\.segments\.Segments, not by a list"):
         module(x[0], segments=[4, 7])  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="SelfAttention: x has 11 rows, its segments 10: they must agree"):
+        make(rotary=RotaryEmbedding(4))(x[0], segments=Segments.of([3, 7]))
+    with pytest.raises(UsageError, match="positions are a list, they must be a tensor"):
+        make(rotary=RotaryEmbedding(4))(x, positions=[0, 1])  # type: ignore[arg-type]
+    causal = make(is_causal=True)
+    window = make_cache(causal, window=3)
+    causal(x[:, :5], cache=window)
+    with pytest.raises(UsageError, match=r"attn_mask \[2, 7\] does not broadcast to \[B, H, Lq, Lk\] = \[3, 6, 2, 4\]"):
+        causal(x[:, :2], cache=window, attn_mask=torch.ones(2, 7, dtype=torch.bool))
     cache = make_cache(module)
     module(x, cache=cache)
     with pytest.raises(UsageError, match="KVCache is full"):

@@ -36,6 +36,9 @@ REFUSED = [
     ({"value": None}, "query is a Tensor, key a Tensor, value a NoneType; all must be tensors"),
     ({"attn_mask": [[True] * 11] * 7}, "attn_mask is a list, it must be a tensor"),
     ({"key_mask": torch.ones(2, 11, dtype=torch.bool).numpy()}, "key_mask is a ndarray, it must be a tensor"),
+    ({"scale": float("nan")}, "scale is nan, it must be a finite number"),
+    ({"scale": float("-inf")}, "scale is -inf, it must be a finite number"),
+    ({"scale": torch.tensor(0.5, requires_grad=True)}, "multiply the query by the tensor and pass scale=1.0"),
     ({"dropout_p": 1.0}, "dropout_p is 1.0, it must be at least 0 and below 1"),
 ]
 
@@ -75,6 +78,23 @@ def test_axes_of_size_one_broadcast(backend, shape):
 def test_plain_call_is_torch_bit_for_bit():
     query, key, value = draw(2, 3, 7, 5), draw(2, 3, 11, 5), draw(2, 3, 11, 5, seed=1)
     assert torch.equal(attention(query, key, value), F.scaled_dot_product_attention(query, key, value))
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_what_is_finite_in_a_wider_mask_stays_finite(backend, dtype, mask_dtype):
+    """A row of nothing but the least number of a wider dtype attends to all keys evenly: that is not -inf."""
+    query, key, value = (tensor.to(dtype) for tensor in (QUERY, KEY, VALUE))
+    bias = torch.zeros(7, 11, dtype=mask_dtype)
+    bias[2] = torch.finfo(mask_dtype).min
+    bias[3], bias[4, 5:] = float("-inf"), torch.finfo(mask_dtype).min
+    output = attention(query, key, value, attn_mask=bias, backend=backend)
+    mean = value.double().mean(dim=2).repeat_interleave(2, dim=1)
+    torch.testing.assert_close(output[:, :, 2].double(), mean, atol=4 * torch.finfo(dtype).eps, rtol=0)
+    assert not output[:, :, 3].any()
+    cut = attention(query[:, :, 4:5], key[:, :, :5], value[:, :, :5], backend="eager")
+    torch.testing.assert_close(output[:, :, 4:5], cut, atol=4 * torch.finfo(dtype).eps, rtol=0)
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -163,6 +183,8 @@ def test_key_spans():
     assert masks.key_spans(mask) == ([(0, 2), (1, 3), (0, 0), (0, 4)], True)
     assert masks.key_spans(torch.tensor([[1, 0, 1, 0]]).bool()) == ([(0, 3)], False)
     assert masks.key_spans(mask.t().contiguous().t()) == masks.key_spans(mask)
+    of_a_picture = torch.from_numpy((mask.numpy() * 255).astype("uint8").view(bool))
+    assert masks.key_spans(of_a_picture) == masks.key_spans(mask)
 
 
 @pytest.mark.slow

@@ -129,6 +129,25 @@ def test_segments():
     for lengths in ([], [3, 0, 5]):
         with pytest.raises(UsageError, match=r"each at least 1: leave empty sequences out"):
             Segments.of(lengths)
+    assert Segments.of(torch.tensor([3, 2])).lengths == (3, 2)
+    with pytest.raises(UsageError, match=r"lengths \[2.5, 3.0\] must be whole numbers"):
+        Segments.of(torch.tensor([2.5, 3]))
+    with pytest.raises(UsageError, match=r"cu_seqlens are torch.int64 \[3\], they must be int32"):
+        Segments((3, 2), torch.tensor([0, 3, 5]))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, on a CPU
+def test_transforms_of_torch_func():
+    segments = Segments.of([3, 1, 5])
+    rows = torch.randn(4, 9, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        return packed_attention(rows, rows.cos(), rows.sin(), segments).square().sum()
+
+    expected = [torch.autograd.functional.vjp(loss, each)[1] for each in rows]
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(rows), torch.stack(expected))
+    _, pushed = torch.func.jvp(loss, (rows[0],), (rows[1],))
+    torch.testing.assert_close(pushed, (expected[0] * rows[1]).sum())
 
 
 @pytest.mark.parametrize(
@@ -139,6 +158,8 @@ def test_segments():
         ({"query": (8, 6, 7)}, "query has 8 rows, its segments 9: they must agree"),
         ({"query_segments": Segments.of([9])}, "1 sequences of queries and 3 of keys"),
         ({"dropout_p": 1.0}, "dropout_p is 1.0"),
+        ({"scale": float("nan")}, "scale is nan, it must be a finite number"),
+        ({"value": None}, "value a NoneType; all must be tensors"),
         ({"backend": "fast"}, "unknown attention backend 'fast'"),
         ({"role": "both"}, "unknown attention role 'both'"),
         ({"dtype": torch.float64}, "they must share dtype and device"),

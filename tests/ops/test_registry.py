@@ -49,6 +49,9 @@ def test_what_is_compiled_does_not_depend_on_earlier_choices(inputs, monkeypatch
 def test_table_of_this_machine():
     table = mmattn.backends()
     assert [row.name for row in table] == NAMES
+    assert "flash" in table
+    assert "fast" not in table
+    assert table["sdpa"] in table
     assert table["sdpa"].is_usable
     assert table["eager"].usable_on[0] == "cpu"
     assert table["sdpa"].versions["torch"] == torch.__version__
@@ -128,8 +131,11 @@ def test_refusal_names_every_reason(inputs):
     ):
         assert reason in message
     meta = torch.empty(1, 1, 1, 8, device="meta")
-    with pytest.raises(BackendError, match="no attention backend can serve this call. triton: device meta"):
+    with pytest.raises(BackendError, match=r"serves device meta \(only cuda, cpu\).*FakeTensorMode"):
         attention(meta, meta, meta)
+    narrow = torch.empty(1, 1, 1, 0)
+    with pytest.raises(BackendError, match=r"call. sdpa: head_dim 0 \(serves 1 to any\). eager: head_dim 0 [^.]*$"):
+        attention(narrow, narrow, narrow)
 
 
 def test_explain(inputs):
@@ -189,6 +195,7 @@ def test_recomputation_sees_the_backend_of_the_forward(inputs):
         thread.join()
         return used
 
+    assert checkpoint_contexts is mmattn.ops.checkpoint_contexts
     assert run(checkpoint_contexts) == ["eager", "eager"]
 
 

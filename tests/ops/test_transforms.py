@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from mmattn.errors import BackendError
+from mmattn.nn import SinusoidalPositions
 from mmattn.ops.attention import attention
+from mmattn.ops.packed import packed_attention
+from mmattn.ops.segments import Segments
 from tests.ops.cases import Shape, generator_for, make_inputs
 
 SHAPE = Shape(2, 6, 3, 7, 11, 5)
@@ -67,7 +72,7 @@ def test_a_mask_for_each():
 @pytest.mark.parametrize("call", CALLS)
 def test_forward_mode_and_second_derivatives_are_eagers(call):
     arguments, tensors = masks(call), [tensor[0] for tensor in inputs()]
-    run = lambda *each: attention(*each, backend="eager", **arguments)  # noqa: E731
+    run = lambda *each: attention(*each, **arguments)  # noqa: E731
     _, pushed = torch.func.jvp(run, tuple(tensors), tuple(tensors))
     step = 1e-6
     ahead, behind = (run(*(tensor * (1 + sign * step) for tensor in tensors)) for sign in (1, -1))
@@ -75,7 +80,34 @@ def test_forward_mode_and_second_derivatives_are_eagers(call):
     one_head = [tensor[:, :1, :3].requires_grad_() for tensor in tensors[:1]]
     key, value = tensors[1][:, :1], tensors[2][:, :1]
     cut = {name: value[:3] if name == "attn_mask" else value for name, value in arguments.items()}
+    second, by_eager = (
+        torch.func.grad(
+            lambda query, backend=backend: (
+                torch.func.grad(lambda inner: attention(inner, *tensors[1:], backend=backend, **arguments).sin().sum())(
+                    query
+                )
+                .square()
+                .sum()
+            )
+        )(tensors[0])
+        for backend in ("auto", "eager")
+    )
+    torch.testing.assert_close(second, by_eager)
     assert torch.autograd.gradgradcheck(lambda query: attention(query, key, value, backend="eager", **cut), one_head)
+
+
+def test_who_has_them_is_said():
+    query, key, value = (tensor[0].requires_grad_() for tensor in inputs())
+    with pytest.raises(BackendError, match=r"no forward-mode derivatives .*: backend=\"eager\" has them"):
+        torch.func.jvp(lambda each: attention(each, key, value, backend="sdpa"), (query,), (query,))
+    for arguments in ({}, {"is_causal": True}, masks("key mask"), masks("bias")):
+        output = attention(query, key, value, **arguments)
+        once = torch.autograd.grad(output.sum(), (query, key, value), retain_graph=True)
+        twice = torch.autograd.grad(output.sum(), (query, key, value), create_graph=True)
+        torch.testing.assert_close(twice, once, rtol=0, atol=0)
+        for gradient in twice:
+            with pytest.raises(BackendError, match=r"no derivatives of their gradients: backend=\"eager\" has them"):
+                gradient.sum().backward(retain_graph=True)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -85,3 +117,22 @@ def test_fake_tensors(call):
         fake = [mode.from_tensor(tensor) for tensor in tensors]
         given = {name: mode.from_tensor(each) if name != "is_causal" else each for name, each in arguments.items()}
         assert attention(*fake, **given).shape == tensors[0].shape
+
+
+def test_a_traced_graph_keeps_no_mask():
+    query, key, value = (tensor[0] for tensor in inputs())
+    one, other = (masks(call)["key_mask"] for call in ("key mask", "all"))
+    graph = make_fx(lambda key_mask: attention(query, key, value, key_mask=key_mask))(one)
+    torch.testing.assert_close(graph(other), attention(query, key, value, key_mask=other))
+
+
+def test_what_fake_tensors_leave_is_not_kept():
+    positions, segments = SinusoidalPositions(6, 11), Segments.of([3, 1, 4])
+    rows, places = torch.randn(8, 2, 3), torch.arange(7)
+    for _ in range(2):  # before real tensors and after them
+        with FakeTensorMode() as mode:
+            assert isinstance(positions(mode.from_tensor(places)), FakeTensor)
+            fake = mode.from_tensor(rows)
+            assert packed_attention(fake, fake, fake, segments).shape == rows.shape
+        assert positions(places).isfinite().all()
+        assert packed_attention(rows, rows, rows, segments).isfinite().all()

@@ -45,7 +45,7 @@ def _attend(request: Request) -> tuple[Tensor, Tensor]:
     grouped = (query * request.scale).reshape(batch, kv_heads, group, num_queries, head_dim)
     scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).reshape(batch, heads, num_queries, num_keys)
     if bias is not None:
-        scores = scores + bias.to(accumulate)
+        scores = scores + masks.in_dtype(bias, accumulate)
     if allowed is None:
         weights = scores.softmax(dim=-1)
     else:
@@ -65,6 +65,7 @@ BACKEND = Backend(
         dtypes={"cpu": FLOATS, "cuda": FLOATS},
         grad_devices=("cpu", "cuda"),
         has_weights=True,
+        has_any_derivative=True,
     ),
     unusable=torch_device_missing,
     auto_devices=("cpu", "cuda"),

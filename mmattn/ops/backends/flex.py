@@ -59,7 +59,7 @@ def run(request: Request) -> tuple[Tensor, None]:
         block_mask = create_block_mask(mask_mod, batch, heads, num_queries, num_keys, device=query.device)
     score_mod = None
     if bias is not None:
-        score_mod = _adding(bias.to(query.dtype).expand(batch, heads, num_queries, num_keys).contiguous())
+        score_mod = _adding(masks.in_dtype(bias, query.dtype).expand(batch, heads, num_queries, num_keys).contiguous())
     output = flex_attention(
         query,
         key,

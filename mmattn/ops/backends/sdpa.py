@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmattn.errors import BackendError
-from mmattn.kernels.plain import is_eager_call, is_plain_call
+from mmattn.kernels.plain import is_eager_call, is_forward_mode, is_plain_call
 from mmattn.ops import masks
+from mmattn.ops.derivatives import forward_mode_refused, refuse_second
 from mmattn.ops.limits import FLOATS, Backend, KnownBad, Limits, torch_device_missing
 from mmattn.ops.request import Request
 
@@ -35,15 +36,22 @@ _LOOK_COST = 2
 
 def run(request: Request) -> tuple[Tensor, None]:
     """Compute output [B, H, Lq, D]."""
+    if is_forward_mode():
+        with forward_mode_refused():
+            return _run(request), None
+    return _run(request), None
+
+
+def _run(request: Request) -> Tensor:
     query, key, value, attn_mask = request.query, request.key, request.value, request.attn_mask
     if query.numel() == 0 or key.shape[2] == 0:  # without keys, CUDA kernels may leave their output unwritten
-        return masks.nothing_for(query, key, value, attn_mask), None
+        return masks.nothing_for(query, key, value, attn_mask)
     offset = key.shape[2] - query.shape[2] if request.is_causal else None
     if request.key_mask is None:
-        return _attend(request, query, key, value, attn_mask, None, offset), None
+        return _attend(request, query, key, value, attn_mask, None, offset)
     if not _may_look(query):
-        return _attend(request, query, key, value, attn_mask, request.key_mask, offset), None
-    return _attend_padded(request, request.key_mask, offset), None
+        return _attend(request, query, key, value, attn_mask, request.key_mask, offset)
+    return _attend_padded(request, request.key_mask, offset)
 
 
 def _may_look(tensor: Tensor) -> bool:
@@ -147,7 +155,7 @@ def _attend_masked(
     Rows without keys: torch's CPU kernels give zeros and zero gradients. CUDA kernels differ among themselves, so
     there such rows attend to everything and their output is then set to zero, which makes their gradients zero too.
     """
-    mask = _joined(attn_mask, extra, query.dtype)
+    mask = _joined(attn_mask, extra, _bias_dtype(attn_mask, query))
     if _may_look(query):
         if not _is_finite(key, value):
             key, value = masks.zero_unused(key, value, _allowed(mask))
@@ -207,8 +215,15 @@ def _joined(attn_mask: Tensor | None, extra: Tensor | None, dtype: torch.dtype) 
         mask = masks.combine(attn_mask, extra)
         assert mask is not None  # the caller has one of the two
         return mask
-    attn_mask = attn_mask.to(dtype)
+    attn_mask = masks.in_dtype(attn_mask, dtype)
     return attn_mask if extra is None else attn_mask.masked_fill(~extra, float("-inf"))
+
+
+def _bias_dtype(attn_mask: Tensor | None, query: Tensor) -> torch.dtype:
+    """What a float mask is added as. Torch's CPU kernels take float32 beside half types: nothing is rounded."""
+    if attn_mask is None or attn_mask.dtype is query.dtype or query.device.type != "cpu":
+        return query.dtype
+    return torch.promote_types(query.dtype, torch.float32)
 
 
 def _allowed(mask: Tensor) -> Tensor:
@@ -239,14 +254,29 @@ def _kernel(
     query, scale = _with_positive_scale(query, request.scale)
     if query.device.type == "cuda":
         with _safe_kernels(query, key, value, mask):
-            output = F.scaled_dot_product_attention(
-                query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=is_grouped
-            )
+            output = _fused(query, key, value, mask, dropout_p, is_causal, scale, is_grouped)
     else:
-        output = F.scaled_dot_product_attention(
-            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=is_grouped
-        )
+        output = _fused(query, key, value, mask, dropout_p, is_causal, scale, is_grouped)
     return output if query.shape == shape else output.reshape(shape)
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    is_grouped: bool,
+) -> Tensor:
+    """Torch's operation."""
+    output = F.scaled_dot_product_attention(
+        query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=is_grouped
+    )
+    if output.requires_grad and is_eager_call(query):
+        refuse_second(output)
+    return output
 
 
 # Kernels compute with float32 numbers, of which those far below this one are zeros.
