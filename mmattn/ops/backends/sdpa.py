@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mmattn.errors import BackendError
 from mmattn.kernels.plain import is_eager_call, is_forward_mode, is_plain_call
 from mmattn.ops import masks
-from mmattn.ops.derivatives import forward_mode_refused, refuse_second
+from mmattn.ops.derivatives import forward_mode_refused
 from mmattn.ops.limits import FLOATS, Backend, KnownBad, Limits, torch_device_missing
 from mmattn.ops.request import Request
 
@@ -254,29 +254,14 @@ def _kernel(
     query, scale = _with_positive_scale(query, request.scale)
     if query.device.type == "cuda":
         with _safe_kernels(query, key, value, mask):
-            output = _fused(query, key, value, mask, dropout_p, is_causal, scale, is_grouped)
+            output = F.scaled_dot_product_attention(
+                query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=is_grouped
+            )
     else:
-        output = _fused(query, key, value, mask, dropout_p, is_causal, scale, is_grouped)
+        output = F.scaled_dot_product_attention(
+            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=is_grouped
+        )
     return output if query.shape == shape else output.reshape(shape)
-
-
-def _fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
-    is_grouped: bool,
-) -> Tensor:
-    """Torch's operation."""
-    output = F.scaled_dot_product_attention(
-        query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=is_grouped
-    )
-    if output.requires_grad and is_eager_call(query):
-        refuse_second(output)
-    return output
 
 
 # Kernels compute with float32 numbers, of which those far below this one are zeros.
