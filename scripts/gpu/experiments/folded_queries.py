@@ -1,0 +1,259 @@
+"""Cross-attention of U-Nets whose projections of queries and outputs are folded into a prompt's keys and values.
+
+A step is then a product, a softmax over groups of keys, and a product (`folded.py`), instead of a product, attention
+and a product: H L / (C + L) times the operations. Beside it: projections and torch's attention, eager and by
+torch.compile, and projections with the backend `triton`. Also what folding takes for each prompt, in time and memory,
+against 25 steps with guidance. The norm before and the residual after are the same in all, and left out.
+
+On a card bfloat16, microseconds of the card, calls replayed as CUDA graphs over inputs larger than its cache, variants
+in turn, medians. With `--device cpu` float32 on as many threads as OMP_NUM_THREADS says, by the clock, batch 2: this
+one has no kernel of its own.
+
+    python scripts/gpu/experiments/folded_queries.py [--rows FILE] [--device cpu] [--tiny]
+
+About two minutes on a card, and without one. A verdict for each shape: a gain over what torch.compile makes of the
+ordinary form, or none.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import experiment
+import torch
+from attention import CACHE_BYTES, Shape
+from folded import Folded, Projections, attend_folded, attend_projected, fold
+from measure import Ceilings, Options, alternating_us, measure_ceilings, median_and_spread, tell, wall_ms
+from torch import Tensor
+
+import mmattn
+
+SECONDS = 90  # of its turn, after which no further shape is begun
+STEPS = 25
+CPU_REPEATS = 9
+SHAPES = [shape for shape in experiment.BLOCKS if shape.keys == 77]
+TINY = [Shape("tiny", 2, 16, 5, 8)]
+FOLDED, FOLDED_COMPILED, PROJECTED = "folded", "folded, compiled", f"projections, {experiment.COMPILED}"
+OURS = [FOLDED, FOLDED_COMPILED]
+Run = Callable[["Inputs"], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A block, its batch, and how many prompts its rows follow: two are those of guidance, for any number of
+    pictures."""
+
+    shape: Shape
+    batch: int
+    prompts: int
+
+    @property
+    def where(self) -> str:
+        """In a line."""
+        return f"{self.shape.name}, batch {self.batch}, {self.prompts} prompts"
+
+
+class Inputs:
+    """One layer: its weights, a batch after the norm, keys and values of its prompts, and these with all folded in."""
+
+    def __init__(self, case: Case, options: Options, dtype: torch.dtype) -> None:
+        shape, channels = case.shape, experiment.width(case.shape)
+
+        def draw(*sizes: int, spread: float = 1.0) -> Tensor:
+            return torch.randn(*sizes, device=options.device, dtype=dtype) * spread
+
+        spread = channels**-0.5
+        of_query, of_output = (draw(channels, channels, spread=spread) for _ in range(2))
+        self.projections = Projections(of_query, of_output, draw(channels))
+        self.rows = draw(case.batch, shape.queries, channels)
+        kept = (draw(case.prompts, shape.keys, shape.heads, shape.head_dim).transpose(1, 2) for _ in range(2))
+        self.key, self.value = kept
+        self.each_key, self.each_value = (
+            each.repeat_interleave(case.batch // case.prompts, dim=0) for each in (self.key, self.value)
+        )
+        self.folded = self.fold()
+
+    def fold(self) -> Folded:
+        """Once for each prompt."""
+        return fold(self.projections, self.key, self.value, self.key.shape[3] ** -0.5)
+
+    @property
+    def nbytes(self) -> int:
+        """Of a step of either form, the smaller."""
+        weights = self.projections.query.nbytes + self.projections.output.nbytes
+        return 2 * self.rows.nbytes + min(weights + self.each_key.nbytes + self.each_value.nbytes, self.folded.nbytes)
+
+    def exact(self) -> Tensor:
+        """Of the first row, in float64."""
+        weights = (self.projections.query, self.projections.output, self.projections.bias)
+        doubles = Projections(*(each.double() for each in weights))
+        return attend_projected(self.rows[:1].double(), doubles, self.key[:1].double(), self.value[:1].double())
+
+
+def projected(inputs: Inputs) -> Tensor:
+    """As layers do: torch's attention."""
+    return attend_projected(inputs.rows, inputs.projections, inputs.each_key, inputs.each_value)
+
+
+def by_triton(inputs: Inputs) -> Tensor:
+    """With our kernel for short keys."""
+    attend = functools.partial(mmattn.attention, backend="triton")
+    return attend_projected(inputs.rows, inputs.projections, inputs.each_key, inputs.each_value, attend)
+
+
+def variants(options: Options) -> dict[str, Run]:
+    """All that are timed; compiled for each size at its first call."""
+    whole = experiment.compiled(attend_projected, options, {})
+    product = experiment.compiled(attend_folded, options, {})
+    runs: dict[str, Run] = {
+        "projections, sdpa": projected,
+        PROJECTED: lambda inputs: whole(inputs.rows, inputs.projections, inputs.each_key, inputs.each_value),
+        "projections, triton": by_triton,
+        FOLDED: lambda inputs: attend_folded(inputs.rows, inputs.folded),
+        FOLDED_COMPILED: lambda inputs: product(inputs.rows, inputs.folded),
+    }
+    if options.device == "cpu" and not options.tiny:
+        del runs["projections, triton"]  # its interpreter is no measure
+    return runs
+
+
+def able(runs: dict[str, Run], inputs: Inputs) -> dict[str, Run]:
+    """Those that run; what is compiled at first calls is compiled here."""
+    found = {}
+    for name, run in runs.items():
+        try:
+            with torch.no_grad():
+                run(inputs)
+            found[name] = run
+        except Exception as error:
+            print(f"  {name}:", end="")
+            tell(error)
+    return found
+
+
+def timed(runs: dict[str, Run], sets: list[Inputs], options: Options) -> dict[str, float]:
+    """Microseconds of each variant, one after the other in turn."""
+    if options.device == "cpu" and not options.tiny:
+        times = wall_ms({name: functools.partial(run, sets[0]) for name, run in runs.items()}, CPU_REPEATS, "cpu")
+        spreads = {name: median_and_spread(each) for name, each in times.items()}
+        print("  " + ", ".join(f"{name} ±{spread:.0%}" for name, (_, spread) in spreads.items()), flush=True)
+        return {name: 1000 * middle for name, (middle, _) in spreads.items()}
+    calls = {name: [functools.partial(run, inputs) for inputs in sets] for name, run in runs.items()}
+    return alternating_us(calls, options.device)
+
+
+def checked(case: Case, inputs: Inputs, runs: dict[str, Run]) -> tuple[list[str], dict[str, float]]:
+    """What is wrong with the first row, by the tolerance rule with the ordinary form for eager, and largest errors."""
+    exact = inputs.exact()
+    one = attend_projected(inputs.rows[:1], inputs.projections, inputs.key[:1], inputs.value[:1])
+    problems, errors = [], {"projections": (one.double() - exact).abs().max().item()}
+    for name in OURS:
+        if name in runs:
+            got = runs[name](inputs)[:1]
+            errors[name] = (got.double() - exact).abs().max().item()
+            problem = experiment.wrong(got, one, exact)
+            problems += [f"{case.where}, {name}: {problem}"] if problem else []
+    return problems, errors
+
+
+def floors(case: Case, inputs: Inputs, ceilings: Ceilings) -> dict[str, str]:
+    """Of both forms: rows in and out, weights or what is folded, once; and all products."""
+    shape, channels, rows = case.shape, experiment.width(case.shape), case.batch * case.shape.queries
+    weights, keys = 4.0 * channels**2 * inputs.rows.element_size() / 2, inputs.key.nbytes + inputs.value.nbytes
+    ordinary = ceilings.floor_us(
+        2 * inputs.rows.nbytes + weights + keys, 4.0 * rows * channels * (channels + shape.keys)
+    )
+    places = inputs.folded.key.shape[1]
+    ours = ceilings.floor_us(2 * inputs.rows.nbytes + inputs.folded.nbytes, 4.0 * rows * channels * places)
+    return {"floor, projections": "{:.1f} ({})".format(*ordinary), "floor, folded": "{:.1f} ({})".format(*ours)}
+
+
+def ceilings_of(options: Options) -> Ceilings:
+    """The card's; of processors by a product in float32 and by a negation."""
+    if options.device != "cpu" or options.tiny:
+        return measure_ceilings(options)
+    source, side = torch.randn(2**25), 2048
+    target, one = torch.empty_like(source), torch.randn(side, side)
+    runs = {"copy": lambda: torch.neg(source, out=target), "product": lambda: one @ one}
+    for run in runs.values():
+        run()
+    seconds = {name: median_and_spread(times)[0] / 1000 for name, times in wall_ms(runs, 5, "cpu").items()}
+    return Ceilings(2 * source.nbytes / seconds["copy"], 2 * side**3 / seconds["product"])
+
+
+def row_of(case: Case, runs: dict[str, Run], problems: list[str], ceilings: Ceilings, options: Options) -> None:
+    """A line of the table, and the verdict."""
+    sets = sets_of(case, options)
+    times = timed(runs, sets, options)
+    wrong_here, errors = checked(case, sets[0], runs)
+    problems += wrong_here
+    folding = timed({"": Inputs.fold}, sets, options)[""]
+    best = min((name for name in OURS if name in times), key=lambda name: times[name])
+    rival = times.get(PROJECTED, math.inf)
+    saved = rival - times[best]
+    kept = sets[0].key.nbytes + sets[0].value.nbytes
+    options.add(
+        f"Cross-attention with folded projections, µs{' of processors' if options.device == 'cpu' else ''}",
+        shape=case.shape.name,
+        sizes=f"{case.shape.queries} x {case.shape.keys}, {case.shape.heads} heads of {case.shape.head_dim}",
+        batch=case.batch,
+        prompts=case.prompts,
+        **{name: f"{us:.1f}" for name, us in times.items()},
+        **{f"{experiment.COMPILED} / best folded": f"{rival / times[best]:.2f}"},
+        **floors(case, sets[0], ceilings),
+        **{"folding, once": f"{folding:.1f}"},
+        **{f"{STEPS} steps gain": f"{STEPS * saved - folding:.0f}"},
+        **{"KiB a prompt, keys and values": f"{kept / case.prompts / 1024:.0f}"},
+        **{"KiB a prompt, folded": f"{sets[0].folded.nbytes / case.prompts / 1024:.0f}"},
+        **{f"largest error, {name}": f"{error:.2g}" for name, error in errors.items()},
+        values="; ".join(wrong_here) or "right",
+        verdict=experiment.verdict(case.where, times, OURS, [PROJECTED], options.device),
+    )
+
+
+def sets_of(case: Case, options: Options) -> list[Inputs]:
+    """Layers, together larger than the cache."""
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float16 if options.tiny else torch.float32
+    if options.device == "cpu":
+        return [Inputs(case, options, dtype)]
+    first = Inputs(case, options, dtype)
+    count = max(2, min(experiment.MOST_SETS, math.ceil(CACHE_BYTES / first.nbytes)))
+    return [first, *(Inputs(case, options, dtype) for _ in range(count - 1))]
+
+
+def all_cases(options: Options) -> Iterator[Case]:
+    """The smaller batch first: time may run out."""
+    for batch in experiment.BATCHES if options.device == "cuda" or options.tiny else experiment.BATCHES[:1]:
+        for shape in TINY if options.tiny else SHAPES:
+            yield from (Case(shape, batch, prompts) for prompts in sorted({2, batch}))
+
+
+def main() -> int:
+    """Every case; 1 if a value is not what it has to be."""
+    options = experiment.start(__doc__)
+    problems: list[str] = []
+    runs, ready = variants(options), []
+    for case in all_cases(options):
+        ready.append((case, able(runs, sets_of(case, options)[0])))
+        print(f"  {case.where}: {', '.join(ready[-1][1])}", flush=True)
+    with options.turn() as begin, torch.no_grad():
+        ceilings = ceilings_of(options)
+        rates = {"TB/s": f"{ceilings.bytes_per_s / 1e12:.3g}", "TFLOP/s": f"{ceilings.flops_per_s / 1e12:.3g}"}
+        options.add("Ceilings beside folded projections", **rates, threads=torch.get_num_threads())
+        for case, usable in ready:
+            if time.perf_counter() - begin > SECONDS:
+                print(f"out of time: {case.where} not measured", flush=True)
+                continue
+            row_of(case, usable, problems, ceilings, options)
+    print("\n".join(problems) or "all values right", flush=True)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
