@@ -11,7 +11,6 @@ Shapes: B batch, H query heads, G key/value heads, Lq / Lk lengths, D head_dim. 
 # What Triton compiles is not what it looks like to a type checker.
 # pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
-# ruff: noqa: RUF005
 from __future__ import annotations
 
 import dataclasses
@@ -37,7 +36,6 @@ from mmattn.kernels.blocks import (
 )
 from mmattn.kernels.decode import DecodeConfig, decode_launches
 from mmattn.kernels.launch import ACCESS_BYTES, SIZES, Launch, strides_in_units
-from mmattn.kernels.short_keys_configs import ForwardConfig
 from mmattn.kernels.short_keys_forward import attend_resident, forward_launch, resident_fwd_kernel
 
 PER = ("channel", "key")
@@ -72,6 +70,11 @@ class Context:
     def axis(self) -> int:
         """Of a scale, among [B, G, Lk, D]: the one that it lacks."""
         return 2 if self.per == "channel" else 3
+
+    def first(self) -> Context:
+        """Of the first row of the batch."""
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "per"}
+        return dataclasses.replace(self, **{name: tensor[:1] for name, tensor in tensors.items()})
 
     def widened(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, Lk, D] as `dtype` has them."""
@@ -268,33 +271,29 @@ def walk_launches(
     return _as_8_bits(first, walk_8bit_kernel, context), *rest
 
 
-def resident_launch(
-    query: Tensor, context: Context, scale: float, output: Tensor, lse: Tensor, config: ForwardConfig | None = None
-) -> Launch:
-    """The launch that fills `output` [B, H, Lq, D] and `lse` (float32 [B, H, Lq]) where a program holds all keys, as
-    `forward_launch` does. Raises ValueError for more keys than that."""
-    launch = forward_launch(query, context.key, context.value, None, None, scale, output, lse, config)
-    if launch.kernel is not resident_fwd_kernel:
-        raise ValueError(f"{context.key.shape[2]} keys are more than a program holds")
-    return _as_8_bits(launch, resident_8bit_kernel, context)
+def resident_launch(query: Tensor, context: Context, scale: float, output: Tensor, lse: Tensor) -> Launch | None:
+    """The launch that fills `output` [B, H, Lq, D] and `lse` (float32 [B, H, Lq]) with all keys held by a program, as
+    `forward_launch` does; None for more keys than that."""
+    launch = forward_launch(query, context.key, context.value, None, None, scale, output, lse)
+    return _as_8_bits(launch, resident_8bit_kernel, context) if launch.kernel is resident_fwd_kernel else None
 
 
-def attend_8bit(query: Tensor, context: Context, scale: float) -> Tensor:
-    """softmax(scale * query @ key^T) @ value: [B, H, Lq, D]. A program holds all keys where there are more queries than
-    a block of decoding takes and the keys fit, and walks over them else."""
+def launches_8bit(
+    query: Tensor, context: Context, scale: float, output: Tensor, config: DecodeConfig | None = None
+) -> tuple[Launch, ...]:
+    """The launches that fill `output`. A program holds all keys where there are more queries than a block of decoding
+    takes, and the keys fit; it walks over them else, and wherever a configuration for that is given."""
+    if config is None and query.shape[2] > DecodeConfig().block_m:
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        launch = resident_launch(query, context, scale, output, lse)
+        if launch is not None:
+            return (launch,)
+    return walk_launches(query, context, scale, output, config)
+
+
+def attend_8bit(query: Tensor, context: Context, scale: float, config: DecodeConfig | None = None) -> Tensor:
+    """softmax(scale * query @ key^T) @ value: [B, H, Lq, D], by `launches_8bit`."""
     output = torch.empty_like(query)
-    for launch in launches_8bit(query, context, scale, output):
+    for launch in launches_8bit(query, context, scale, output, config):
         launch.run(query.device)
     return output
-
-
-def launches_8bit(query: Tensor, context: Context, scale: float, output: Tensor) -> tuple[Launch, ...]:
-    """Those of `attend_8bit`."""
-    config = DecodeConfig()
-    if query.shape[2] <= config.block_m:
-        return walk_launches(query, context, scale, output)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    try:
-        return (resident_launch(query, context, scale, output, lse),)
-    except ValueError:
-        return walk_launches(query, context, scale, output)
