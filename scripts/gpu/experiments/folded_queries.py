@@ -39,6 +39,7 @@ STEPS = 25
 CPU_REPEATS = 9
 SHAPES = [shape for shape in experiment.BLOCKS if shape.keys == 77]
 TINY = [Shape("tiny", 2, 16, 5, 8)]
+STOCK = "projections, sdpa"
 FOLDED, FOLDED_COMPILED, PROJECTED = "folded", "folded, compiled", f"projections, {experiment.COMPILED}"
 OURS = [FOLDED, FOLDED_COMPILED]
 Run = Callable[["Inputs"], Any]
@@ -59,11 +60,17 @@ class Case:
         return f"{self.shape.name}, batch {self.batch}, {self.prompts} prompts"
 
 
+def is_by_the_clock(options: Options) -> bool:
+    """Is this a measurement on processors?"""
+    return options.device == "cpu" and not options.tiny
+
+
 class Inputs:
     """One layer: its weights, a batch after the norm, keys and values of its prompts, and these with all folded in."""
 
-    def __init__(self, case: Case, options: Options, dtype: torch.dtype) -> None:
+    def __init__(self, case: Case, options: Options) -> None:
         shape, channels = case.shape, experiment.width(case.shape)
+        dtype = torch.float32 if is_by_the_clock(options) else experiment.dtype_of(options)
 
         def draw(*sizes: int, spread: float = 1.0) -> Tensor:
             return torch.randn(*sizes, device=options.device, dtype=dtype) * spread
@@ -112,13 +119,13 @@ def variants(options: Options) -> dict[str, Run]:
     whole = experiment.compiled(attend_projected, options, {})
     product = experiment.compiled(attend_folded, options, {})
     runs: dict[str, Run] = {
-        "projections, sdpa": projected,
+        STOCK: projected,
         PROJECTED: lambda inputs: whole(inputs.rows, inputs.projections, inputs.each_key, inputs.each_value),
         "projections, triton": by_triton,
         FOLDED: lambda inputs: attend_folded(inputs.rows, inputs.folded),
         FOLDED_COMPILED: lambda inputs: product(inputs.rows, inputs.folded),
     }
-    if options.device == "cpu" and not options.tiny:
+    if is_by_the_clock(options):
         del runs["projections, triton"]  # its interpreter is no measure
     return runs
 
@@ -139,7 +146,7 @@ def able(runs: dict[str, Run], inputs: Inputs) -> dict[str, Run]:
 
 def timed(runs: dict[str, Run], sets: list[Inputs], options: Options) -> dict[str, float]:
     """Microseconds of each variant, one after the other in turn."""
-    if options.device == "cpu" and not options.tiny:
+    if is_by_the_clock(options):
         times = wall_ms({name: functools.partial(run, sets[0]) for name, run in runs.items()}, CPU_REPEATS, "cpu")
         spreads = {name: median_and_spread(each) for name, each in times.items()}
         print("  " + ", ".join(f"{name} ±{spread:.0%}" for name, (_, spread) in spreads.items()), flush=True)
@@ -148,24 +155,21 @@ def timed(runs: dict[str, Run], sets: list[Inputs], options: Options) -> dict[st
     return alternating_us(calls, options.device)
 
 
-def checked(case: Case, inputs: Inputs, runs: dict[str, Run]) -> tuple[list[str], dict[str, float]]:
-    """What is wrong with the first row, by the tolerance rule with the ordinary form for eager, and largest errors."""
+def checked(inputs: Inputs, runs: dict[str, Run]) -> tuple[dict[str, str], dict[str, float]]:
+    """What is wrong with the first row, by the tolerance rule with eager attention, and the largest errors; by name."""
     exact = inputs.exact()
-    one = attend_projected(inputs.rows[:1], inputs.projections, inputs.key[:1], inputs.value[:1])
-    problems, errors = [], {"projections": (one.double() - exact).abs().max().item()}
-    for name in OURS:
-        if name in runs:
-            got = runs[name](inputs)[:1]
-            errors[name] = (got.double() - exact).abs().max().item()
-            problem = experiment.wrong(got, one, exact)
-            problems += [f"{case.where}, {name}: {problem}"] if problem else []
-    return problems, errors
+    eager = functools.partial(mmattn.attention, backend="eager")
+    one = attend_projected(inputs.rows[:1], inputs.projections, inputs.key[:1], inputs.value[:1], eager)
+    results = {name: runs[name](inputs)[:1] for name in (STOCK, *OURS) if name in runs}
+    problems = {name: experiment.wrong(result, one, exact) for name, result in results.items()}
+    errors = {name: (result.double() - exact).abs().max().item() for name, result in results.items()}
+    return {name: problem for name, problem in problems.items() if problem}, errors
 
 
 def floors(case: Case, inputs: Inputs, ceilings: Ceilings) -> dict[str, str]:
     """Of both forms: rows in and out, weights or what is folded, once; and all products."""
     shape, channels, rows = case.shape, experiment.width(case.shape), case.batch * case.shape.queries
-    weights, keys = 4.0 * channels**2 * inputs.rows.element_size() / 2, inputs.key.nbytes + inputs.value.nbytes
+    weights, keys = 2.0 * channels**2 * inputs.rows.element_size(), inputs.key.nbytes + inputs.value.nbytes
     ordinary = ceilings.floor_us(
         2 * inputs.rows.nbytes + weights + keys, 4.0 * rows * channels * (channels + shape.keys)
     )
@@ -176,7 +180,7 @@ def floors(case: Case, inputs: Inputs, ceilings: Ceilings) -> dict[str, str]:
 
 def ceilings_of(options: Options) -> Ceilings:
     """The card's; of processors by a product in float32 and by a negation."""
-    if options.device != "cpu" or options.tiny:
+    if not is_by_the_clock(options):
         return measure_ceilings(options)
     source, side = torch.randn(2**25), 2048
     target, one = torch.empty_like(source), torch.randn(side, side)
@@ -190,13 +194,13 @@ def ceilings_of(options: Options) -> Ceilings:
 def row_of(case: Case, runs: dict[str, Run], problems: list[str], ceilings: Ceilings, options: Options) -> None:
     """A line of the table, and the verdict."""
     sets = sets_of(case, options)
-    times = timed(runs, sets, options)
-    wrong_here, errors = checked(case, sets[0], runs)
-    problems += wrong_here
+    wrong, errors = checked(sets[0], runs)
+    found = [f"{name}: {problem}" for name, problem in wrong.items()]
+    problems += [f"{case.where}, {each}" for each in found]
+    times = timed({name: run for name, run in runs.items() if name not in wrong}, sets, options)
     folding = timed({"": Inputs.fold}, sets, options)[""]
-    best = min((name for name in OURS if name in times), key=lambda name: times[name])
+    best = min((times[name] for name in OURS if name in times), default=math.inf)
     rival = times.get(PROJECTED, math.inf)
-    saved = rival - times[best]
     kept = sets[0].key.nbytes + sets[0].value.nbytes
     options.add(
         f"Cross-attention with folded projections, µs{' of processors' if options.device == 'cpu' else ''}",
@@ -205,26 +209,25 @@ def row_of(case: Case, runs: dict[str, Run], problems: list[str], ceilings: Ceil
         batch=case.batch,
         prompts=case.prompts,
         **{name: f"{us:.1f}" for name, us in times.items()},
-        **{f"{experiment.COMPILED} / best folded": f"{rival / times[best]:.2f}"},
+        **{f"{experiment.COMPILED} / best folded": f"{rival / best:.2f}"},
         **floors(case, sets[0], ceilings),
         **{"folding, once": f"{folding:.1f}"},
-        **{f"{STEPS} steps gain": f"{STEPS * saved - folding:.0f}"},
+        **{f"{STEPS} steps gain": f"{STEPS * (rival - best) - folding:.0f}"},
         **{"KiB a prompt, keys and values": f"{kept / case.prompts / 1024:.0f}"},
         **{"KiB a prompt, folded": f"{sets[0].folded.nbytes / case.prompts / 1024:.0f}"},
         **{f"largest error, {name}": f"{error:.2g}" for name, error in errors.items()},
-        values="; ".join(wrong_here) or "right",
-        verdict=experiment.verdict(case.where, times, OURS, [PROJECTED], options.device),
+        values="; ".join(found) or "right",
+        verdict=experiment.verdict(case.where, times, OURS, [STOCK, PROJECTED], options.device),
     )
 
 
 def sets_of(case: Case, options: Options) -> list[Inputs]:
     """Layers, together larger than the cache."""
-    dtype = torch.bfloat16 if options.device == "cuda" else torch.float16 if options.tiny else torch.float32
-    if options.device == "cpu":
-        return [Inputs(case, options, dtype)]
-    first = Inputs(case, options, dtype)
-    count = max(2, min(experiment.MOST_SETS, math.ceil(CACHE_BYTES / first.nbytes)))
-    return [first, *(Inputs(case, options, dtype) for _ in range(count - 1))]
+    first = Inputs(case, options)
+    count = 1 if is_by_the_clock(options) else 2
+    if options.device == "cuda":
+        count = max(count, min(experiment.MOST_SETS, math.ceil(CACHE_BYTES / first.nbytes)))
+    return [first, *(Inputs(case, options) for _ in range(count - 1))]
 
 
 def all_cases(options: Options) -> Iterator[Case]:
@@ -240,8 +243,10 @@ def main() -> int:
     problems: list[str] = []
     runs, ready = variants(options), []
     for case in all_cases(options):
-        ready.append((case, able(runs, sets_of(case, options)[0])))
-        print(f"  {case.where}: {', '.join(ready[-1][1])}", flush=True)
+        ready.append((case, able(runs, Inputs(case, options))))
+        missing = [name for name in OURS if name not in ready[-1][1]]
+        problems += [f"{case.where}, {name}: does not run" for name in missing]
+        print(f"  {case.where}: compiled", flush=True)
     with options.turn() as begin, torch.no_grad():
         ceilings = ceilings_of(options)
         rates = {"TB/s": f"{ceilings.bytes_per_s / 1e12:.3g}", "TFLOP/s": f"{ceilings.flops_per_s / 1e12:.3g}"}
