@@ -24,27 +24,29 @@ from scripts.gpu.experiments.context_8bit_kernels import (  # noqa: E402
 )
 
 FORMATS = [(torch.int8, "channel"), (torch.int8, "key"), (torch.float8_e4m3fn, "channel"), (torch.float8_e4m3fn, "key")]
+PAIRS = [FORMATS[::3], FORMATS[1:3]]
 # One query and folded ones; one share of the keys and several; all keys held, and more queries than a block.
 SHAPES = [
     (Shape(2, 6, 2, 1, 29, 40), walk_8bit_kernel, 1),
     (Shape(1, 4, 2, 3, 577, 64), walk_8bit_kernel, 2),
-    (Shape(2, 2, 1, 67, 77, 72), resident_8bit_kernel, 1),
+    (Shape(1, 2, 1, 67, 77, 72), resident_8bit_kernel, 1),
     (Shape(1, 2, 2, 67, 293, 23), walk_8bit_kernel, 2),
 ]
-CASES = [(*shape, *kind) for shape in SHAPES for kind in FORMATS]
+# Of every other shape one half of the formats: each kernel has both kinds of scales and both types of 8 bits.
+CASES = [(*shape, *kind) for number, shape in enumerate(SHAPES) for kind in PAIRS[number % 2]]
 SCALE = 0.2
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[3]}-{case[4]}")
 def test_kernels_against_float64(case):
-    """Of what the 8 bits say, by the tolerance rule. Each kernel runs in both types."""
+    """Of what the 8 bits say, by the tolerance rule."""
     shape, kernel, count, dtype, per = case
     number = CASES.index(case)
-    query, key, value = make_inputs(
-        shape, (torch.float16, torch.float32)[number // 4 + number & 1], generator_for(number, 97)
-    )
+    # In float32 no program holds so many keys.
+    is_half = kernel is resident_8bit_kernel or (number + number // 2) % 2 == 0
+    query, key, value = make_inputs(shape, torch.float16 if is_half else torch.float32, generator_for(number, 97))
     context = in_8_bits(3 * key, value / 5, dtype, per)
-    if query.dtype is torch.float16:
+    if is_half:
         launches = launches_8bit(query, context, SCALE, query)
         assert (launches[0].kernel, len(launches)) == (kernel, count)
     eager = attention(query, *context.widened(query.dtype), scale=SCALE, backend="eager")
