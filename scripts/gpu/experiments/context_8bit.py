@@ -130,13 +130,13 @@ def grouped(query: Tensor, key: Tensor) -> Tensor:
 def in_16_bits(inputs: Inputs) -> Tensor:
     """torch's attention."""
     query = grouped(inputs.query, inputs.key)
-    return F.scaled_dot_product_attention(query, inputs.key, inputs.value).view(inputs.query.shape)
+    return F.scaled_dot_product_attention(query, inputs.key, inputs.value)
 
 
 def dequantised(query: Tensor, context: Context) -> Tensor:
     """To be compiled: keys and values made anew in 16 bits, and torch's attention."""
     key, value = context.widened(query.dtype)
-    return F.scaled_dot_product_attention(grouped(query, key), key, value).view(query.shape)
+    return F.scaled_dot_product_attention(grouped(query, key), key, value)
 
 
 def written_out(query: Tensor, context: Context) -> Tensor:
@@ -144,14 +144,14 @@ def written_out(query: Tensor, context: Context) -> Tensor:
     rows = (grouped(query, context.key) * context.key_scales.unsqueeze(2)).to(query.dtype)
     scores = (rows @ context.key.to(query.dtype).mT).float() * query.shape[3] ** -0.5
     output = scores.softmax(3).to(query.dtype) @ context.value.to(query.dtype)
-    return (output * context.value_scales.unsqueeze(2)).to(query.dtype).view(query.shape)
+    return (output * context.value_scales.unsqueeze(2)).to(query.dtype)
 
 
 class Variant(NamedTuple):
     """What is timed.
 
     Attributes:
-        run: the call.
+        run: the call: [B, H, Lq, D], or of torch's [B, G, H / G * Lq, D], since some of its kernels would have to copy.
         context: which of the contexts it takes; None: 16 bits.
         is_ours: it is judged; the others are what it is judged by.
     """
@@ -235,7 +235,7 @@ class Case:
             low = eager(query, *(unrounded if context is None else context.widened(dtype)))
             reference = exact if context is None else eager(query.double(), *context.widened(torch.float64))
             try:
-                got = variant.run(inputs)[:1]
+                got = variant.run(inputs)[:1].reshape(query.shape)
             except Exception as error:
                 print(f"  {self.where}, {name}:", end="")
                 tell(error)

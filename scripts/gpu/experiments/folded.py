@@ -2,7 +2,8 @@
 
 Scores are (x Wq_h^T) K_h^T = x (K_h Wq_h)^T and outputs P_h V_h Wo_h^T = P_h (V_h Wo_h^T). A prompt's keys and values
 do not change from step to step, so both brackets are computed once for each prompt and layer; a step is then a product,
-a softmax over groups of keys, and a product. (arXiv 2405.04434 does the same with the keys of a latent cache.)
+a softmax over groups of keys, and a product. (arXiv 2405.04434 does the same with the keys of a latent cache.) Weights
+of a head add up to 1: with a share of the outputs' bias in the values of each head it costs nothing either.
 
 Shapes: B rows of a batch, P prompts, N places of the picture, C its channels, H heads of D, L keys.
 """
@@ -36,15 +37,13 @@ class Folded:
 
     Attributes:
         key: [P, H * L', C], scaled; L' is L, or more where H * L is no multiple of `MULTIPLE`.
-        value: [P, H * L', C].
-        bias: [C].
+        value: [P, H * L', C], the bias in them.
         heads: H.
         length: L.
     """
 
     key: Tensor
     value: Tensor
-    bias: Tensor
     heads: int
     length: int
 
@@ -62,14 +61,15 @@ def fold(projections: Projections, key: Tensor, value: Tensor, scale: float) -> 
     of_output = projections.output.to(exact).view(-1, heads, head_dim).permute(1, 2, 0)
     rest = -length % MULTIPLE if heads * length % MULTIPLE else 0
 
-    def folded(tensor: Tensor, weights: Tensor) -> Tensor:
+    def folded(tensor: Tensor, weights: Tensor, bias: Tensor | float = 0.0) -> Tensor:
         # Of a head all prompts together: its weights are read once.
         rows = tensor.transpose(0, 1).flatten(1, 2)
-        products = (rows @ weights).unflatten(1, (-1, length)).transpose(0, 1)
+        products = (rows @ weights + bias).unflatten(1, (-1, length)).transpose(0, 1)
         return F.pad(products, (0, 0, 0, rest)).flatten(1, 2).to(key.dtype)
 
-    both = folded(scale * key.to(exact), of_query), folded(value.to(exact), of_output)
-    return Folded(*both, projections.bias, heads, length)
+    shares = projections.bias.to(exact) / heads
+    both = folded(scale * key.to(exact), of_query), folded(value.to(exact), of_output, shares)
+    return Folded(*both, heads, length)
 
 
 def attend_folded(rows: Tensor, folded: Folded) -> Tensor:
@@ -81,7 +81,7 @@ def attend_folded(rows: Tensor, folded: Folded) -> Tensor:
     if scores.shape[3] > length:
         is_rest = torch.arange(scores.shape[3], device=scores.device) >= length
         scores = scores.masked_fill(is_rest, float("-inf"))
-    return torch.baddbmm(folded.bias, scores.softmax(3).flatten(2), value).view(rows.shape)
+    return (scores.softmax(3).flatten(2) @ value).view(rows.shape)
 
 
 def attend_projected(
