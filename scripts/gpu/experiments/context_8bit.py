@@ -38,7 +38,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import mmattn
 from mmattn.kernels.decode import MAX_QUERIES, DecodeConfig, decode_config
 from mmattn.kernels.launch import STAND_IN, Launch
-from mmattn.kernels.resources import compiling_for
 
 SECONDS = 45  # of its turn, after which no further shape is begun
 DECODING = [
@@ -305,13 +304,9 @@ def best(names: list[str], times: dict[str, float]) -> str:
     return f"{found[name]:.1f}" if name == names[0] else f"{found[name]:.1f} ({name.split(', ', 1)[1]})"
 
 
-Job = tuple[Shape, str, "DecodeConfig | None"]
-
-
-def job_launches(job: Job, wanted: Formats) -> tuple[Launch, ...]:
+def launches_of(shape: Shape, how: tuple[torch.dtype, str], config: DecodeConfig | None) -> tuple[Launch, ...]:
     """On tensors that are only compiled for."""
-    shape, name, config = job
-    dtype, per = wanted[name]
+    dtype, per = how
     query = torch.empty(shape.batch, shape.queries, shape.heads, shape.head_dim, dtype=torch.bfloat16).transpose(1, 2)
     key = torch.empty(shape.batch, shape.keys, shape.kv_heads, shape.head_dim, dtype=dtype).transpose(1, 2)
     if shape.queries <= MAX_QUERIES:
@@ -320,36 +315,19 @@ def job_launches(job: Job, wanted: Formats) -> tuple[Launch, ...]:
     return launches_8bit(query, Context(key, key, scales, scales, per), 0.3, query, config)
 
 
-def jobs_of(shapes: list[Shape], wanted: Formats) -> Iterator[tuple[Job, tuple[Launch, ...]]]:
-    """All that is compiled, each kernel once; within `compiling_for`."""
-    seen = set()
-    for shape in shapes:
-        for name, config in [*((name, None) for name in wanted), *((FIRST, each) for each in choices(shape).values())]:
-            made = job_launches((shape, name, config), wanted)
-            constants = [(key, value) for key, value in made[0].arguments.items() if key.isupper()]
-            own = (made[0].kernel.__name__, name, made[0].num_warps, made[0].num_stages, *constants)
-            if own not in seen:
-                seen.add(own)
-                yield (shape, name, config), made
-
-
 def launches() -> Iterator[tuple[str, Launch]]:
-    """For each kernel what it is for."""
-    for (shape, name, config), found in jobs_of([*DECODING, *SHORT_KEYS], formats(STAND_IN.get().capability)):
-        what = f"{name}, {shape.queries} x {shape.keys}, head {shape.head_dim}"
-        yield what if config is None else f"{what}, {blocks_of(config)}", found[0]
-
-
-def compile_one(job: tuple[Shape, str, DecodeConfig | None, int, int]) -> str | None:
-    """Compile into Triton's cache on disk; the error if it cannot be."""
-    shape, name, config, *card = job
-    try:
-        with compiling_for(*card):
-            for launch in job_launches((shape, name, config), formats(STAND_IN.get().capability)):
-                launch.compile()
-    except Exception as error:
-        return f"{shape.name}, {name}: {type(error).__name__}: {str(error)[:200]}"
-    return None
+    """Each kernel once, and what it is for."""
+    wanted, seen = formats(STAND_IN.get().capability), set()
+    for shape in [*DECODING, *SHORT_KEYS]:
+        for name, config in [*((name, None) for name in wanted), *((FIRST, each) for each in choices(shape).values())]:
+            what = f"{name}, {shape.queries} x {shape.keys}, head {shape.head_dim}"
+            for launch in launches_of(shape, wanted[name], config):
+                constants = [(key, value) for key, value in launch.arguments.items() if key.isupper()]
+                dtype = launch.arguments["key_ptr"].dtype if "key_ptr" in launch.arguments else None
+                own = (launch.kernel.__name__, dtype, launch.num_warps, launch.num_stages, *constants)
+                if own not in seen:
+                    seen.add(own)
+                    yield what if config is None else f"{what}, {blocks_of(config)}", launch
 
 
 def main() -> int:
@@ -357,11 +335,8 @@ def main() -> int:
     options = experiment.start(__doc__, launches)
     shapes, wanted, begin = TINY if options.tiny else [*DECODING, *SHORT_KEYS], formats((9, 0)), time.perf_counter()
     if options.device == "cuda":
-        card = experiment.this_card()
-        wanted = formats((card[0] // 10, card[0] % 10))
-        with compiling_for(*card):
-            jobs = [(*job, *card) for job, _ in jobs_of(shapes, wanted)]
-        experiment.compile_side_by_side(compile_one, jobs)
+        wanted = formats(torch.cuda.get_device_capability())
+        experiment.compile_launches(launches, options)
     cases = []
     for shape in shapes:
         cases.append(Case(shape, wanted, options))

@@ -171,11 +171,12 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {(lines or [''])[-1].strip()[:200]}"
 
 
-def wrong(result: Any, eager: Any, exact: Any) -> str | None:
+def wrong(result: Any, eager: Any, exact: Any, unavoidable: float = 0.0) -> str | None:
     """What is wrong with a result by the tolerance rule of every backend, None if nothing is: a tensor or some, by
-    torch's operations in the same dtype, and in float64."""
+    torch's operations in the same dtype, and in float64; `unavoidable`: what rounding of the same terms in another
+    order may add."""
     for got, low, reference in zip(*map(_tensors, (result, eager, exact)), strict=True):
-        found = deviation(got, low, reference)
+        found = deviation(got, low, reference, unavoidable=unavoidable)
         if not found.is_within:
             return f"off by {found.error:.3g}, where {found.bound:.3g} is allowed"
     return None

@@ -84,6 +84,15 @@ def attend_folded(rows: Tensor, folded: Folded) -> Tensor:
     return (scores.softmax(3).flatten(2) @ value).view(rows.shape)
 
 
+def unavoidable(rows: Tensor, folded: Folded) -> float:
+    """What no order of adding up avoids, for the tolerance rule: one rounding of the largest sum of absolute terms,
+    which grows with the largest score."""
+    both = Folded(folded.key.double(), folded.value.double().abs(), folded.heads, folded.length)
+    score = (rows.double().reshape(both.key.shape[0], -1, rows.shape[2]) @ both.key.mT).abs().max().item()
+    eps = min(torch.finfo(rows.dtype).eps, torch.finfo(torch.float32).eps)
+    return eps * (1 + score) * attend_folded(rows.double(), both).max().item()
+
+
 def attend_projected(
     rows: Tensor, projections: Projections, key: Tensor, value: Tensor, attend: Attend = F.scaled_dot_product_attention
 ) -> Tensor:
