@@ -24,18 +24,18 @@ from torch import Tensor
 
 from mmattn.kernels.blocks import (
     add_products,
-    head_of,
     load_keys,
     load_rows,
+    load_rows_of,
+    online_softmax,
     place,
     row_products,
-    rows_of,
     scaled_rows,
     store_rows,
     zero_blocks,
 )
 from mmattn.kernels.decode import DecodeConfig, decode_launches
-from mmattn.kernels.launch import ACCESS_BYTES, SIZES, Launch, strides_in_units
+from mmattn.kernels.launch import ACCESS_BYTES, SIZES, Launch, tensor_arguments
 from mmattn.kernels.short_keys_forward import attend_resident, forward_launch, resident_fwd_kernel
 
 PER = ("channel", "key")
@@ -156,24 +156,17 @@ def walk_8bit_kernel(
         start = block * BLOCK_N
         far = start.to(tl.int64)
         is_key = keys < num_keys - start
-        key_rows = rows_of(key_ptr, key_strides, batch, kv_head, far, KEY_UNIT)
-        key = load_rows(key_rows, keys, is_key, key_strides, HEAD_DIM, DIM_TILES, KEY_UNIT)
-        value_rows = rows_of(value_ptr, value_strides, batch, kv_head, far, KEY_UNIT)
-        value = load_rows(value_rows, keys, is_key, value_strides, HEAD_DIM, DIM_TILES, KEY_UNIT)
+        key = load_rows_of(key_ptr, key_strides, batch, kv_head, far, keys, is_key, HEAD_DIM, DIM_TILES, KEY_UNIT)
+        value = load_rows_of(value_ptr, value_strides, batch, kv_head, far, keys, is_key, HEAD_DIM, DIM_TILES, KEY_UNIT)
         scores = row_products(query, _widened(key, query[0], DIM_TILES), DIM_TILES) * scale
         if not IS_PER_CHANNEL:
             scores *= tl.load(key_scales + start + keys, mask=is_key, other=0.0)[None, :]
         scores = tl.where(is_key[None, :], scores, float("-inf"))
-        # Every block has a key: no row is without a largest score.
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_max[:, None])
-        factors = tl.exp2(row_max - new_max)
-        total = total * factors + tl.sum(weights, axis=1)
+        weights, factors, total, row_max = online_softmax(scores, total, row_max)
         if not IS_PER_CHANNEL:
             weights *= tl.load(value_scales + start + keys, mask=is_key, other=0.0)[None, :]
         output = scaled_rows(output, factors, DIM_TILES)
         output = add_products(output, weights, _widened(value, query[0], DIM_TILES), DIM_TILES)
-        row_max = new_max
 
     if IS_PER_CHANNEL:
         output = _scaled_columns(output, value_scales, HEAD_DIM, DIM_TILES)
@@ -229,9 +222,8 @@ def resident_8bit_kernel(
     batch = batch.to(tl.int64)
     kv_head = head // group
     key, value, is_key = load_keys(
-        head_of(key_ptr, key_strides, batch, kv_head, KEY_UNIT),
-        head_of(value_ptr, value_strides, batch, kv_head, KEY_UNIT),
-        key_ptr, key_strides, value_strides, (0, 0, 0), 0, num_keys, KEY_TILES, HEAD_DIM, DIM_TILES, KEY_UNIT, False,
+        key_ptr, value_ptr, key_ptr, key_strides, value_strides, (0, 0, 0), batch, kv_head, 0,
+        num_keys, KEY_TILES, HEAD_DIM, DIM_TILES, KEY_UNIT, False,
     )  # fmt: skip
     place_of_scales = (batch * (num_heads // group) + kv_head) * (HEAD_DIM if IS_PER_CHANNEL else num_keys)
     key = _dequantised(
@@ -257,7 +249,7 @@ def _as_8_bits(launch: Launch, kernel: object, context: Context) -> Launch:
         if "mask" not in name.lower() and name != "IS_CAUSAL"
     }  # fmt: skip
     kept |= {"key_scales_ptr": context.key_scales, "value_scales_ptr": context.value_scales}
-    kept |= {"key_strides": strides_in_units(context.key, unit), "value_strides": strides_in_units(context.value, unit)}
+    kept |= tensor_arguments(unit, key=context.key, value=context.value)
     kept |= {"KEY_UNIT": unit, "IS_PER_CHANNEL": context.per == "channel"}
     return dataclasses.replace(launch, kernel=kernel, arguments=kept)
 
