@@ -180,20 +180,7 @@ def floors(case: Case, inputs: Inputs, ceilings: Ceilings) -> dict[str, str]:
     return {"floor, projections": "{:.1f} ({})".format(*ordinary), "floor, folded": "{:.1f} ({})".format(*ours)}
 
 
-def ceilings_of(options: Options) -> Ceilings:
-    """The card's; of processors by a product in float32 and by a negation."""
-    if not is_by_the_clock(options):
-        return measure_ceilings(options)
-    source, side = torch.randn(2**25), 2048
-    target, one = torch.empty_like(source), torch.randn(side, side)
-    runs = {"copy": lambda: torch.neg(source, out=target), "product": lambda: one @ one}
-    for run in runs.values():
-        run()
-    seconds = {name: median_and_spread(times)[0] / 1000 for name, times in wall_ms(runs, 5, "cpu").items()}
-    return Ceilings(2 * source.nbytes / seconds["copy"], 2 * side**3 / seconds["product"])
-
-
-def row_of(case: Case, runs: dict[str, Run], problems: list[str], ceilings: Ceilings, options: Options) -> None:
+def row_of(case: Case, runs: dict[str, Run], problems: list[str], ceilings: Ceilings | None, options: Options) -> None:
     """A line of the table, and the verdict."""
     sets = sets_of(case, options)
     wrong, errors = checked(sets[0], runs)
@@ -212,7 +199,7 @@ def row_of(case: Case, runs: dict[str, Run], problems: list[str], ceilings: Ceil
         prompts=case.prompts,
         **{name: f"{us:.1f}" for name, us in times.items()},
         **{f"{experiment.COMPILED} / best folded": f"{rival / best:.2f}"},
-        **floors(case, sets[0], ceilings),
+        **({} if ceilings is None else floors(case, sets[0], ceilings)),
         **{"folding, once": f"{folding:.1f}"},
         **{f"{STEPS} steps gain": f"{STEPS * (rival - best) - folding:.0f}"},
         **{"KiB a prompt, keys and values": f"{kept / case.prompts / 1024:.0f}"},
@@ -250,9 +237,7 @@ def main() -> int:
         problems += [f"{case.where}, {name}: does not run" for name in missing]
         print(f"  {case.where}: compiled", flush=True)
     with options.turn() as begin, torch.no_grad():
-        ceilings = ceilings_of(options)
-        rates = {"TB/s": f"{ceilings.bytes_per_s / 1e12:.3g}", "TFLOP/s": f"{ceilings.flops_per_s / 1e12:.3g}"}
-        options.add("Ceilings beside folded projections", **rates, threads=torch.get_num_threads())
+        ceilings = None if is_by_the_clock(options) else measure_ceilings(options)
         for case, usable in ready:
             if time.perf_counter() - begin > SECONDS:
                 print(f"out of time: {case.where} not measured", flush=True)
