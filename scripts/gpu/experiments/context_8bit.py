@@ -337,10 +337,15 @@ def main() -> int:
     if options.device == "cuda":
         wanted = formats(torch.cuda.get_device_capability())
         experiment.compile_launches(launches, options)
-    cases = []
+    cases, failed = list[Case](), 0
     for shape in shapes:
-        cases.append(Case(shape, wanted, options))
-        print(f"  {cases[-1].where}: {'; '.join(cases[-1].problems) or 'right'}", flush=True)
+        try:
+            cases.append(Case(shape, wanted, options))
+            print(f"  {cases[-1].where}: {'; '.join(cases[-1].problems) or 'right'}", flush=True)
+        except Exception as error:  # other shapes' rows are wanted all the same
+            print(f"  {shape.name}, batch {shape.batch}:", end="")
+            tell(error)
+            failed += 1
     for case in cases:
         if time.perf_counter() - begin > experiment.TUNING_SECONDS:
             print(f"out of time: {case.where} not compiled by {experiment.TUNED['mode']}", flush=True)
@@ -352,8 +357,13 @@ def main() -> int:
             if time.perf_counter() - begin > SECONDS:
                 print(f"out of time: {case.where} not measured", flush=True)
                 continue
-            case.measure(ceilings)
-    return 0 if all(case.is_right for case in cases) else 1
+            try:
+                case.measure(ceilings)
+            except Exception as error:
+                print(f"  {case.where}:", end="")
+                tell(error)
+                failed += 1
+    return 1 if failed or not all(case.is_right for case in cases) else 0
 
 
 if __name__ == "__main__":

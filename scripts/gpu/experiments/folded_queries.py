@@ -242,7 +242,10 @@ def main() -> int:
             if time.perf_counter() - begin > SECONDS:
                 print(f"out of time: {case.where} not measured", flush=True)
                 continue
-            row_of(case, usable, problems, ceilings, options)
+            try:
+                row_of(case, usable, problems, ceilings, options)
+            except Exception as error:  # other shapes' rows are wanted all the same
+                problems.append(f"{case.where}: {type(error).__name__}: {str(error)[:200]}")
     print("\n".join(problems) or "all values right", flush=True)
     return 1 if problems else 0
 
