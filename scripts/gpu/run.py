@@ -54,6 +54,8 @@ EXPERIMENTS = (
     "norm_projection",
     "residual_norm",
     "backward_split",
+    "context_8bit",
+    "folded_queries",
 )
 # The most important first: a page that is cut off lacks the last.
 PARTS = {

@@ -44,6 +44,8 @@ MOST_SETS = 64
 TUNING_SECONDS, SECONDS = 110, 30
 # A smaller lead is not told from noise, and not worth a kernel.
 GAIN = 1.05
+ONLY_A_CARD = "It measures on a card only; --resources needs none, and --tiny --device cpu shows that it runs"
+NO_KERNEL = "It has no kernel of its own: --device cpu measures on processors, with --tiny it shows that it runs"
 COMPILED = "torch.compile"
 TUNED = {"mode": "max-autotune-no-cudagraphs"}
 Run = Callable[[Any], Any]
@@ -78,16 +80,17 @@ class Experiment:
     beside: Mapping[str, Run] = field(default_factory=dict)
 
 
-def start(description: str | None, launches: Callable[[], Iterable[tuple[str, Launch]]]) -> Options:
+def start(description: str | None, launches: Callable[[], Iterable[tuple[str, Launch]]] | None = None) -> Options:
     """The command line. Ends the process after a table of what kernels take (`--resources`), and where there is no
     card.
 
     Args:
         description: the script's docstring.
-        launches: called for each compute capability; launches on CPU tensors, and what each is for.
+        launches: called for each compute capability; launches on CPU tensors, and what each is for. None: it has no
+            kernel.
     """
-    options = read_options(description, has_resources=True)
-    if options.resources:
+    options = read_options(description, has_resources=launches is not None)
+    if launches is not None and options.resources:
         print(head("capability", "for"))
         for capability in CAPABILITIES:
             with compiling_for(capability):
@@ -97,7 +100,7 @@ def start(description: str | None, launches: Callable[[], Iterable[tuple[str, La
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
             f"{Path(sys.argv[0]).name}: no CUDA card here (torch {torch.__version__} sees none): nothing was measured. "
-            "It measures on a card only; --resources needs none, and --tiny --device cpu shows that it runs"
+            f"{ONLY_A_CARD if launches is not None else NO_KERNEL}"
         )
         raise SystemExit(2)
     print("; ".join(f"{name} {value}" for name, value in machine(options.device).items()), flush=True)
@@ -118,7 +121,7 @@ def dtype_of(options: Options) -> torch.dtype:
     return torch.bfloat16 if options.device == "cuda" else torch.float16
 
 
-def compiled(function: Run, options: Options, how: Mapping[str, Any]) -> Run:
+def compiled(function: Callable[..., Any], options: Options, how: Mapping[str, Any]) -> Callable[..., Any]:
     """By torch.compile, for one size each and in one piece; by no compiler where the script is only tried."""
     return torch.compile(function, fullgraph=True, dynamic=False, **({"backend": "eager"} if options.tiny else how))
 
@@ -168,11 +171,12 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {(lines or [''])[-1].strip()[:200]}"
 
 
-def wrong(result: Any, eager: Any, exact: Any) -> str | None:
+def wrong(result: Any, eager: Any, exact: Any, unavoidable: float = 0.0) -> str | None:
     """What is wrong with a result by the tolerance rule of every backend, None if nothing is: a tensor or some, by
-    torch's operations in the same dtype, and in float64."""
+    torch's operations in the same dtype, and in float64; `unavoidable`: what rounding of the same terms in another
+    order may add."""
     for got, low, reference in zip(*map(_tensors, (result, eager, exact)), strict=True):
-        found = deviation(got, low, reference)
+        found = deviation(got, low, reference, unavoidable=unavoidable)
         if not found.is_within:
             return f"off by {found.error:.3g}, where {found.bound:.3g} is allowed"
     return None
