@@ -33,7 +33,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from mmattn.kernels.launch import Launch
-from mmattn.kernels.resources import compiling_for
 
 SECONDS = 60  # of its turn, after which no further shape is begun
 BATCHES = (2, 4)
@@ -110,22 +109,10 @@ def check(shape: Shape, config: SplitConfig, device: str) -> str | None:
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
-    """Every configuration at every shape."""
+    """Every configuration at every shape. (The batch is no constant of the kernels.)"""
     for shape, config in itertools.product(WANTED, CHOICES):
-        inputs = Inputs(shape, 2, "cpu", empty=True)
-        yield f"{shape.name}, {short(config)}", split_of(config)(inputs)[0]
-
-
-def compile_one(job: tuple[Shape, int, SplitConfig, int, int]) -> str | None:
-    """What is wrong, if it cannot be compiled for the card."""
-    shape, batch, config, *card = job
-    with compiling_for(*card):
-        try:
-            for launch in split_of(config)(Inputs(shape, batch, "cpu", empty=True)):
-                launch.compile()
-        except Exception as error:
-            return f"{shape.name}, {short(config)}: {type(error).__name__}: {str(error)[:200]}"
-    return None
+        for launch in split_of(config)(Inputs(shape, 2, "cpu", empty=True)):
+            yield f"{shape.name}, {short(config)}", launch
 
 
 def measure_shape(shape: Shape, batch: int, options: Options) -> dict[str, str]:
@@ -166,10 +153,7 @@ def main() -> int:
     options = experiment.start(__doc__, launches)
     shapes = TINY if options.tiny else WANTED
     cases = [(shape, batch) for batch, shape in itertools.product(BATCHES, shapes)]
-    if options.device == "cuda":
-        card = experiment.this_card()
-        jobs = [(*case, config, *card) for case, config in itertools.product(cases, CHOICES)]
-        experiment.compile_side_by_side(compile_one, jobs)
+    experiment.compile_launches(launches, options)
     problems = [
         f"{shape.name}, {short(config)}: {problem}"
         for shape, config in itertools.product(shapes, CHOICES)

@@ -21,7 +21,6 @@ import functools
 import itertools
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ import torch.nn.functional as F
 from attention import CACHE_BYTES, PINNED
 from context_8bit_kernels import PER, Context, attend_8bit, in_8_bits, launches_8bit
 from decode import Shape
-from measure import Ceilings, Options, alternating_us, measure_ceilings, tell
+from measure import Ceilings, Options, alternating_us, tell
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -217,7 +216,9 @@ class Case:
         return f"{self.shape.name}, batch {self.shape.batch}"
 
     def tune(self) -> None:
-        """Products written out, with all that the compiler can try."""
+        """Products written out, with all that the compiler can try: of decoding."""
+        if self.shape.queries > MAX_QUERIES:
+            return
         run = experiment.compiled(written_out, self.options, experiment.TUNED)
         name = f"{FIRST}, written_out, {experiment.COMPILED} {experiment.TUNED['mode']}"
         self._take({name: of_context(run, FIRST)})
@@ -333,37 +334,12 @@ def launches() -> Iterator[tuple[str, Launch]]:
 def main() -> int:
     """All shapes; 1 if something of ours is not right or does not run."""
     options = experiment.start(__doc__, launches)
-    shapes, wanted, begin = TINY if options.tiny else [*DECODING, *SHORT_KEYS], formats((9, 0)), time.perf_counter()
+    shapes, wanted = TINY if options.tiny else [*DECODING, *SHORT_KEYS], formats((9, 0))
     if options.device == "cuda":
         wanted = formats(torch.cuda.get_device_capability())
         experiment.compile_launches(launches, options)
-    cases, failed = list[Case](), 0
-    for shape in shapes:
-        try:
-            cases.append(Case(shape, wanted, options))
-            print(f"  {cases[-1].where}: {'; '.join(cases[-1].problems) or 'right'}", flush=True)
-        except Exception as error:  # other shapes' rows are wanted all the same
-            print(f"  {shape.name}, batch {shape.batch}:", end="")
-            tell(error)
-            failed += 1
-    for case in cases:
-        if time.perf_counter() - begin > experiment.TUNING_SECONDS:
-            print(f"out of time: {case.where} not compiled by {experiment.TUNED['mode']}", flush=True)
-        elif case.shape.queries <= MAX_QUERIES:
-            case.tune()
-    with options.turn() as begin:
-        ceilings = measure_ceilings(options)
-        for case in cases:
-            if time.perf_counter() - begin > SECONDS:
-                print(f"out of time: {case.where} not measured", flush=True)
-                continue
-            try:
-                case.measure(ceilings)
-            except Exception as error:
-                print(f"  {case.where}:", end="")
-                tell(error)
-                failed += 1
-    return 1 if failed or not all(case.is_right for case in cases) else 0
+    named = [(f"{shape.name}, batch {shape.batch}", shape) for shape in shapes]
+    return experiment.run_cases(named, lambda shape: Case(shape, wanted, options), options, SECONDS)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 if "cpu" in sys.argv:  # Triton decides when a kernel is defined whether its interpreter runs it
     os.environ["TRITON_INTERPRET"] = "1"
@@ -50,6 +50,7 @@ COMPILED = "torch.compile"
 TUNED = {"mode": "max-autotune-no-cudagraphs"}
 Run = Callable[[Any], Any]
 Case = tuple[Shape, int]
+T = TypeVar("T")
 
 
 def width(shape: Shape) -> int:
@@ -207,6 +208,11 @@ class Prepared:
         """As a line has it."""
         return f"{self.shape.name}, batch {self.batch}"
 
+    @property
+    def is_right(self) -> bool:
+        """Do all variants run, and are they right?"""
+        return not self.problems
+
     def make(self) -> Any:
         """Inputs."""
         return self.experiment.make(self.shape, self.batch, self.options.device, dtype_of(self.options))
@@ -269,15 +275,53 @@ def _call(run: Run, inputs: Any) -> Callable[[], Any]:
     return lambda: run(inputs)
 
 
+class Measured(Protocol):
+    """A case whose variants are ready.
+
+    Attributes:
+        where: as a line has it.
+        problems: what is not right, or does not run.
+        is_right: is nothing among them that the script answers for?
+    """
+
+    problems: list[str]
+
+    @property
+    def where(self) -> str: ...
+    @property
+    def is_right(self) -> bool: ...
+    def tune(self) -> None: ...
+    def measure(self, ceilings: Ceilings) -> None: ...
+
+
 def run_experiment(experiment: Experiment, wanted: Sequence[Case], options: Options) -> int:
     """All of it; 1 if a variant is not right or does not run, else 0."""
-    begin, prepared, failed = time.perf_counter(), list[Prepared](), 0
-    for shape, batch in wanted:
+
+    def make(case: Case) -> Measured:
+        return Prepared(experiment, case, options)
+
+    names = [f"{shape.name}, batch {batch}" for shape, batch in wanted]
+    return run_cases(list(zip(names, wanted, strict=True)), make, options)
+
+
+def run_cases(
+    wanted: Sequence[tuple[str, T]], make: Callable[[T], Measured], options: Options, seconds: float = SECONDS
+) -> int:
+    """Prepare every case, tune as many as time allows, and measure them in turn; 1 if one is not right or fails.
+
+    Args:
+        wanted: each case with its name.
+        make: the case, prepared.
+        options: the script's.
+        seconds: of its turn, after which no further case is begun.
+    """
+    begin, prepared, failed = time.perf_counter(), list[Measured](), 0
+    for name, each in wanted:
         try:
-            prepared.append(Prepared(experiment, (shape, batch), options))
-            print(f"  {prepared[-1].where}: {'; '.join(prepared[-1].problems) or 'right'}", flush=True)
-        except Exception as error:  # other shapes' rows are wanted all the same
-            print(f"  {shape.name}, batch {batch}: {_said(error)}", flush=True)
+            prepared.append(make(each))
+            print(f"  {name}: {'; '.join(prepared[-1].problems) or 'right'}", flush=True)
+        except Exception as error:  # other cases' rows are wanted all the same
+            print(f"  {name}: {_said(error)}", flush=True)
             failed += 1
     for each in prepared:
         if time.perf_counter() - begin > TUNING_SECONDS:
@@ -287,7 +331,7 @@ def run_experiment(experiment: Experiment, wanted: Sequence[Case], options: Opti
     with options.turn() as begin:
         ceilings = measure_ceilings(options)
         for each in prepared:
-            if time.perf_counter() - begin > SECONDS:
+            if time.perf_counter() - begin > seconds:
                 print(f"out of time: {each.where} not measured", flush=True)
                 continue
             try:
@@ -295,7 +339,7 @@ def run_experiment(experiment: Experiment, wanted: Sequence[Case], options: Opti
             except Exception as error:
                 print(f"  {each.where}: {_said(error)}", flush=True)
                 failed += 1
-    return 1 if failed or any(each.problems for each in prepared) else 0
+    return 1 if failed or not all(each.is_right for each in prepared) else 0
 
 
 def verdict(where: str, times: Mapping[str, float], ours: Sequence[str], theirs: Sequence[str], device: str) -> str:
