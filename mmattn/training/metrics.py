@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from PIL.Image import Image
 from tqdm import tqdm
 
-from mmattn.errors import RunError
+from mmattn.errors import RunError, UsageError
 from mmattn.training.config import SAMPLES_FOLDER, TrainingConfig, config_dict
+from mmattn.training.devices import on_main
 from mmattn.training.state import LoopState
 
 METRICS_FILE = "metrics.jsonl"
@@ -59,7 +60,9 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        # A line that did not fit on the disk is still in its buffer, and would fail again: `write` has said it.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_metrics(path: Path | str, *, kind: str | None = None) -> list[dict[str, Any]]:
@@ -97,7 +100,13 @@ def _finite(value: Any) -> Any:
 
 
 class RunLog:
-    """All three places of a run; on other processes than the main one nothing is written."""
+    """All three places of a run; on other processes than the main one nothing is written.
+
+    A tracker that fails in the run is left out from then on, which is said: `metrics.jsonl` has all that it gets.
+
+    Raises:
+        UsageError: a tracker cannot be started.
+    """
 
     def __init__(
         self, accelerator: Accelerator, config: TrainingConfig, state: LoopState, *, unit: str = "tokens"
@@ -115,7 +124,27 @@ class RunLog:
         if self.has_trackers:
             settings = {key: "none" if value is None else value for key, value in config_dict(config).items()}
             flat = {key: str(value) if isinstance(value, list) else value for key, value in settings.items()}
-            accelerator.init_trackers("mmattn", config=flat)
+            on_main(accelerator, lambda: self._start_trackers(config.trackers, flat))
+
+    def _start_trackers(self, names: Sequence[str], settings: dict[str, Any]) -> None:
+        try:
+            self.accelerator.init_trackers("mmattn", config=settings)
+        except Exception as error:
+            raise UsageError(
+                f"training.trackers={','.join(names)} cannot be started ({_in_a_line(error)}): "
+                "mend that, or leave it out"
+            ) from error
+
+    def _tell_trackers(self, tell: Callable[[Any], object]) -> None:
+        for tracker in list(self.accelerator.trackers) if self.has_trackers else ():
+            try:
+                tell(tracker)
+            except Exception as error:  # of a service, a disk: whatever its package raises
+                self.accelerator.trackers.remove(tracker)
+                self.say(
+                    f"{tracker.name} gets no more figures of this run ({_in_a_line(error)}): all of them stand in "
+                    f"{METRICS_FILE}"
+                )
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -128,8 +157,8 @@ class RunLog:
 
     def track(self, kind: str, figures: Mapping[str, float], step: int) -> None:
         """Send figures to the trackers, as `kind/name`."""
-        if self.has_trackers:
-            self.accelerator.log({f"{kind}/{key}": value for key, value in figures.items()}, step=step)
+        named = {f"{kind}/{key}": value for key, value in figures.items()}
+        self._tell_trackers(lambda tracker: tracker.log(named, step=step))
 
     def show(self, pictures: Mapping[str, Image], step: int) -> None:
         """Write pictures to `samples/`, and send them to the trackers that take pictures.
@@ -145,10 +174,9 @@ class RunLog:
             except OSError as error:
                 reason = error.strerror or str(error)
                 raise RunError(f"cannot write {path}: {reason}; make room, then go on with --resume") from error
-        for tracker in self.accelerator.trackers if pictures and self.has_trackers else ():
-            if hasattr(tracker, "log_images"):  # accelerate's trackers for TensorBoard and W&B have it
-                images = {f"samples/{name}": np.asarray(picture)[None] for name, picture in pictures.items()}
-                tracker.log_images(images, step=step, **_image_layout(tracker))
+        if pictures:
+            images = {f"samples/{name}": np.asarray(picture)[None] for name, picture in pictures.items()}
+            self._tell_trackers(lambda tracker: _show_images(tracker, images, step))
 
     def sync(self) -> None:
         """Bring every line to the disk."""
@@ -161,11 +189,19 @@ class RunLog:
         if self.metrics is not None:
             self.metrics.close()
         if self.has_trackers:
+            self._tell_trackers(lambda tracker: tracker.finish())
+            self.accelerator.trackers.clear()
             self.accelerator.end_training()
 
 
-def _image_layout(tracker: Any) -> dict[str, str]:
-    return {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _show_images(tracker: Any, images: Mapping[str, np.ndarray], step: int) -> None:
+    if hasattr(tracker, "log_images"):  # accelerate's trackers for TensorBoard and W&B have it
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images(images, step=step, **layout)
 
 
 class Progress:
