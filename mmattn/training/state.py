@@ -75,6 +75,12 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**trainable_parameters(model), **stored_buffers(model)}
 
 
+def trained_dtypes(model: nn.Module) -> str:
+    """The data types of the parameters that are trained: `float32`, or several, by name."""
+    found = {str(parameter.dtype).removeprefix("torch.") for parameter in trainable_parameters(model).values()}
+    return ", ".join(sorted(found))
+
+
 def frozen_checksum(model: nn.Module) -> str:
     """A fingerprint of the parameters that are not trained: equal on every device, in any order of summation."""
     digest = hashlib.sha256()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import math
 import os
 import re
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from torch import nn
@@ -127,6 +129,16 @@ def test_changed_mathematics_is_refused_in_place_and_said_elsewhere(finished, tm
     said = capsys.readouterr().err
     assert "differs from the checkpoint: learning_rate: 0.05 -> 0.1" in said
     assert "a new run from" in said
+
+
+def test_another_dtype_or_arithmetic_is_refused_in_place_and_said_elsewhere(finished, tmp_path, capsys):
+    refuse("; dtype: float32 -> float64", toy_config(finished), ToyTask(dtype=torch.float64), resume=True)
+    config = toy_config(tmp_path, max_steps=7, mixed_precision="bf16")
+    result = train(ToyTask(dtype=torch.float64), config, resume=finished)
+    assert math.isfinite(*result.losses)
+    said = capsys.readouterr().err
+    assert "differs from the checkpoint: dtype: float32 -> float64" in said
+    assert "changed, so losses agree to rounding only: arithmetic: no on cpu -> bf16 on cpu" in said
 
 
 def test_batches_by_tokens_that_change_are_refused(tmp_path, capsys):
