@@ -152,7 +152,8 @@ class _Run:
         if self.last_checkpoints is not None:
             on_main(self.accelerator, functools.partial(self.last_checkpoints.require, self.first_step))
         on_main(self.accelerator, self.store.prepare)
-        self.log = RunLog(self.accelerator, self.config, self.state, unit=self.task.unit)
+        is_continued = start.is_continued
+        self.log = RunLog(self.accelerator, self.config, self.state, unit=self.task.unit, is_continued=is_continued)
         self.closing.callback(self.log.close)
         self.buffers = BufferGuard(stored_buffers(self.prepared.inner))
         # On the main process, which says them: elsewhere the task's model may be in pieces.

@@ -109,9 +109,16 @@ class RunLog:
     """
 
     def __init__(
-        self, accelerator: Accelerator, config: TrainingConfig, state: LoopState, *, unit: str = "tokens"
+        self,
+        accelerator: Accelerator,
+        config: TrainingConfig,
+        state: LoopState,
+        *,
+        unit: str = "tokens",
+        is_continued: bool = True,
     ) -> None:
-        """Open them, to go on from `state`; `unit` is what a step counts."""
+        """Open them, to go on from `state`; `unit` is what a step counts, and `is_continued` whether lines that are
+        there are of the same run."""
         first_step = state.step
         self.accelerator, self.has_trackers = accelerator, bool(config.trackers)
         self.samples = Path(config.output_dir) / SAMPLES_FOLDER
@@ -120,7 +127,8 @@ class RunLog:
         self.metrics = None
         if is_main:
             folder, is_due = Path(config.output_dir), state.is_evaluation_due
-            self.metrics = MetricsLog(folder, keep_to_step=first_step, is_evaluation_due=is_due)
+            kept = first_step if is_continued else 0
+            self.metrics = MetricsLog(folder, keep_to_step=kept, is_evaluation_due=is_due)
         if self.has_trackers:
             settings = {key: "none" if value is None else value for key, value in config_dict(config).items()}
             flat = {key: str(value) if isinstance(value, list) else value for key, value in settings.items()}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mmattn.errors import CheckpointError, ConfigError, OptionalPackageError, UsageError
-from mmattn.training import TrainingConfig, train
+from mmattn.training import TrainingConfig, read_metrics, train
 from mmattn.training.lock import OutputLock
 from tests.training.layered_toy import LayeredTask
 from tests.training.pieces import run_in_child
@@ -115,6 +115,12 @@ def test_a_run_without_a_checkpoint_is_started_again(tmp_path, capsys):
     train(ToyTask(), toy_config(tmp_path, max_steps=2))
     assert "ended before its first checkpoint: it is started again" in capsys.readouterr().err
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_lines_of_a_run_without_a_checkpoint_are_not_those_of_another(finished, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    train(ToyTask(), toy_config(tmp_path, max_steps=7), resume=finished)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [7]
 
 
 def test_changed_mathematics_is_refused_in_place_and_said_elsewhere(finished, tmp_path, capsys):
