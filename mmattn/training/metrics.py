@@ -125,18 +125,20 @@ class RunLog:
         is_main = accelerator.is_main_process
         self.progress = Progress(first_step, config.max_steps, log_every=config.log_every, enabled=is_main, unit=unit)
         self.metrics = None
+        kept = first_step if is_continued else 0
         if is_main:
             folder, is_due = Path(config.output_dir), state.is_evaluation_due
-            kept = first_step if is_continued else 0
             self.metrics = MetricsLog(folder, keep_to_step=kept, is_evaluation_due=is_due)
         if self.has_trackers:
             settings = {key: "none" if value is None else value for key, value in config_dict(config).items()}
             flat = {key: str(value) if isinstance(value, list) else value for key, value in settings.items()}
-            on_main(accelerator, lambda: self._start_trackers(config.trackers, flat))
+            on_main(accelerator, lambda: self._start_trackers(config.trackers, flat, kept))
 
-    def _start_trackers(self, names: Sequence[str], settings: dict[str, Any]) -> None:
+    def _start_trackers(self, names: Sequence[str], settings: dict[str, Any], kept: int) -> None:
+        # Steps that a killed run took after its last checkpoint are taken again: TensorBoard would draw them twice.
+        options = {"tensorboard": {"purge_step": kept + 1}}
         try:
-            self.accelerator.init_trackers("mmattn", config=settings)
+            self.accelerator.init_trackers("mmattn", config=settings, init_kwargs=options)
         except Exception as error:
             raise UsageError(
                 f"training.trackers={','.join(names)} cannot be started ({_in_a_line(error)}): "

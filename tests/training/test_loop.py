@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -221,6 +222,16 @@ def test_a_log_that_fills_the_disk_is_said_in_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(MetricsLog, "__init__", opened)
     with pytest.raises(RunError, match=r"cannot write .*metrics.jsonl: No space left on device; make room, then go on"):
         train(ToyTask(), toy_config(tmp_path))
+
+
+def test_tensorboard_shows_no_step_twice_after_a_kill(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = toy_config(tmp_path, trackers=["tensorboard"], log_every=1, max_steps=8)
+    train(ToyTask(), config)
+    shutil.rmtree(tmp_path / "checkpoints/step-00000008")  # as if killed before
+    train(ToyTask(), config, resume=True)
+    shown = accumulator.EventAccumulator(str(tmp_path / "trackers/mmattn"))
+    assert [event.step for event in shown.Reload().Scalars("train/loss")] == list(range(1, 9))
 
 
 def test_tensorboard_receives_the_figures_and_does_not_end_a_run(tmp_path, monkeypatch, capsys):
