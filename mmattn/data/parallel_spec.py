@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from mmattn._home import expand_home
 from mmattn.data.stream_spec import StreamSettings
 from mmattn.errors import ConfigError
 
@@ -110,6 +111,8 @@ class ParallelPart(StreamSettings):
     max_bad: int | None = None
 
     def __post_init__(self) -> None:
+        expand_home(self, "path", "source_path", "target_path", "shards", "index_folder")
+        expand_home(self, "eval_path", "eval_source_path", "eval_target_path")
         self._check_kind()
         if not 0 <= self.eval_fraction < 1:
             raise ConfigError(f"data.eval_fraction must be at least 0 and below 1, not {self.eval_fraction}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmattn.data.captions import CheckedSource
+from mmattn.data.images import MAX_PIXELS
 from mmattn.data.records import ImageTextSource, read_texts
 from mmattn.data.scenes import SceneDataset
 from mmattn.data.skipping import SkippingSource
@@ -29,6 +30,8 @@ def source_facts(source: ImageTextSource) -> dict[str, Any]:
         if isinstance(source, SkippingSource):
             facts["substitutes"] = source.seed
         source = source.source
+    if isinstance(source, TableSource) and source.max_pixels != MAX_PIXELS:
+        facts["max_pixels"] = source.max_pixels  # which pictures have substitutes
     digest = hashlib.sha256()
     for item in _pictures(source):
         digest.update(repr(item).encode())

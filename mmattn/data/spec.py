@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mmattn._home import expand_home
 from mmattn.data.images import MAX_PIXELS
 from mmattn.data.stream_spec import StreamSettings
 from mmattn.errors import ConfigError
@@ -85,6 +86,7 @@ class DataConfig(StreamSettings):
     window: int = field(default=1000, kw_only=True)
 
     def __post_init__(self) -> None:
+        expand_home(self, "path", "eval_path", "image_root", "shards", "index_folder")
         if self.kind not in KINDS:
             raise ConfigError(f"data.kind {self.kind!r} is unknown: use one of {', '.join(KINDS)}")
         if not 0 <= self.eval_fraction < 1:

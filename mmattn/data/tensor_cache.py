@@ -260,11 +260,11 @@ class _Writer:
         try:
             self.forms = {name: _Form(**form) for name, form in json.loads(self._forms_file.read_text()).items()}
             lines = self._whole_lines(keys)
+            sizes = self._finished_sizes(lines)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             self._start_over()
             return 0
-        for name, form in self.forms.items():
-            size = int(_offsets([shapes[name] for _, shapes in lines], form)[-1])
+        for name, size in sizes.items():
             self._open(name)
             self.files[name].truncate(size)
             self.files[name].seek(size)
@@ -327,6 +327,16 @@ class _Writer:
             raise ValueError("the index is not that of these keys")
         (self.folder / INDEX).write_text(whole, encoding="utf-8")
         return lines
+
+    def _finished_sizes(self, lines: Sequence[tuple[str, dict[str, list[int]]]]) -> dict[str, int]:
+        """Bytes of each tensor's file that the index speaks of. A file that has fewer was deleted to make room, say:
+        made longer it would hold zeros."""
+        sizes = {}
+        for name, form in self.forms.items():
+            sizes[name] = int(_offsets([shapes[name] for _, shapes in lines], form)[-1])
+            if (self.folder / f"{name}.bin").stat().st_size < sizes[name]:
+                raise ValueError(f"{name}.bin has lost entries")
+        return sizes
 
     def _sync(self) -> None:
         for file in self.files.values():

@@ -13,6 +13,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from mmattn._home import expand_home
 from mmattn.data.cached_features import cache_features
 from mmattn.data.images import PixelTransform
 from mmattn.data.records import ImageTextSource
@@ -49,6 +50,7 @@ class FeatureCacheConfig:
     folder: Optional[str] = None  # noqa: UP045 (OmegaConf reads Optional on every Python version)
 
     def __post_init__(self) -> None:
+        expand_home(self, "folder")
         if not self.max_gib > 0:
             raise ConfigError(f"cache.max_gib must be positive, not {self.max_gib}")
 

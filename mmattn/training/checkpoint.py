@@ -69,7 +69,7 @@ class CheckpointStore:
         ]
         for leftover in leftovers:
             with self._failing_in_a_line(f"delete {leftover}"):
-                shutil.rmtree(leftover)
+                _remove(leftover)
         return len(leftovers)
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
@@ -111,7 +111,7 @@ class CheckpointStore:
                 os.rename(final, replaced if is_whole else _free_name(final.with_name(f"{final.name}.damaged")))
             os.rename(temporary, final)
             sync_folder(self.folder)
-            shutil.rmtree(replaced, ignore_errors=True)
+            _remove(replaced, ignore_errors=True)
         return final
 
     def abandon(self, step: int) -> None:
@@ -154,7 +154,7 @@ class CheckpointStore:
         )
         try:
             for leftover in (temporary, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+                _remove(leftover, ignore_errors=True)
             temporary.mkdir()
             write(temporary)
             sync_tree(temporary)
@@ -162,7 +162,7 @@ class CheckpointStore:
                 os.rename(final, old)
             os.rename(temporary, final)
             sync_folder(self.output_dir)
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise RunError(self.failure(final, error)) from error
@@ -200,7 +200,7 @@ class CheckpointStore:
                 doomed = self.folder / f"{_TEMPORARY}delete-{step:08d}"
                 with self._failing_in_a_line(f"delete {self.path(step)}"):
                     os.rename(self.path(step), doomed)
-                    shutil.rmtree(doomed)
+                    _remove(doomed)
 
     @contextmanager
     def _failing_in_a_line(self, what: str) -> Iterator[None]:
@@ -222,6 +222,14 @@ class CheckpointStore:
     def _kept(self) -> str:
         kept = self.steps()
         return f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no earlier checkpoint"
+
+
+def _remove(folder: Path, *, ignore_errors: bool = False) -> None:
+    """Of a link, which somebody put in place of a folder that was moved to another disk, the link only."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=ignore_errors)
 
 
 def model_folder(checkpoint: Path) -> Path | None:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 
+from mmattn._home import expand_home
 from mmattn.errors import ConfigError
 
 SCHEDULES = ("cosine", "constant")
@@ -119,6 +120,7 @@ class TrainingConfig:
         """A path is welcome as `output_dir`; settings are written as JSON, which knows strings."""
         if isinstance(self.output_dir, PathLike):
             self.output_dir = fspath(self.output_dir)
+        expand_home(self, "output_dir")
 
     def validate(self) -> None:
         """Raise `ConfigError` naming every setting that cannot be used."""

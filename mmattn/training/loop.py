@@ -35,7 +35,7 @@ from mmattn.training.recipe_settings import recipe_changes
 from mmattn.training.shardings import prepare_model
 from mmattn.training.signals import EvaluationInterrupted, StopSignal, TrainingStoppedError
 from mmattn.training.start import Start, check_continuation, find_start
-from mmattn.training.state import LoopState, read_facts, stored_buffers
+from mmattn.training.state import LoopState, read_facts, stored_buffers, trained_dtypes
 from mmattn.training.step import BufferGuard, StepResult, run_step, seed_draws
 from mmattn.training.step_record import record_step
 from mmattn.training.task import Batch, Task
@@ -131,6 +131,8 @@ class _Run:
             "lengths_checksum": self.sampler.lengths_checksum(),
             "stream": stream_facts(self.task.stream),
             "frozen_checksum": self.prepared.frozen_checksum,
+            "dtype": trained_dtypes(self.prepared.inner),
+            "arithmetic": f"{self.accelerator.mixed_precision} on {self.accelerator.device.type}",
             "sharding": self.sharding,
         }
         self.checkpoints = CheckpointWriter(
@@ -150,7 +152,8 @@ class _Run:
         if self.last_checkpoints is not None:
             on_main(self.accelerator, functools.partial(self.last_checkpoints.require, self.first_step))
         on_main(self.accelerator, self.store.prepare)
-        self.log = RunLog(self.accelerator, self.config, self.state, unit=self.task.unit)
+        is_continued = start.is_continued
+        self.log = RunLog(self.accelerator, self.config, self.state, unit=self.task.unit, is_continued=is_continued)
         self.closing.callback(self.log.close)
         self.buffers = BufferGuard(stored_buffers(self.prepared.inner))
         # On the main process, which says them: elsewhere the task's model may be in pieces.

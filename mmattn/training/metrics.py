@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from PIL.Image import Image
 from tqdm import tqdm
 
-from mmattn.errors import RunError
+from mmattn.errors import RunError, UsageError
 from mmattn.training.config import SAMPLES_FOLDER, TrainingConfig, config_dict
+from mmattn.training.devices import on_main
 from mmattn.training.state import LoopState
 
 METRICS_FILE = "metrics.jsonl"
@@ -59,7 +60,9 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        # A line that did not fit on the disk is still in its buffer, and would fail again: `write` has said it.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_metrics(path: Path | str, *, kind: str | None = None) -> list[dict[str, Any]]:
@@ -97,25 +100,61 @@ def _finite(value: Any) -> Any:
 
 
 class RunLog:
-    """All three places of a run; on other processes than the main one nothing is written."""
+    """All three places of a run; on other processes than the main one nothing is written.
+
+    A tracker that fails in the run is left out from then on, which is said: `metrics.jsonl` has all that it gets.
+
+    Raises:
+        UsageError: a tracker cannot be started.
+    """
 
     def __init__(
-        self, accelerator: Accelerator, config: TrainingConfig, state: LoopState, *, unit: str = "tokens"
+        self,
+        accelerator: Accelerator,
+        config: TrainingConfig,
+        state: LoopState,
+        *,
+        unit: str = "tokens",
+        is_continued: bool = True,
     ) -> None:
-        """Open them, to go on from `state`; `unit` is what a step counts."""
+        """Open them, to go on from `state`; `unit` is what a step counts, and `is_continued` whether lines that are
+        there are of the same run."""
         first_step = state.step
         self.accelerator, self.has_trackers = accelerator, bool(config.trackers)
         self.samples = Path(config.output_dir) / SAMPLES_FOLDER
         is_main = accelerator.is_main_process
         self.progress = Progress(first_step, config.max_steps, log_every=config.log_every, enabled=is_main, unit=unit)
         self.metrics = None
+        kept = first_step if is_continued else 0
         if is_main:
             folder, is_due = Path(config.output_dir), state.is_evaluation_due
-            self.metrics = MetricsLog(folder, keep_to_step=first_step, is_evaluation_due=is_due)
+            self.metrics = MetricsLog(folder, keep_to_step=kept, is_evaluation_due=is_due)
         if self.has_trackers:
             settings = {key: "none" if value is None else value for key, value in config_dict(config).items()}
             flat = {key: str(value) if isinstance(value, list) else value for key, value in settings.items()}
-            accelerator.init_trackers("mmattn", config=flat)
+            on_main(accelerator, lambda: self._start_trackers(config.trackers, flat, kept))
+
+    def _start_trackers(self, names: Sequence[str], settings: dict[str, Any], kept: int) -> None:
+        # Steps that a killed run took after its last checkpoint are taken again: TensorBoard would draw them twice.
+        options = {"tensorboard": {"purge_step": kept + 1}}
+        try:
+            self.accelerator.init_trackers("mmattn", config=settings, init_kwargs=options)
+        except Exception as error:
+            raise UsageError(
+                f"training.trackers={','.join(names)} cannot be started ({_in_a_line(error)}): "
+                "mend that, or leave it out"
+            ) from error
+
+    def _tell_trackers(self, tell: Callable[[Any], object]) -> None:
+        for tracker in list(self.accelerator.trackers) if self.has_trackers else ():
+            try:
+                tell(tracker)
+            except Exception as error:  # of a service, a disk: whatever its package raises
+                self.accelerator.trackers.remove(tracker)
+                self.say(
+                    f"{tracker.name} gets no more figures of this run ({_in_a_line(error)}): all of them stand in "
+                    f"{METRICS_FILE}"
+                )
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -128,8 +167,8 @@ class RunLog:
 
     def track(self, kind: str, figures: Mapping[str, float], step: int) -> None:
         """Send figures to the trackers, as `kind/name`."""
-        if self.has_trackers:
-            self.accelerator.log({f"{kind}/{key}": value for key, value in figures.items()}, step=step)
+        named = {f"{kind}/{key}": value for key, value in figures.items()}
+        self._tell_trackers(lambda tracker: tracker.log(named, step=step))
 
     def show(self, pictures: Mapping[str, Image], step: int) -> None:
         """Write pictures to `samples/`, and send them to the trackers that take pictures.
@@ -145,10 +184,9 @@ class RunLog:
             except OSError as error:
                 reason = error.strerror or str(error)
                 raise RunError(f"cannot write {path}: {reason}; make room, then go on with --resume") from error
-        for tracker in self.accelerator.trackers if pictures and self.has_trackers else ():
-            if hasattr(tracker, "log_images"):  # accelerate's trackers for TensorBoard and W&B have it
-                images = {f"samples/{name}": np.asarray(picture)[None] for name, picture in pictures.items()}
-                tracker.log_images(images, step=step, **_image_layout(tracker))
+        if pictures:
+            images = {f"samples/{name}": np.asarray(picture)[None] for name, picture in pictures.items()}
+            self._tell_trackers(lambda tracker: _show_images(tracker, images, step))
 
     def sync(self) -> None:
         """Bring every line to the disk."""
@@ -161,11 +199,19 @@ class RunLog:
         if self.metrics is not None:
             self.metrics.close()
         if self.has_trackers:
+            self._tell_trackers(lambda tracker: tracker.finish())
+            self.accelerator.trackers.clear()
             self.accelerator.end_training()
 
 
-def _image_layout(tracker: Any) -> dict[str, str]:
-    return {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _show_images(tracker: Any, images: Mapping[str, np.ndarray], step: int) -> None:
+    if hasattr(tracker, "log_images"):  # accelerate's trackers for TensorBoard and W&B have it
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images(images, step=step, **layout)
 
 
 class Progress:

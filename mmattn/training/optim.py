@@ -53,12 +53,14 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def undecayed_names(model: nn.Module) -> set[str]:
     """Trainable parameters without weight decay: biases, norms, gates (below two dimensions), embeddings, positions."""
-    owners = {id(own): module for module in model.modules() for own in module.parameters(recurse=False)}
+    # A word embedding that is tied to the vocabulary head is an embedding, whichever of the two comes last.
+    undecayed = [module for module in model.modules() if isinstance(module, _UNDECAYED_MODULES)]
+    owned = {id(own) for module in undecayed for own in module.parameters(recurse=False)}
     return {
         name
         for name, parameter in trainable_parameters(model).items()
         if parameter.ndim < 2
-        or isinstance(owners[id(parameter)], _UNDECAYED_MODULES)
+        or id(parameter) in owned
         or any("position" in word or "embedding" in word for word in name.split("."))
     }
 
@@ -107,8 +109,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, nn.Para
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter], tensors: dict[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave, of sharded parameters the rows that this process holds; the learning
-    rates are set anew by each step."""
+    """Put back what `optimizer_tensors` gave, of sharded parameters the rows that this process holds, moments in the
+    parameters' dtypes, as AdamW wants them; the learning rates are set anew by each step."""
     for name, parameter in names.items():
         state = {kind: tensors.get(f"{kind}.{name}") for kind in ("step", "exp_avg", "exp_avg_sq")}
         if any(value is None for value in state.values()):
@@ -123,6 +125,6 @@ def load_optimizer_tensors(
 
 @torch.no_grad()
 def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    moment = torch.zeros_like(parameter, dtype=value.dtype)
+    moment = torch.zeros_like(parameter)
     own_rows(moment).local.copy_(value)
     return moment

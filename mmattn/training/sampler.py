@@ -83,7 +83,7 @@ class EqualBatches(StepSampler):
 
     def micro_draws(self, step: int, rank: int, index: int) -> list[Draw]:
         """The draws of one micro-batch of one process."""
-        share = self.draws(step)[rank :: self.num_processes]
+        share = _share(self, step, rank)
         size = self.micro_batch_size or len(share)
         return share[index * size : (index + 1) * size]
 
@@ -92,6 +92,11 @@ class EqualBatches(StepSampler):
         text = f"batch of {self.batch_size}{over_processes(self.num_processes)}"
         count = self.num_micro_batches(0)
         return text if count == 1 else f"{text} in {count} micro-batches of up to {self.micro_batch_size}"
+
+
+@functools.lru_cache(maxsize=2)  # a step may have a thousand micro-batches
+def _share(sampler: EqualBatches, step: int, rank: int) -> list[Draw]:
+    return sampler.draws(step)[rank :: sampler.num_processes]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask the loop to save and stop after the step at hand."""
+"""SIGTERM, SIGINT and SIGHUP ask the loop to save and stop after the step at hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from mmattn.errors import RunError
 
 
 class TrainingStoppedError(RunError):
-    """The run was asked to stop, saved, and can be resumed. `exit_code` is 128 + the signal: 143 TERM, 130 INT."""
+    """The run was asked to stop, saved, and can be resumed. `exit_code` is 128 + the signal: 143 TERM, 130 INT, 129
+    HUP."""
 
     is_everywhere = True
 
@@ -27,12 +28,13 @@ class EvaluationInterrupted(BaseException):
 
 
 class StopSignal:
-    """While open, notes the first SIGTERM or SIGINT instead of dying; a second one acts as usual.
+    """While open, notes the first of `SIGNALS` instead of dying; a second one acts as usual.
 
-    Outside the main thread Python allows no handlers; then nothing is noted.
+    SIGHUP, by which a terminal that is closed ends what runs in it, is left alone where it is ignored (nohup). Outside
+    the main thread Python allows no handlers; then nothing is noted.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
 
     def __init__(self) -> None:
         self.received = 0
@@ -41,7 +43,8 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+            numbers = [number for number in self.SIGNALS if not _is_ignored_hangup(number)]
+            self._previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(
@@ -75,6 +78,10 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def _is_ignored_hangup(number: signal.Signals) -> bool:
+    return number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
 
 
 def ignore_stop_signals(worker: int) -> None:

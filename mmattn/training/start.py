@@ -106,8 +106,9 @@ def check_continuation(
     new = config_dict(config)
     # What a run knew nothing of was as it is by default.
     old = config_dict(TrainingConfig(config.output_dir)) | saved["training"]
+    saved = {"sharding": "none", "dtype": facts["dtype"], "arithmetic": facts["arithmetic"], **saved}
     changed = config_differences(old, new, maths_keys(config))
-    changed += config_differences(saved, facts, ("num_examples", "lengths_checksum", "frozen_checksum"))
+    changed += config_differences(saved, facts, ("num_examples", "lengths_checksum", "frozen_checksum", "dtype"))
     changed += stream_differences(saved.get("stream"), facts["stream"])
     changed += recipe.changed
     if changed and start.is_continued:
@@ -119,7 +120,7 @@ def check_continuation(
     if saved["step"] > config.max_steps:
         raise UsageError(f"{start.checkpoint} is at step {saved['step']}, beyond max_steps {config.max_steps}")
     rounding = config_differences(old, new, ROUNDING_KEYS)
-    rounding += config_differences({"sharding": "none", **saved}, facts, ("num_processes", "sharding"))
+    rounding += config_differences(saved, facts, ("arithmetic", "num_processes", "sharding"))
     remarks += [f"changed, so losses agree to rounding only: {change}" for change in rounding]
     horizon = config_differences(old, new, ("max_steps",))
     if horizon:

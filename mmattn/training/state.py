@@ -75,6 +75,12 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**trainable_parameters(model), **stored_buffers(model)}
 
 
+def trained_dtypes(model: nn.Module) -> str:
+    """The data types of the parameters that are trained: `float32`, or several, by name."""
+    found = {str(parameter.dtype).removeprefix("torch.") for parameter in trainable_parameters(model).values()}
+    return ", ".join(sorted(found))
+
+
 def frozen_checksum(model: nn.Module) -> str:
     """A fingerprint of the parameters that are not trained: equal on every device, in any order of summation."""
     digest = hashlib.sha256()
@@ -112,9 +118,15 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint's state.
 
     Raises:
-        CheckpointError: when it was written in another format.
+        CheckpointError: when it was written in another format, or is not where this process looks for it.
     """
-    content = json.loads((folder / STATE_FILE).read_text())
+    try:
+        content = json.loads((folder / STATE_FILE).read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder / STATE_FILE} is not there for this process: with several machines all of them have to see "
+            "output_dir, on a file system that they share"
+        ) from error
     if content.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder} has checkpoint format {content.get('format')}, this version of mmattn reads {FORMAT}"

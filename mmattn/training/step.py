@@ -87,7 +87,7 @@ def run_step(
         stop_signal: The stop signal that this process has received, or 0.
     """
     scored = len(micro_batches) if num_scored is None else num_scored
-    counts = [task.count(batch) if index < scored else None for index, batch in enumerate(micro_batches)]
+    counts = [_count(task, batch) if index < scored else None for index, batch in enumerate(micro_batches)]
     count = round(sum_over_processes(accelerator, [float(sum(count or 0 for count in counts))])[0])
     optimizer.zero_grad()
     # DDP averages gradients over processes: times their number gives the sum.
@@ -119,6 +119,16 @@ def run_step(
     )
 
 
+def _count(task: Task, batch: Batch) -> int:
+    count = task.count(batch)
+    if not (count >= 0 and float(count).is_integer()):
+        raise UsageError(
+            f"{type(task).__name__}.count gave {count}, which is no number of tokens: weights belong into the sum of "
+            "the losses, and here stands how many there are"
+        )
+    return int(count)
+
+
 def _accumulate(
     task: Task,
     model: nn.Module,
@@ -140,6 +150,11 @@ def _accumulate(
                 raise UsageError(
                     f"{type(task).__name__}.loss scored {loss.count} tokens where count(batch) said {count}: "
                     "they must agree, for the loss is divided by the latter"
+                )
+            if loss.total.dim():
+                raise UsageError(
+                    f"{type(task).__name__}.loss gave a total of shape {tuple(loss.total.shape)}: it has to be one "
+                    "number without dimensions, the sum of the losses"
                 )
             gradients.backward(loss.total * scale)
         parts = {name: (total.detach(), number) for name, (total, number) in loss.parts.items()}

@@ -49,3 +49,15 @@ def test_accelerate_reads_its_configs(name: str, tmp_path, capsys):
 @pytest.mark.parametrize("recipe", list_recipes())
 def test_every_recipe_has_a_debug_config(recipe: str):
     assert f"{recipe}/debug" in list_configs()
+
+
+@pytest.mark.parametrize("recipe", list_recipes())
+def test_a_tilde_is_the_home_folder(recipe: str, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = ["training.output_dir=~/runs/a", "data.kind=files", "data.path=~/train", "data.eval_path=~/eval"]
+    config = load_config(load_recipe(recipe).Config, f"{recipe}/debug", paths)
+    found = [config.training.output_dir, config.data.path, config.data.eval_path]
+    assert found == ["/home/me/runs/a", "/home/me/train", "/home/me/eval"]
+    shards = ["data.kind=files", "data.streaming=true", "data.shards=[~/a.jsonl]", "data.index_folder=~/i"]
+    data = load_config(load_recipe(recipe).Config, f"{recipe}/debug", shards).data
+    assert [*data.shards, data.index_folder] == ["/home/me/a.jsonl", "/home/me/i"]

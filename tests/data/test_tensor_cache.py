@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +112,17 @@ def test_a_partial_build_of_nonsense_is_started_again(tmp_path):
     (partial / "tensors.json").write_text("{")
     (partial / INDEX).write_text("nonsense\n")
     assert_same(build(tmp_path, Encoder()))
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
+def test_a_partial_build_that_has_lost_tensors_is_started_again(tmp_path, spoil):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, Encoder(fail_at=12))
+    (partial,) = tmp_path.glob(".building-*")
+    spoil(partial / "mean.bin")  # to make room on a full disk, say
+    encode = Encoder()
+    assert_same(build(tmp_path, encode))
+    assert encode.seen == KEYS
 
 
 def test_a_full_disk_is_said_and_what_is_finished_kept(tmp_path, monkeypatch):

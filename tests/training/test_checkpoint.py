@@ -122,6 +122,22 @@ def test_publish_replaces(store):
     assert [path.name for path in final.iterdir()] == ["config.json"]
 
 
+def test_links_to_folders_that_were_moved_are_replaced_and_pruned(store, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    store.publish(store.path(20), "best")
+    for folder in (store.path(10), store.path(30), store.output_dir / "best"):
+        shutil.move(folder, elsewhere / folder.name)
+        folder.symlink_to(elsewhere / folder.name)
+    assert store.steps() == [10, 20, 30]
+    for step in (20, 30):
+        store.publish(store.path(step), "best")
+    store.save(30, write_otherwise)
+    store.prune(1, ())
+    assert store.steps() == [30]
+    assert store.clean() == 0
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["best", "step-00000010", "step-00000030"]
+
+
 def test_clean_removes_leftovers_only(store):
     for folder in (store.folder / ".tmp-step-00000040", store.output_dir / ".tmp-best"):
         folder.mkdir()
@@ -157,7 +173,7 @@ def test_killed_while_a_checkpoint_is_replaced(store, number, after):
     assert len(list(store.folder.iterdir())) == 3
 
 
-def denied(*_):
+def denied(*_, **__):
     raise PermissionError(errno.EACCES, "Permission denied", "step-00000010")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 
 import pytest
 import torch
+from accelerate.tracking import TensorBoardTracker
 from safetensors.torch import load_file
 
 from mmattn.errors import RunError, UsageError
@@ -210,10 +212,50 @@ def test_an_error_in_a_data_worker_does_not_keep_a_process_from_ending(tmp_path)
     assert "ConnectionResetError: Caught ConnectionResetError in DataLoader worker process" in ended.err
 
 
-def test_tensorboard_receives_the_figures(tmp_path):
+def test_a_log_that_fills_the_disk_is_said_in_a_line(tmp_path, monkeypatch):
+    def opened(log, *args, **kwargs):
+        begin(log, *args, **kwargs)
+        log.close()
+        log._file = open("/dev/full", "a")  # noqa: SIM115 (closed by the run)
+
+    begin = MetricsLog.__init__
+    monkeypatch.setattr(MetricsLog, "__init__", opened)
+    with pytest.raises(RunError, match=r"cannot write .*metrics.jsonl: No space left on device; make room, then go on"):
+        train(ToyTask(), toy_config(tmp_path))
+
+
+def test_tensorboard_shows_no_step_twice_after_a_kill(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = toy_config(tmp_path, trackers=["tensorboard"], log_every=1, max_steps=8)
+    train(ToyTask(), config)
+    shutil.rmtree(tmp_path / "checkpoints/step-00000008")  # as if killed before
+    train(ToyTask(), config, resume=True)
+    shown = accumulator.EventAccumulator(str(tmp_path / "trackers/mmattn"))
+    assert [event.step for event in shown.Reload().Scalars("train/loss")] == list(range(1, 9))
+
+
+def test_tensorboard_receives_the_figures_and_does_not_end_a_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("tensorboard")
-    train(ToyTask(), toy_config(tmp_path, trackers=["tensorboard"], eval_every=10))
+    received = []
+
+    def log(tracker, values, step):
+        if step > 6:
+            raise OSError(28, "No space left on device")
+        received.append(step)
+        own(tracker, values, step=step)
+
+    own = TensorBoardTracker.log
+    monkeypatch.setattr(TensorBoardTracker, "log", log)
+    train(ToyTask(), toy_config(tmp_path, trackers=["tensorboard"], log_every=3, eval_every=10))
     assert list((tmp_path / "trackers").rglob("events.out.tfevents*"))
+    assert received == [3, 6]
+    assert len(read_metrics(tmp_path / "metrics.jsonl", kind="train")) == 20
+    line = "tensorboard gets no more figures of this run ([Errno 28] No space left on device): all of them stand in"
+    assert capsys.readouterr().err.count(line) == 1
+
+    monkeypatch.setattr(TensorBoardTracker, "start", lambda tracker: 1 / 0)
+    with pytest.raises(UsageError, match=r"training.trackers=tensorboard cannot be started \(division by zero\): mend"):
+        train(ToyTask(), toy_config(tmp_path / "new", trackers=["tensorboard"]))
 
 
 def test_bf16_where_it_is_asked_for_leaves_the_model_as_it_was(tmp_path):

@@ -35,6 +35,12 @@ def test_decay_is_on_matrices_only():
     assert [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups] == [(0.1, 1), (0.0, 6)]
 
 
+def test_a_tied_embedding_is_not_decayed():
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight
+    assert undecayed_names(model) == {"0.weight"}
+
+
 def test_nothing_to_train_is_said():
     with pytest.raises(UsageError, match="nothing to train: no parameter of Linear has requires_grad"):
         trainable_parameters(nn.Linear(2, 3).requires_grad_(False))

@@ -121,6 +121,19 @@ def test_sigint_says_how_to_continue(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_terminal_that_is_closed_stops_a_run_but_for_nohup(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train(KilledTask(3, signal.SIGHUP), toy_config(tmp_path / "nohup", max_steps=4)).step == 4
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(TrainingStoppedError, match="stopped by SIGHUP after step 3, saved in") as caught:
+            train(KilledTask(3, signal.SIGHUP), toy_config(tmp_path / "run"))
+        assert caught.value.exit_code == 129
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_data_workers_end_with_the_run_even_if_its_error_is_kept(tmp_path):
     with pytest.raises(TrainingStoppedError) as kept:
         train(KilledTask(3, signal.SIGTERM), toy_config(tmp_path, num_workers=1))

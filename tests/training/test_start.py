@@ -5,16 +5,18 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import math
 import os
 import re
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from torch import nn
 
 from mmattn.errors import CheckpointError, ConfigError, OptionalPackageError, UsageError
-from mmattn.training import TrainingConfig, train
+from mmattn.training import TrainingConfig, read_metrics, train
 from mmattn.training.lock import OutputLock
 from tests.training.layered_toy import LayeredTask
 from tests.training.pieces import run_in_child
@@ -115,6 +117,12 @@ def test_a_run_without_a_checkpoint_is_started_again(tmp_path, capsys):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def test_lines_of_a_run_without_a_checkpoint_are_not_those_of_another(finished, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    train(ToyTask(), toy_config(tmp_path, max_steps=7), resume=finished)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [7]
+
+
 def test_changed_mathematics_is_refused_in_place_and_said_elsewhere(finished, tmp_path, capsys):
     refuse(
         r"cannot resume .* with other settings \(learning_rate: 0.05 -> 0.1; seed: 0 -> 4\): restore them, or",
@@ -127,6 +135,16 @@ def test_changed_mathematics_is_refused_in_place_and_said_elsewhere(finished, tm
     said = capsys.readouterr().err
     assert "differs from the checkpoint: learning_rate: 0.05 -> 0.1" in said
     assert "a new run from" in said
+
+
+def test_another_dtype_or_arithmetic_is_refused_in_place_and_said_elsewhere(finished, tmp_path, capsys):
+    refuse("; dtype: float32 -> float64", toy_config(finished), ToyTask(dtype=torch.float64), resume=True)
+    config = toy_config(tmp_path, max_steps=7, mixed_precision="bf16")
+    result = train(ToyTask(dtype=torch.float64), config, resume=finished)
+    assert math.isfinite(*result.losses)
+    said = capsys.readouterr().err
+    assert "differs from the checkpoint: dtype: float32 -> float64" in said
+    assert "changed, so losses agree to rounding only: arithmetic: no on cpu -> bf16 on cpu" in said
 
 
 def test_batches_by_tokens_that_change_are_refused(tmp_path, capsys):

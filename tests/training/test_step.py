@@ -129,6 +129,22 @@ def test_a_count_that_disagrees_is_refused(tmp_path):
         train(Wrong(), toy_config(tmp_path))
 
 
+def test_weights_for_counts_and_losses_that_are_not_summed_are_refused(tmp_path):
+    class Weighted(ToyTask):
+        def count(self, batch):
+            return super().count(batch) * 0.3
+
+    class Unsummed(ToyTask):
+        def loss(self, model, batch):
+            loss = super().loss(model, batch)
+            return Loss(loss.total[None], loss.count)
+
+    with pytest.raises(UsageError, match=r"Weighted\.count gave \d+\.\d+, which is no number of tokens"):
+        train(Weighted(), toy_config(tmp_path / "a"))
+    with pytest.raises(UsageError, match=r"Unsummed\.loss gave a total of shape \(1,\): it has to be one number"):
+        train(Unsummed(), toy_config(tmp_path / "b"))
+
+
 def test_dropout_is_a_function_of_seed_step_and_process():
     def draw(*place, **options):
         seed_draws(*place, torch.device("cpu"), **options)

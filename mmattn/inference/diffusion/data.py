@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmattn._home import expand_home
 from mmattn.data.buckets import Buckets, assign_buckets, picture_sizes, usable_source
 from mmattn.data.cached_inputs import cache_latents, cache_texts, text_entries
 from mmattn.data.captions import known_captions
@@ -54,6 +55,9 @@ class CacheConfig:
     folder: Optional[str] = None  # noqa: UP045 (OmegaConf reads Optional on every Python version)
     latents: bool = True
     texts: bool = True
+
+    def __post_init__(self) -> None:
+        expand_home(self, "folder")
 
 
 class DiffusionData:
