@@ -102,6 +102,7 @@ class Drawing:
     is_apart: bool = False
     pictures: list[RecordedPicture] = field(default_factory=list)
     _is_fresh: bool = True  # the next forward begins a generation
+    _has_noted: bool = False  # it may: prompts were encoded, by the pipeline or by a callback on the way
     _is_guided: bool | None = None
     _step: int = 0
     _most_steps: int = 0
@@ -163,7 +164,7 @@ class Drawing:
         """A pipeline has encoded prompts."""
         if "do_classifier_free_guidance" in arguments:
             self._is_guided = bool(arguments["do_classifier_free_guidance"])
-        self._is_fresh = True
+        self._has_noted = True
         self._texts.note(arguments, result)
 
     def expect(self, texts: Texts, *, is_guided: bool) -> None:
@@ -193,7 +194,7 @@ class Drawing:
         self._text = text if isinstance(text, Tensor | None) else getattr(text, "text", None)  # a UNetContext
         now, is_training = _number(given.get("timestep"))
         # Times fall within a generation. A pipeline says when one begins, unless it is given embeddings.
-        is_new = self._is_fresh or now > self._last_time
+        is_new = self._is_fresh or now > self._last_time or (self._has_noted and not self._goes_on)
         is_new = is_new or (self.pipeline is None and (now == self._last_time or is_training))
         guider = None if self.pipeline is None else self.pipeline.components.get("guider")
         if guider is not None:
@@ -217,7 +218,7 @@ class Drawing:
                     self._step,
                 )
         self._most_steps = max(self._most_steps, self._step + 1)
-        self._last_time, self._is_fresh = now, False
+        self._last_time, self._is_fresh, self._has_noted = now, False, False
 
     def _is_guidance(self, count: int) -> bool:
         """Whether a further forward at one time is some guidance's: it has other rows, or another text."""
@@ -282,6 +283,11 @@ class Drawing:
     def _scheduled(self) -> Any:
         """The times of the pipeline's scheduler, which makes new ones for each generation."""
         return getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the scheduler's times are still those of the generation under way."""
+        return self._scheduled is not None and self._timesteps is self._scheduled
 
     @property
     def _halves(self) -> bool | None:
