@@ -83,7 +83,10 @@ class Verification:
             lines += [f"  {verdict}" for verdict in bad]
         if self.unprobed:
             lines.append(f"not compared by themselves: {', '.join(self.unprobed)}")
-        return "\n".join([*lines, "same output" if self.is_ok else "NOT the same output"])
+        found = "same output" if self.is_ok else "NOT the same output"
+        if not self.layers and not self.models:
+            found = "nothing was compared: give verify(**inputs) inputs of the model's forward"
+        return "\n".join([*lines, found])
 
 
 def is_verifying() -> bool:
