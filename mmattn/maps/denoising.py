@@ -36,8 +36,9 @@ from mmattn.ops.same_pass import MapsAsked
 _log = logging.getLogger(__name__)
 _MODELS = ("unet", "transformer")
 _ALL_STEPS = -1
-_OTHER_ORDERS = ("Pix2Pix", "LEdits", "PAG")  # of the rows in the batch than negative, positive
-_ONE_HALF = ("Flux",)  # transformers that get prompts and negative prompts in calls of their own, if at all
+_OTHER_ORDERS = ("Pix2Pix", "LEdits", "PAG", "LuminaPipeline")  # of the rows in the batch than negative, positive
+_ONE_HALF = ("Flux", "Chroma")  # transformers that get prompts and negative prompts in calls of their own, if at all
+_RISING = ("LuminaNextDiT",)  # models whose times rise from noise to picture
 
 
 @contextlib.contextmanager
@@ -51,7 +52,7 @@ def watching_pipeline(pipeline: Any, maps: AttentionMaps) -> Iterator[None]:
     if model is None:
         raise UsageError(f"record_attention: {type(pipeline).__name__} has neither a unet nor a transformer")
     maps.wanted.refuse_for("pipeline, which has its own", ("tokenizer",))
-    if maps.wanted.guidance != "both" and any(word in type(pipeline).__name__ for word in _OTHER_ORDERS):
+    if maps.wanted.guidance != "both" and _is_one_of(pipeline, _OTHER_ORDERS):
         raise UsageError(
             f"record_attention: which rows of {type(pipeline).__name__} follow the prompt is not known: guidance='both'"
             " records them all"
@@ -193,6 +194,7 @@ class Drawing:
         text = given.get("encoder_hidden_states")
         self._text = text if isinstance(text, Tensor | None) else getattr(text, "text", None)  # a UNetContext
         now, is_training = _number(given.get("timestep"))
+        now = -now if type(model).__name__.startswith(_RISING) else now
         # Times fall within a generation. A pipeline says when one begins, unless it is given embeddings.
         is_new = self._is_fresh or now > self._last_time or (self._has_noted and not self._goes_on)
         is_new = is_new or (self.pipeline is None and (now == self._last_time or is_training))
@@ -352,6 +354,11 @@ class Drawing:
                 f"there were {self._most_steps} steps, 0 to {self._most_steps - 1}, and steps={self.maps.wanted.steps}"
             )
         return "the model did not run within record_attention() (in this thread)"
+
+
+def _is_one_of(pipeline: Any, parts: Sequence[str]) -> bool:
+    """Whether one of these is a part of the name of a pipeline's class, or of one above it."""
+    return any(part in each.__name__ for each in type(pipeline).__mro__ for part in parts)
 
 
 def _columns(
