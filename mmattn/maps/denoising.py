@@ -28,6 +28,7 @@ from mmattn.maps.layers import (
     chosen_layers,
     grid_of,
 )
+from mmattn.maps.left_out import kept_places, put_back
 from mmattn.maps.prompt_memory import noting_prompts
 from mmattn.maps.record import AttentionMaps, is_recording
 from mmattn.maps.recordings import RecordedPicture
@@ -334,9 +335,13 @@ class Drawing:
         grid = grid_of(self._size, num_places, where=where)
         if not self.pictures[0].sums:
             self.maps.texts += self.pictures
+        places = kept_places(module)
         for row, picture in zip(self._rows, self.pictures, strict=True):
             weights = seen.asked_for(row)
-            if weights is None:
+            if places is not None:
+                weights = seen.kept(row, None, wanted.heads, average="head" not in wanted.views)
+                weights = put_back(weights, places[row * len(places) // seen.rows], count, picture.kept)
+            elif weights is None:
                 weights = _columns(seen, row, picture.kept, keys, wanted.heads, average="head" not in wanted.views)
             # Tokens that a swapped layer leaves out as padding have none.
             missing = (count if picture.kept is None else len(picture.kept)) - weights.shape[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import numpy as np
@@ -16,7 +17,7 @@ import mmattn
 from mmattn.errors import UsageError
 from mmattn.inference.diffusion.text_encoder_setup import TextEncoderConfig, new_text_encoder
 from tests.swap import zoo_dits, zoo_sd
-from tests.swap.zoo_base import quiet, seeded
+from tests.swap.zoo_base import Draw, quiet, seeded
 
 from .joint_pipelines import _t5
 from .steered import PROMPT, TOKENS, build, run
@@ -74,6 +75,21 @@ def test_capitals_that_a_pipeline_takes_out_and_padding_that_a_swap_leaves_out()
         draw()
     assert swapped.array().shape == stock.array().shape == (8, 6, 13)
     assert np.allclose(swapped.array(), stock.array(), atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [None, [3, 15, 20]])
+def test_padding_before_the_text_keeps_its_columns(tokens):
+    """Of one row the whole text is kept, but of the other not where it stood."""
+    model = zoo_dits.build_pixart()
+    draw, found = Draw(model), []
+    mask = torch.arange(21) >= torch.tensor([0, 7])[:, None]
+    states = draw.normal(2, 4, 24, 32), draw.normal(2, 21, zoo_dits.TEXT), torch.tensor([500, 500])
+    sizes = {"resolution": None, "aspect_ratio": None}
+    for swap in (contextlib.nullcontext, lambda: mmattn.swap_attention(model)):
+        with swap(), torch.no_grad(), mmattn.record_attention(model, tokens=tokens) as maps:
+            model(*states, sizes, encoder_attention_mask=mask.long())
+        found.append([maps.array(row) for row in range(2)])
+    assert np.allclose(*found, atol=1e-6)
 
 
 def test_another_text_on_the_way_is_said(caplog):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -34,6 +37,20 @@ class ValidKeys:
         if self.index is None:
             return context[:, : self.length]
         return context.gather(1, self.index.unsqueeze(-1).expand(-1, -1, context.shape[-1]))
+
+
+_KEPT: ContextVar[tuple[ref[Any], ValidKeys | None] | None] = ContextVar("mmattn_kept_keys", default=None)
+
+
+def note_kept(processor: Any, valid: ValidKeys | None) -> None:
+    """Remember which keys a processor's call keeps, for whoever looks at it in this thread or task."""
+    _KEPT.set((ref(processor), valid))
+
+
+def kept_keys(processor: Any) -> ValidKeys | None:
+    """Which keys the processor's latest call has kept here; None: all of them, or another's call was the latest."""
+    latest = _KEPT.get()
+    return None if latest is None or latest[0]() is not processor else latest[1]
 
 
 class PaddingReader:
