@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mmattn.errors import UsageError
 from mmattn.maps.capture import SeenAttention, is_recomputing, watching
 from mmattn.maps.drawn_texts import DrawnTexts, Texts
+from mmattn.maps.in_place import Hook
 from mmattn.maps.joint import check_joint, picture_part
 from mmattn.maps.layers import (
     attending_layers,
@@ -145,7 +146,7 @@ class Drawing:
         self.maps.layer_names = {layer.number: layer.name for layer in layers}
         self.maps.why_empty = self._why_empty
         self.maps.drawing = self
-        hook = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
+        hook = self.model.register_forward_pre_hook(Hook(self._before), with_kwargs=True)
         try:
             with watching([layer.module for layer in layers], lambda: is_recording(self.maps), self._see, self._ask):
                 yield

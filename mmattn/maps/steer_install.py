@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from mmattn.errors import RunError, UsageError
-from mmattn.maps.in_place import in_place
+from mmattn.maps.in_place import Hook, in_place
 from mmattn.nn.projected_attention import ProjectedAttention
 from mmattn.ops.observe import Steer, steering
 from mmattn.ops.request import Request
@@ -211,8 +211,8 @@ class _AroundForward:
                 steerer.end(unet)
 
         self._hooks = (
-            self.unet.register_forward_pre_hook(begin, with_kwargs=True),
-            self.unet.register_forward_hook(end),
+            self.unet.register_forward_pre_hook(Hook(begin), with_kwargs=True),
+            self.unet.register_forward_hook(Hook(end)),
         )
 
     def undo(self, *, force: bool = False) -> str | None:

@@ -186,9 +186,9 @@ def stock_of(processor: Any) -> Any:
 
 
 def _role(attn: Attention) -> str:
-    if attn.added_kv_proj_dim is not None:
+    if getattr(attn, "added_kv_proj_dim", None) is not None:  # a class below may lack all of it (HiDream's)
         return "cross" if attn.only_cross_attention else JOINT
-    return "cross" if attn.is_cross_attention else "self"
+    return "cross" if getattr(attn, "is_cross_attention", False) else "self"
 
 
 def _dispatcher_role(module: Any, name: str) -> str:
