@@ -324,10 +324,10 @@ class Drawing:
         if wanted.steps is not None and self._step not in wanted.steps:
             return
         where = f"record_attention: {self.maps.layer_names[number]}"
-        keys, length = range(seen.sizes[2]), 0 if self._text is None else self._text.shape[1]
-        count = max(len(keys), length) if self.maps.role == "cross" else len(keys)
+        keys, (total, places) = range(seen.sizes[2]), kept_places(module)
+        count = len(keys) if total is None else total
         if id(module) in self._joint:
-            count = length
+            count = length = 0 if self._text is None else self._text.shape[1]
             seen, first = picture_part(module, seen, length, self._size[0] * self._size[1])
             keys = range(first, first + length)
         heads, num_places, _ = seen.sizes
@@ -336,7 +336,6 @@ class Drawing:
         grid = grid_of(self._size, num_places, where=where)
         if not self.pictures[0].sums:
             self.maps.texts += self.pictures
-        places = kept_places(module)
         for row, picture in zip(self._rows, self.pictures, strict=True):
             weights = seen.asked_for(row)
             if places is not None:

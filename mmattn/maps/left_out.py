@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from mmattn.swap.parts import is_diffusers
 
 
-def kept_places(module: nn.Module) -> Tensor | None:
-    """`[B, L]` places in the text of the keys of each row, in the forward that a layer has just run; None: each key is
-    at its own."""
+def kept_places(module: nn.Module) -> tuple[int | None, Tensor | None]:
+    """Of the forward that a layer has just run: how many tokens the text had, where some may have been left out; and
+    the places `[B, L]` in it of the keys of each row, where they are not at their own."""
     if not is_diffusers(module):
-        return None
+        return None, None
     from mmattn.swap.diffusers.padding import kept_keys
 
     valid = kept_keys(getattr(module, "processor", None))
-    return None if valid is None else valid.index
+    return (None, None) if valid is None else (valid.total, valid.index)
 
 
 def put_back(weights: Tensor, places: Tensor, count: int, kept: Sequence[int] | None) -> Tensor:

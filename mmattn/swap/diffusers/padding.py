@@ -23,12 +23,14 @@ class ValidKeys:
     Attributes:
         index: [B, L] places of the keys to keep, padded with some other key; None keeps the first `length` of each row.
         length: how many keys are kept.
+        total: of how many.
         key_mask: boolean [B, length] over what is kept; None when all of it is real.
         identity: equal for equal masks.
     """
 
     index: Tensor | None
     length: int
+    total: int
     key_mask: Tensor | None
     identity: Hashable
 
@@ -98,7 +100,11 @@ def read_padding(mask: Tensor, batch: int) -> ValidKeys | None:
     kept = None if prefixes.all() else prefixes
     device = mask.device
     return ValidKeys(
-        None if index is None else index.to(device), longest, None if kept is None else kept.to(device), identity
+        None if index is None else index.to(device),
+        longest,
+        allowed.shape[1],
+        None if kept is None else kept.to(device),
+        identity,
     )
 
 
