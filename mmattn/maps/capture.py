@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmattn.maps.in_place import Hook
 from mmattn.maps.layers import check_not_compiling
 from mmattn.maps.weights import RowCall, kept_weights
 from mmattn.ops.masks import as_four_dim, causal_mask
@@ -147,9 +148,9 @@ def watching(
 
     with contextlib.ExitStack() as stack:
         for module in modules:
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_pre_hook(Hook(before), with_kwargs=True).remove)
             # Of several watchers the last to come in is the first to go.
-            hook = module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=True)
+            hook = module.register_forward_hook(Hook(after), with_kwargs=True, always_call=True, prepend=True)
             stack.callback(hook.remove)
         # Hooks are not called where a forward ends with an interrupt.
         stack.callback(frames.leave_all)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mmattn.errors import UsageError
 from mmattn.maps.capture import SeenAttention, is_recomputing, watching
 from mmattn.maps.drawn_texts import DrawnTexts, Texts
+from mmattn.maps.in_place import Hook
 from mmattn.maps.joint import check_joint, picture_part
 from mmattn.maps.layers import (
     attending_layers,
@@ -28,6 +29,7 @@ from mmattn.maps.layers import (
     chosen_layers,
     grid_of,
 )
+from mmattn.maps.left_out import kept_places, put_back
 from mmattn.maps.prompt_memory import noting_prompts
 from mmattn.maps.record import AttentionMaps, is_recording
 from mmattn.maps.recordings import RecordedPicture
@@ -36,8 +38,9 @@ from mmattn.ops.same_pass import MapsAsked
 _log = logging.getLogger(__name__)
 _MODELS = ("unet", "transformer")
 _ALL_STEPS = -1
-_OTHER_ORDERS = ("Pix2Pix", "LEdits", "PAG")  # of the rows in the batch than negative, positive
-_ONE_HALF = ("Flux",)  # transformers that get prompts and negative prompts in calls of their own, if at all
+_OTHER_ORDERS = ("Pix2Pix", "LEdits", "PAG", "LuminaPipeline")  # of the rows in the batch than negative, positive
+_ONE_HALF = ("Flux", "Chroma")  # transformers that get prompts and negative prompts in calls of their own, if at all
+_RISING = ("LuminaNextDiT",)  # models whose times rise from noise to picture
 
 
 @contextlib.contextmanager
@@ -51,7 +54,7 @@ def watching_pipeline(pipeline: Any, maps: AttentionMaps) -> Iterator[None]:
     if model is None:
         raise UsageError(f"record_attention: {type(pipeline).__name__} has neither a unet nor a transformer")
     maps.wanted.refuse_for("pipeline, which has its own", ("tokenizer",))
-    if maps.wanted.guidance != "both" and any(word in type(pipeline).__name__ for word in _OTHER_ORDERS):
+    if maps.wanted.guidance != "both" and _is_one_of(pipeline, _OTHER_ORDERS):
         raise UsageError(
             f"record_attention: which rows of {type(pipeline).__name__} follow the prompt is not known: guidance='both'"
             " records them all"
@@ -102,6 +105,7 @@ class Drawing:
     is_apart: bool = False
     pictures: list[RecordedPicture] = field(default_factory=list)
     _is_fresh: bool = True  # the next forward begins a generation
+    _has_noted: bool = False  # it may: prompts were encoded, by the pipeline or by a callback on the way
     _is_guided: bool | None = None
     _step: int = 0
     _most_steps: int = 0
@@ -142,7 +146,7 @@ class Drawing:
         self.maps.layer_names = {layer.number: layer.name for layer in layers}
         self.maps.why_empty = self._why_empty
         self.maps.drawing = self
-        hook = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
+        hook = self.model.register_forward_pre_hook(Hook(self._before), with_kwargs=True)
         try:
             with watching([layer.module for layer in layers], lambda: is_recording(self.maps), self._see, self._ask):
                 yield
@@ -163,7 +167,7 @@ class Drawing:
         """A pipeline has encoded prompts."""
         if "do_classifier_free_guidance" in arguments:
             self._is_guided = bool(arguments["do_classifier_free_guidance"])
-        self._is_fresh = True
+        self._has_noted = True
         self._texts.note(arguments, result)
 
     def expect(self, texts: Texts, *, is_guided: bool) -> None:
@@ -192,8 +196,9 @@ class Drawing:
         text = given.get("encoder_hidden_states")
         self._text = text if isinstance(text, Tensor | None) else getattr(text, "text", None)  # a UNetContext
         now, is_training = _number(given.get("timestep"))
+        now = -now if type(model).__name__.startswith(_RISING) else now
         # Times fall within a generation. A pipeline says when one begins, unless it is given embeddings.
-        is_new = self._is_fresh or now > self._last_time
+        is_new = self._is_fresh or now > self._last_time or (self._has_noted and not self._goes_on)
         is_new = is_new or (self.pipeline is None and (now == self._last_time or is_training))
         guider = None if self.pipeline is None else self.pipeline.components.get("guider")
         if guider is not None:
@@ -217,7 +222,7 @@ class Drawing:
                     self._step,
                 )
         self._most_steps = max(self._most_steps, self._step + 1)
-        self._last_time, self._is_fresh = now, False
+        self._last_time, self._is_fresh, self._has_noted = now, False, False
 
     def _is_guidance(self, count: int) -> bool:
         """Whether a further forward at one time is some guidance's: it has other rows, or another text."""
@@ -284,6 +289,11 @@ class Drawing:
         return getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
 
     @property
+    def _goes_on(self) -> bool:
+        """Whether the scheduler's times are still those of the generation under way."""
+        return self._scheduled is not None and self._timesteps is self._scheduled
+
+    @property
     def _halves(self) -> bool | None:
         """Whether the batch has two halves; None: not known."""
         if self.is_apart:
@@ -314,10 +324,10 @@ class Drawing:
         if wanted.steps is not None and self._step not in wanted.steps:
             return
         where = f"record_attention: {self.maps.layer_names[number]}"
-        keys, length = range(seen.sizes[2]), 0 if self._text is None else self._text.shape[1]
-        count = max(len(keys), length) if self.maps.role == "cross" else len(keys)
+        keys, (total, places) = range(seen.sizes[2]), kept_places(module)
+        count = len(keys) if total is None else total
         if id(module) in self._joint:
-            count = length
+            count = length = 0 if self._text is None else self._text.shape[1]
             seen, first = picture_part(module, seen, length, self._size[0] * self._size[1])
             keys = range(first, first + length)
         heads, num_places, _ = seen.sizes
@@ -328,7 +338,10 @@ class Drawing:
             self.maps.texts += self.pictures
         for row, picture in zip(self._rows, self.pictures, strict=True):
             weights = seen.asked_for(row)
-            if weights is None:
+            if places is not None:
+                weights = seen.kept(row, None, wanted.heads, average="head" not in wanted.views)
+                weights = put_back(weights, places[row * len(places) // seen.rows], count, picture.kept)
+            elif weights is None:
                 weights = _columns(seen, row, picture.kept, keys, wanted.heads, average="head" not in wanted.views)
             # Tokens that a swapped layer leaves out as padding have none.
             missing = (count if picture.kept is None else len(picture.kept)) - weights.shape[-1]
@@ -346,6 +359,11 @@ class Drawing:
                 f"there were {self._most_steps} steps, 0 to {self._most_steps - 1}, and steps={self.maps.wanted.steps}"
             )
         return "the model did not run within record_attention() (in this thread)"
+
+
+def _is_one_of(pipeline: Any, parts: Sequence[str]) -> bool:
+    """Whether one of these is a part of the name of a pipeline's class, or of one above it."""
+    return any(part in each.__name__ for each in type(pipeline).__mro__ for part in parts)
 
 
 def _columns(

@@ -22,6 +22,34 @@ class _Installed:
     users: int = 0
 
 
+class Hook:
+    """A hook of ours on somebody's module. In a copy of the module, deep or pickled, it does and holds nothing.
+
+    Args:
+        call: what it does.
+    """
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return _idle()
+
+    def __reduce__(self) -> tuple[Callable[[], Hook], tuple[()]]:
+        return _idle, ()
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _idle() -> Hook:
+    return Hook(_do_nothing)
+
+
 _LOCK = threading.RLock()
 _INSTALLED: dict[tuple[int, str], _Installed] = {}  # by identity of the target, which is held
 

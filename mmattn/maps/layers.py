@@ -122,7 +122,10 @@ def grid_of(size: tuple[int, int], num_places: int, *, where: str) -> tuple[int,
     while rows * columns > num_places:
         rows, columns = -(-rows // 2), -(-columns // 2)
     if rows * columns != num_places:
-        raise RunError(f"{where} has {num_places} places, which is no level of {size[0]} x {size[1]}")
+        raise RunError(
+            f"{where} has {num_places} places, which is no level of {size[0]} x {size[1]}: they are not the picture's, "
+            "or not its alone (text and picture together, as in single-stream layers)"
+        )
     return rows, columns
 
 

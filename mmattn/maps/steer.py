@@ -212,7 +212,6 @@ class _Steering:
 
     def note(self, arguments: dict[str, Any], result: Any) -> None:
         """Remember prompts."""
-        self._generation = None
         self._prompts.note(arguments, result)
 
     def begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

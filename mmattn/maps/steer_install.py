@@ -18,12 +18,12 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from mmattn.errors import RunError, UsageError
-from mmattn.maps.in_place import in_place
+from mmattn.maps.in_place import Hook, in_place
 from mmattn.nn.projected_attention import ProjectedAttention
 from mmattn.ops.observe import Steer, steering
 from mmattn.ops.request import Request
 from mmattn.swap.diffusers.context_path import StandIn
-from mmattn.swap.diffusers.install import plan_model
+from mmattn.swap.diffusers.install import InstallProcessor, plan_model
 from mmattn.swap.diffusers.layer import Swapped
 from mmattn.swap.layers import Options, SetAttribute
 from mmattn.swap.verify import is_verifying
@@ -153,10 +153,12 @@ def steered_layers(unet: nn.Module) -> dict[nn.Module, SteeredLayer]:
             reason = (
                 "its forward is replaced, by a hook that moves or casts it or the like, which steering would pass by"
             )
+        step: Any = layer.step
+        if reason is None and not isinstance(processor, Swapped) and not isinstance(step, InstallProcessor):
+            reason = f"{layer.old_class}: it leaves attention to diffusers' dispatcher"
         if reason is not None:
             refused.append(f"{layer.name}: {reason}")
             continue
-        step: Any = layer.step
         ours = None if isinstance(processor, Swapped) else step.ours
         layers[module] = SteeredLayer(layer.name, layer.role, processor, ours)
     if refused:
@@ -209,8 +211,8 @@ class _AroundForward:
                 steerer.end(unet)
 
         self._hooks = (
-            self.unet.register_forward_pre_hook(begin, with_kwargs=True),
-            self.unet.register_forward_hook(end),
+            self.unet.register_forward_pre_hook(Hook(begin), with_kwargs=True),
+            self.unet.register_forward_hook(Hook(end)),
         )
 
     def undo(self, *, force: bool = False) -> str | None:

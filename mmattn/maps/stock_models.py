@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmattn.errors import UsageError
 from mmattn.maps.capture import SeenAttention, watching
 from mmattn.maps.generated import TARGETS, Call, check_call, rereading
-from mmattn.maps.in_place import in_place
+from mmattn.maps.in_place import Hook, in_place
 from mmattn.maps.layers import attending_layers, check_heads, check_not_compiled, chosen_layers
 from mmattn.maps.record import AttentionMaps, is_recording
 from mmattn.maps.recordings import Recorded, RecordedPair, RecordedText, TextToRecord
@@ -49,12 +49,12 @@ def watching_stock(target: nn.Module, maps: AttentionMaps) -> Iterator[None]:
     reading = Reading(model, maps, {id(layer.module): layer.number for layer in layers})
     maps.why_empty = reading.why_empty
     with contextlib.ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(reading.begin, with_kwargs=True).remove)
-        hook = model.register_forward_hook(reading.end, with_kwargs=True, always_call=True)
+        stack.callback(model.register_forward_pre_hook(Hook(reading.begin), with_kwargs=True).remove)
+        hook = model.register_forward_hook(Hook(reading.end), with_kwargs=True, always_call=True)
         stack.callback(hook.remove)
         if hasattr(model, "generate"):
             stack.enter_context(
-                in_place(model, "record_attention", lambda: [SetAttribute(model, "generate", _generating(model))])
+                in_place(model, "record_attention", lambda: [SetAttribute(model, "generate", _Generate(model))])
             )
         stack.enter_context(watching([layer.module for layer in layers], reading.wants, reading.see, reading.ask))
         stack.callback(_READINGS.reset, _READINGS.set((*_READINGS.get(), reading)))
@@ -62,12 +62,19 @@ def watching_stock(target: nn.Module, maps: AttentionMaps) -> Iterator[None]:
         yield
 
 
-def _generating(model: Any) -> Callable[..., Any]:
-    """The model's `generate`, and one forward over its texts after it for the recorders that are open."""
-    generate = model.generate
+class _Generate:
+    """A model's `generate`, and one forward over its texts after it for the recorders that are open. A copied model,
+    deep or pickled, has its own `generate`."""
 
-    @functools.wraps(generate)
-    def generate_and_read(*args: Any, **kwargs: Any) -> Any:
+    def __init__(self, model: Any) -> None:
+        self._model, self._generate = model, model.generate
+        functools.update_wrapper(self, model.generate)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, str]]:
+        return getattr, (self._model, "generate")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model, generate = self._model, self._generate
         readings = [reading for reading in _READINGS.get() if reading.model is model]
         if not readings or any(reading.is_generating for reading in readings):
             return generate(*args, **kwargs)
@@ -88,8 +95,6 @@ def _generating(model: Any) -> Callable[..., Any]:
             with torch.no_grad():
                 model(**given)
         return output
-
-    return generate_and_read
 
 
 @dataclass(eq=False)

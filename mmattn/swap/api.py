@@ -12,7 +12,7 @@ from torch import nn
 from mmattn._optional import package_version
 from mmattn.errors import BackendError, UsageError
 from mmattn.ops.registry import backends, check_name, explain
-from mmattn.swap.layers import Layer, Options, Plan, check_role
+from mmattn.swap.layers import Layer, Options, Plan, check_role, head_dim
 from mmattn.swap.parts import is_diffusers, is_transformers, parts_of
 from mmattn.swap.report import SwapReport
 from mmattn.swap.swapped import Swap
@@ -196,12 +196,12 @@ def _check_layer(layer: Layer, *, needs_weights: bool = True) -> None:
         raise UsageError(f"swap_attention: the weights of {layer.full_name} are on meta; load the model first")
     if layer.backend == "auto" or not parameter.dtype.is_floating_point or parameter.dtype.itemsize == 1:
         return  # weights of eight bits are stored so, and computed with otherwise
-    head_dim = _head_dim(layer.module)
-    if head_dim is None:
+    size = head_dim(layer.module)
+    if size is None:
         return
     # Only traits count: nothing is computed.
     device = "cpu" if parameter.is_meta else parameter.device
-    probe = torch.empty(1, 1, 2, head_dim, dtype=parameter.dtype, device=device)
+    probe = torch.empty(1, 1, 2, size, dtype=parameter.dtype, device=device)
     explanation = explain(probe, probe, probe, backend=layer.backend)
     reasons = explanation.reasons[layer.backend]
     if reasons:
@@ -211,12 +211,3 @@ def _check_layer(layer: Layer, *, needs_weights: bool = True) -> None:
 def _is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate or diffusers brings the weights when they are needed."""
     return any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in module.modules())
-
-
-def _head_dim(module: nn.Module) -> int | None:
-    """The head size of an attention module of either library, where it says so."""
-    value = getattr(module, "head_dim", None)
-    if isinstance(value, int):
-        return value
-    heads, inner = getattr(module, "heads", None), getattr(module, "inner_dim", None)
-    return inner // heads if isinstance(heads, int) and isinstance(inner, int) and heads else None

@@ -179,6 +179,28 @@ class SetAttribute:
         return f"{type(self.target).__name__}.{self.name} was set to something else since"
 
 
+def head_count(module: nn.Module) -> int | None:
+    """How many query heads an attention module of either library has, where it says so."""
+    return _number(module, ("heads", "num_heads", "num_attention_heads"))
+
+
+def head_dim(module: nn.Module) -> int | None:
+    """The head size of such a module: as it says, or by the width of its queries."""
+    size, heads = _number(module, ("head_dim", "dim_head", "dim_heads", "attention_head_dim")), head_count(module)
+    if size is not None or not heads:
+        return size
+    width = _number(module, ("inner_dim",))
+    for name, parts in (("to_q", 1), ("to_query", 1), ("to_qkv", 3), ("qkv", 3)):
+        if width is None and (whole := _number(getattr(module, name, None), ("out_features",))) is not None:
+            width = whole // parts
+    return None if width is None else width // heads
+
+
+def _number(owner: Any, names: tuple[str, ...]) -> int | None:
+    values = (getattr(owner, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
+
+
 def check_role(role: str | None) -> None:
     """Raise `UsageError` for a role that cannot be swapped by itself."""
     if role not in (None, "self", "cross"):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxKontextPipeline
+from diffusers import ChromaPipeline, ChromaTransformer2DModel, FluxKontextPipeline
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from mmattn import record_attention, swap_attention
 from mmattn.errors import UsageError
 from tests.swap import zoo_dits
-from tests.swap.zoo_base import quiet
+from tests.swap.zoo_base import liven, quiet, seeded
 from tests.tolerance import check_within
 
 from .joint_pipelines import CLIP_TOKENS, T5_TOKENS, flux, joint_weights, stable_diffusion_3
@@ -125,6 +125,23 @@ def test_flux_guided_by_a_negative_prompt_has_forwards_of_its_own(pipes):
         record_attention(pipes["flux"], guidance="both"),
     ):
         pass
+
+
+def test_chroma_is_guided_in_forwards_of_their_own(pipes):
+    parts = {name: pipes["flux"].components[name] for name in ("scheduler", "vae")}
+    sizes = {"approximator_num_channels": 16, "approximator_hidden_dim": 24, "approximator_layers": 1}
+    config = {
+        name: value for name, value in zoo_dits.FLUX.items() if name not in ("guidance_embeds", "pooled_projection_dim")
+    }
+    transformer = seeded(lambda: liven(ChromaTransformer2DModel(**config, **sizes)))()
+    t5 = {"text_encoder": pipes["flux"].text_encoder_2, "tokenizer": pipes["flux"].tokenizer_2}
+    pipe = quiet(ChromaPipeline(**parts, **t5, transformer=transformer))
+    with record_attention(pipe, steps=0) as maps:
+        draw(pipe)
+    with record_attention(pipe, steps=0) as unguided:
+        draw(pipe, guidance_scale=0.0)
+    assert [picture.prompt.text for picture in maps.texts] == PROMPTS
+    assert np.array_equal(maps.array(1), unguided.array(1))
 
 
 def test_skipped_layers_of_sd3_are_no_generation_of_their_own(pipes):

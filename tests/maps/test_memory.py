@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
 import torch
 from transformers import BartForConditionalGeneration
 
-from mmattn import TextToImage, Translator, VisionLanguageModel, record_attention
+from mmattn import TextToImage, Translator, VisionLanguageModel, record_attention, steer_attention
 from mmattn.errors import UsageError
+from mmattn.maps import in_place
 from tests.inference.tiny_models import pictures, save_own
 from tests.inference.tiny_pipelines import stable_diffusion
 from tests.inference.tiny_translators import ENGLISH, save_own_translator
@@ -76,3 +79,21 @@ def test_maps_hold_no_model(kind, tmp_path):
     assert maps.array().ndim >= 2
     with pytest.raises(UsageError, match="nothing was recorded: the model"):
         empty.array()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_made_within_a_block_are_neither_recorded_nor_bound_to_it(copied):
+    pipe, bart = stable_diffusion(), FAMILIES["bart"].build()
+    with record_attention(pipe) as maps, record_attention(bart) as texts, steer_attention(pipe, weights={"red": 2}):
+        others = copied(pipe.unet), copied(bart)
+        draw(pipe)
+        generate(bart)
+    assert len(maps) == len(texts) == 1
+    assert others[1].generate.__self__ is others[1]
+    hooks = [hook for module in others[0].modules() for hook in module._forward_pre_hooks.values()]
+    assert hooks
+    assert all(hook._call is in_place._do_nothing for hook in hooks)
+    pipe.unet = others[0]
+    draw(pipe)
+    generate(others[1])
+    assert len(maps) == len(texts) == 1

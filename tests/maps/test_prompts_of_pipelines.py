@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
+from diffusers import AudioLDM2UNet2DConditionModel, DPMSolverMultistepScheduler, PixArtAlphaPipeline
 from diffusers.guiders import SkipLayerGuidance
 from diffusers.hooks import LayerSkipConfig
 from diffusers.modular_pipelines.stable_diffusion_xl import StableDiffusionXLAutoBlocks
@@ -16,7 +17,7 @@ import mmattn
 from mmattn.errors import UsageError
 from mmattn.inference.diffusion.text_encoder_setup import TextEncoderConfig, new_text_encoder
 from tests.swap import zoo_dits, zoo_sd
-from tests.swap.zoo_base import quiet, seeded
+from tests.swap.zoo_base import Draw, quiet, seeded
 
 from .joint_pipelines import _t5
 from .steered import PROMPT, TOKENS, build, run
@@ -74,6 +75,35 @@ def test_capitals_that_a_pipeline_takes_out_and_padding_that_a_swap_leaves_out()
         draw()
     assert swapped.array().shape == stock.array().shape == (8, 6, 13)
     assert np.allclose(swapped.array(), stock.array(), atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [None, [3, 15, 20]])
+def test_padding_before_the_text_keeps_its_columns(tokens):
+    """Of one row the whole text is kept, but of the other not where it stood."""
+    model = zoo_dits.build_pixart()
+    draw, found = Draw(model), []
+    mask = torch.arange(21) >= torch.tensor([0, 7])[:, None]
+    states = draw.normal(2, 4, 24, 32), draw.normal(2, 21, zoo_dits.TEXT), torch.tensor([500, 500])
+    sizes = {"resolution": None, "aspect_ratio": None}
+    for swap in (contextlib.nullcontext, lambda: mmattn.swap_attention(model)):
+        with swap(), torch.no_grad(), mmattn.record_attention(model, tokens=tokens) as maps:
+            model(*states, sizes, encoder_attention_mask=mask.long())
+        found.append([maps.array(row) for row in range(2)])
+    assert np.allclose(*found, atol=1e-6)
+
+
+def test_a_second_text_is_not_taken_for_the_first():
+    """AudioLDM 2's, which may be the shorter one."""
+    kinds = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "block_out_channels": (8, 16)}
+    kinds |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": ((None, 8, 16),) * 2}
+    sizes = {"layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 2, "transformer_layers_per_block": 1}
+    model = AudioLDM2UNet2DConditionModel(**kinds, **sizes)
+    draw = Draw(model)
+    texts = {"encoder_hidden_states": draw.normal(1, 9, 8), "encoder_hidden_states_1": draw.normal(1, 7, 16)}
+    with torch.no_grad(), mmattn.record_attention(model) as maps:
+        model(draw.normal(1, 4, 16, 12), 10, **texts)
+    with pytest.raises(UsageError, match="attend to different things: 9 keys in layers .* 7 keys in layers"):
+        maps.array()
 
 
 def test_another_text_on_the_way_is_said(caplog):

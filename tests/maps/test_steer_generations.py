@@ -100,6 +100,21 @@ def test_a_second_generation_counts_anew(pipe, image_to_image):
             assert torch.equal(redraw(image_to_image, PROMPT, seeds(3), strength, steps=4), one)
 
 
+def test_prompts_that_a_callback_encodes_begin_no_generation(pipe):
+    def encode(pipeline, step, time, given):
+        pipeline.encode_prompt("a blue star", "cpu", 1, True)
+        return given
+
+    wanted = {"weights": {"red": 5.0}, "steps": 0.5}
+    kept = steered_calls(pipe, lambda: run(pipe, steps=4), **wanted)
+    assert steered_calls(pipe, lambda: run(pipe, steps=4, callback_on_step_end=encode), **wanted) == kept > 0
+    with mmattn.record_attention(pipe) as maps:
+        for _ in range(2):
+            run(pipe, steps=1, callback_on_step_end=encode)
+        run(pipe, steps=4, callback_on_step_end=encode)
+    assert [set(each.counts.values()) for each in maps.texts] == [{1}, {1}, {4}]
+
+
 def test_inpainting(pipe):
     made = quiet(StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False))
     picture, mask = noise(1, 3, 32, 32, seed=2).sigmoid(), torch.ones(1, 1, 32, 32)

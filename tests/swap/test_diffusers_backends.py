@@ -9,7 +9,11 @@ import pytest
 import torch
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from diffusers.models.transformers.transformer_anyflow_far import AnyFlowAttention, AnyFlowCausalAttnProcessor
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_kandinsky import Kandinsky5Attention
+from diffusers.models.transformers.transformer_krea2 import Krea2Attention
+from diffusers.models.transformers.transformer_stable_audio3 import StableAudio3SelfAttention
 
 import mmattn
 from mmattn.errors import BackendError, UsageError
@@ -207,6 +211,27 @@ def test_a_choice_of_diffusers_in_between_is_named_and_stays(flux):
     assert registries() == before
     assert swapped.restore(force=True) == []
     assert {processor._attention_backend for processor in flux.attn_processors.values()} == {None}
+
+
+def test_block_masks_stay_with_diffusers_flex_backend(flux):
+    for processor in flux.attn_processors.values():
+        processor._attention_backend = AttentionBackendName.FLEX
+    with pytest.raises(UsageError, match="FluxAttnProcessor: set to diffusers' backend flex, whose block masks no"):
+        mmattn.swap_attention(flux)
+    causal = AnyFlowAttention(24, 2, 12, processor=AnyFlowCausalAttnProcessor())
+    with pytest.raises(UsageError, match="AnyFlowCausalAttnProcessor: set to diffusers' backend flex"):
+        mmattn.swap_attention(causal)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [StableAudio3SelfAttention(64, 32), Krea2Attention(48, 4, 2), Kandinsky5Attention(48, 24)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers_say_their_sizes_in_many_ways(layer):
+    with mmattn.swap_attention(layer) as swapped:
+        assert swapped.verify().is_ok
+        assert len(swapped.verify().layers) == 1
 
 
 def test_one_processor_object_for_all_layers(flux):

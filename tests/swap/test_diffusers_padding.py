@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from mmattn.ops.tolerance import deviation
 from mmattn.swap.diffusers import padding
 from mmattn.swap.diffusers.padding import PaddingReader, read_padding
 
+from . import zoo_dits
 from .diffusers_pieces import CROSS, TEXT, a_text, attentions, draw, hits, misses, run_unet, tiny_unet
 from .zoo import FAMILIES
 from .zoo_base import liven, seeded
@@ -62,6 +64,15 @@ def check_near_stock(ours: Tensor, stock: Tensor, exact: Tensor) -> None:
     """Ours at most twice as far as stock is from what stock gives in float64, and a rounding."""
     found = deviation(ours, stock, exact)
     assert found.is_within, found
+
+
+def test_pixart_without_a_projection_of_captions():
+    """Its texts are as wide as its keys' inputs."""
+    config = zoo_dits.PIXART | {"num_layers": 1, "caption_channels": None}
+    model = seeded(lambda: liven(PixArtTransformer2DModel(**config)))()
+    with mmattn.swap_attention(model) as swapped:
+        assert len(swapped.verify().models) == 1
+        assert swapped.verify().is_ok
 
 
 @pytest.mark.parametrize("name", MASKS)

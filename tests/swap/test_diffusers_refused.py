@@ -8,6 +8,7 @@ from accelerate import init_empty_weights
 from diffusers import SanaTransformer2DModel, UNet2DConditionModel
 from diffusers.hooks import apply_layerwise_casting
 from diffusers.models import attention_processor as stock
+from diffusers.models.transformers.transformer_hidream_image import HiDreamAttention, HiDreamAttnProcessor
 from diffusers.pipelines.deprecated.stable_diffusion_attend_and_excite.pipeline_stable_diffusion_attend_and_excite import (  # noqa: E501
     AttendExciteAttnProcessor,
 )
@@ -122,6 +123,12 @@ def test_sana_with_norms_of_queries_and_keys():
         assert (FAMILIES["sana"].run(model) - expected).abs().max() < 1e-5
         assert swapped.verify().is_ok
         assert "qk_norm" in swapped.report().swapped[0].features
+
+
+def test_an_attention_of_another_build_is_left_alone_by_name():
+    layer = HiDreamAttention(8, 2, 4, processor=HiDreamAttnProcessor())
+    with pytest.raises(UsageError, match=f"HiDreamAttnProcessor: {UNKNOWN}"):
+        mmattn.swap_attention(layer)
 
 
 def test_more_than_five_refusals_are_counted():

@@ -170,6 +170,7 @@ def test_compiling_repeated_blocks(key):
         family.run(model)
         graphs.append(counter.frame_count)
         if swapped is not None:
+            assert swapped.verify().is_ok, "which runs uncompiled"
             swapped.restore()
     assert graphs[0] == graphs[1]
 

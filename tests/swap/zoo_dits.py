@@ -8,7 +8,9 @@ import torch
 from diffusers import (
     CogVideoXTransformer3DModel,
     FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     WanTransformer3DModel,
@@ -67,6 +69,28 @@ SANA = {
     "cross_attention_head_dim": 40,
     "cross_attention_dim": 80,
     "caption_channels": TEXT,
+}
+QWENIMAGE = {
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 3,
+    "joint_attention_dim": TEXT,
+    "axes_dims_rope": (8, 4, 4),
+}
+HUNYUAN_VIDEO = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 10,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "patch_size_t": 1,
+    "text_embed_dim": TEXT,
+    "pooled_projection_dim": POOLED,
+    "rope_axes_dim": (2, 4, 4),
 }
 COGVIDEOX = {
     "num_layers": 2,
@@ -176,6 +200,42 @@ def run_sana(model: Any) -> Tensor:
 
 
 @seeded
+def build_qwenimage() -> QwenImageTransformer2DModel:
+    return liven(QwenImageTransformer2DModel(**QWENIMAGE), louder=2)
+
+
+@torch.no_grad()
+def run_qwenimage(model: Any) -> Tensor:
+    draw = Draw(model)
+    rows, columns = 4, 6
+    return model(
+        hidden_states=draw.normal(2, rows * columns, 16),
+        encoder_hidden_states=draw.normal(2, 21, TEXT),
+        encoder_hidden_states_mask=draw.lengths(21, 13),
+        timestep=torch.tensor([0.5, 0.5]).to(draw.device, draw.dtype),
+        img_shapes=[[(1, rows, columns)]] * 2,
+    ).sample
+
+
+@seeded
+def build_hunyuan_video() -> HunyuanVideoTransformer3DModel:
+    return liven(HunyuanVideoTransformer3DModel(**HUNYUAN_VIDEO), louder=2)
+
+
+@torch.no_grad()
+def run_hunyuan_video(model: Any) -> Tensor:
+    draw = Draw(model)
+    return model(
+        hidden_states=draw.normal(2, 4, 2, 8, 12),
+        timestep=torch.tensor([500, 500], device=draw.device),
+        encoder_hidden_states=draw.normal(2, 21, TEXT),
+        encoder_attention_mask=draw.lengths(21, 13),
+        pooled_projections=draw.normal(2, POOLED),
+        guidance=torch.tensor([6000.0, 6000.0]).to(draw.device, draw.dtype),
+    ).sample
+
+
+@seeded
 def build_cogvideox() -> CogVideoXTransformer3DModel:
     return liven(CogVideoXTransformer3DModel(**COGVIDEOX), louder=2)
 
@@ -198,6 +258,8 @@ FAMILIES = {
     "flux": transformer("FLUX.1", build_flux, run_flux),
     "wan": transformer("Wan 2.1, text to video", build_wan, run_wan),
     "wan_i2v": transformer("Wan 2.1, image to video", build_wan_image, run_wan_image),
+    "qwenimage": transformer("QwenImage", build_qwenimage, run_qwenimage),
+    "hunyuan_video": transformer("HunyuanVideo", build_hunyuan_video, run_hunyuan_video),
     "sana": transformer("Sana", build_sana, run_sana),
     "cogvideox": transformer("CogVideoX", build_cogvideox, run_cogvideox),
 }

@@ -23,6 +23,7 @@ from mmattn.errors import UsageError
 from mmattn.ops.masks import causal_mask
 from mmattn.swap.attend import attend
 
+FLEX = ("flex", "_native_flex")  # diffusers' names; some processors hand it masks of torch's flex attention
 _USERS: defaultdict[str, WeakSet[Any]] = defaultdict(WeakSet)  # a backend's name: the processors that are set to it
 _DEFAULTS: list[ref[KeepProcessDefault]] = []  # in the order in which they were taken
 

@@ -20,14 +20,14 @@ from torch import nn
 
 from mmattn.swap.diffusers.context_path import plan_context_path
 from mmattn.swap.diffusers.contracts import CONTRACTS, features, refusal
-from mmattn.swap.diffusers.dispatcher import KeepProcessDefault, RegisterBackend, UseBackend
+from mmattn.swap.diffusers.dispatcher import FLEX, KeepProcessDefault, RegisterBackend, UseBackend
 from mmattn.swap.diffusers.ip_adapter import SwappedIPAdapterAttnProcessor
 from mmattn.swap.diffusers.layer import Settings, Swapped
 from mmattn.swap.diffusers.model_probe import model_probe
 from mmattn.swap.diffusers.padding import PaddingReader
 from mmattn.swap.diffusers.probe import run_backend, run_layer
 from mmattn.swap.diffusers.processors import SwappedAttnProcessor
-from mmattn.swap.layers import JOINT, Layer, Options, Plan
+from mmattn.swap.layers import JOINT, Layer, Options, Plan, head_count, head_dim
 from mmattn.swap.parts import MOTION
 
 
@@ -111,10 +111,10 @@ def plan_model(model: nn.Module, part: str, options: Options) -> Plan:
         if layer.refused is not None or not layer.chosen:
             continue
         module: Any = layer.module
-        if isinstance(module, Attention):
-            layer.step = _processor_step(module, layer, options, padding)
-            layer.probe = functools.partial(run_layer, module)
-            plan.caches.append(layer.step.ours.context_cache)
+        if not _asks_dispatcher(module):
+            step = _processor_step(module, layer, options, padding)
+            layer.step, layer.probe = step, functools.partial(run_layer, module)
+            plan.caches.append(step.ours.context_cache)
             continue
         sharing = sharers[id(module.processor)]
         if not all(other.chosen for other in sharing):
@@ -123,7 +123,8 @@ def plan_model(model: nn.Module, part: str, options: Options) -> Plan:
         role = layer.role if all(other.role == layer.role for other in sharing) else JOINT
         backend = backends.setdefault(role, RegisterBackend(role, options.backend))
         layer.step = UseBackend(module.processor, backend)
-        layer.probe = functools.partial(run_backend, module) if hasattr(module, "heads") else None
+        is_known = head_count(module) is not None and head_dim(module) is not None
+        layer.probe = functools.partial(run_backend, module) if is_known else None
     if any(layer.is_swapped for layer in plan.layers):
         probe = model_probe(model)
         plan.probes |= {} if probe is None else {part: probe}
@@ -153,20 +154,28 @@ def layer_of(module: nn.Module, name: str, part: str) -> Layer | None:
             "not a class that mmattn knows" if isinstance(module, MochiAttention) else "linear attention, not a softmax"
         )
         return Layer(part, name, module, "self", type(module).__name__, refused=reason)
-    if isinstance(module, Attention):
-        processor = stock_of(module.processor)
-        layer = Layer(part, name, module, _role(module), type(processor).__name__)
+    if not isinstance(module, Attention | AttentionModuleMixin):
+        return None
+    processor = stock_of(getattr(module, "processor", None))
+    role = _role(module) if isinstance(module, Attention) else _dispatcher_role(module, name)
+    layer = Layer(part, name, module, role, type(processor).__name__)
+    if _asks_dispatcher(module):
+        if processor._attention_backend in FLEX:
+            layer.refused = f"{layer.old_class}: set to diffusers' backend flex, whose block masks no other reads"
+    elif not isinstance(module, Attention):
+        layer.refused = f"{layer.old_class}: does not ask diffusers' dispatcher"
+    else:
         layer.refused = refusal(module, processor)
-        if layer.refused is None:
-            layer.features = features(module, processor)
-        return layer
-    if isinstance(module, AttentionModuleMixin):
-        processor = getattr(module, "processor", None)
-        layer = Layer(part, name, module, _dispatcher_role(module, name), type(processor).__name__)
-        if not hasattr(processor, "_attention_backend"):
-            layer.refused = f"{type(processor).__name__}: does not ask diffusers' dispatcher"
-        return layer
-    return None
+        layer.features = [] if layer.refused is not None else features(module, processor)
+    return layer
+
+
+def _asks_dispatcher(module: Any) -> bool:
+    """Whether a layer's processor leaves attention to diffusers' dispatcher: also those of old-style modules in newer
+    models (QwenImage, HunyuanVideo, Z-Image)."""
+    processor = getattr(module, "processor", None)
+    owner = type(processor) if isinstance(module, Attention) else processor
+    return hasattr(owner, "_attention_backend") and type(processor) not in CONTRACTS
 
 
 def stock_of(processor: Any) -> Any:
@@ -177,9 +186,9 @@ def stock_of(processor: Any) -> Any:
 
 
 def _role(attn: Attention) -> str:
-    if attn.added_kv_proj_dim is not None:
+    if getattr(attn, "added_kv_proj_dim", None) is not None:  # a class below may lack all of it (HiDream's)
         return "cross" if attn.only_cross_attention else JOINT
-    return "cross" if attn.is_cross_attention else "self"
+    return "cross" if getattr(attn, "is_cross_attention", False) else "self"
 
 
 def _dispatcher_role(module: Any, name: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmattn.swap.attend import attend, reference_kind
 from mmattn.swap.diffusers.context_cache import ContextCache, KeyValue
 from mmattn.swap.diffusers.gate import Gate
-from mmattn.swap.diffusers.padding import PaddingReader, ValidKeys, as_bias
+from mmattn.swap.diffusers.padding import PaddingReader, ValidKeys, as_bias, note_kept
 
 
 @dataclass(eq=False)
@@ -136,11 +136,14 @@ class Swapped:
 
     def valid_keys(self, mask: Tensor | None, context: Tensor) -> ValidKeys | None:
         """Which tokens of the context are real, where a mask says so and padding is to be left out."""
-        if mask is None or not self.settings.drop_padding or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return None
-        if mask.shape[-1] != context.shape[1]:  # for `bias` to complain about
-            return None
-        return self.settings.padding.read(mask, context.shape[0])
+        valid = None
+        # A mask of another length is for `bias` to complain about.
+        if mask is not None and self.settings.drop_padding and mask.shape[-1] == context.shape[1]:
+            valid = self.settings.padding.read(mask, context.shape[0])
+        note_kept(self, valid)
+        return valid
 
     def bias(self, attn: Any, mask: Tensor | None, batch: int, num_keys: int) -> Tensor | None:
         """An `attention_mask` as it is added to the scores."""

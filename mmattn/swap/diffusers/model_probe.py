@@ -73,7 +73,7 @@ def _pixart(model: Any, random: Random) -> dict[str, Any] | None:
     mask[0, 3:] = 0
     return {
         "hidden_states": random(_BATCH, config.in_channels, config.sample_size, config.sample_size),
-        "encoder_hidden_states": random(_BATCH, _TEXT, config.caption_channels),
+        "encoder_hidden_states": random(_BATCH, _TEXT, config.caption_channels or config.cross_attention_dim),
         "timestep": torch.full((_BATCH,), 500),
         "encoder_attention_mask": mask,
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -20,12 +23,14 @@ class ValidKeys:
     Attributes:
         index: [B, L] places of the keys to keep, padded with some other key; None keeps the first `length` of each row.
         length: how many keys are kept.
+        total: of how many.
         key_mask: boolean [B, length] over what is kept; None when all of it is real.
         identity: equal for equal masks.
     """
 
     index: Tensor | None
     length: int
+    total: int
     key_mask: Tensor | None
     identity: Hashable
 
@@ -34,6 +39,20 @@ class ValidKeys:
         if self.index is None:
             return context[:, : self.length]
         return context.gather(1, self.index.unsqueeze(-1).expand(-1, -1, context.shape[-1]))
+
+
+_KEPT: ContextVar[tuple[ref[Any], ValidKeys | None] | None] = ContextVar("mmattn_kept_keys", default=None)
+
+
+def note_kept(processor: Any, valid: ValidKeys | None) -> None:
+    """Remember which keys a processor's call keeps, for whoever looks at it in this thread or task."""
+    _KEPT.set((ref(processor), valid))
+
+
+def kept_keys(processor: Any) -> ValidKeys | None:
+    """Which keys the processor's latest call has kept here; None: all of them, or another's call was the latest."""
+    latest = _KEPT.get()
+    return None if latest is None or latest[0]() is not processor else latest[1]
 
 
 class PaddingReader:
@@ -81,7 +100,11 @@ def read_padding(mask: Tensor, batch: int) -> ValidKeys | None:
     kept = None if prefixes.all() else prefixes
     device = mask.device
     return ValidKeys(
-        None if index is None else index.to(device), longest, None if kept is None else kept.to(device), identity
+        None if index is None else index.to(device),
+        longest,
+        allowed.shape[1],
+        None if kept is None else kept.to(device),
+        identity,
     )
 
 

@@ -9,6 +9,8 @@ from diffusers.models import attention_dispatch
 from diffusers.models.modeling_utils import get_parameter_device, get_parameter_dtype
 from torch import Tensor, nn
 
+from mmattn.swap.layers import head_count, head_dim
+
 _BATCH, _SIDE, _TEXT = 2, 5, 7
 
 
@@ -47,10 +49,11 @@ def run_layer(attn: Any) -> Tensor:
 def run_backend(module: Any) -> Tensor:
     """What the backend of a dispatcher model's layer gives for fixed random queries, keys and values."""
     device, dtype = place_of(module)
-    heads = module.heads
-    inner = getattr(module, "inner_dim", None) or module.to_q.out_features
+    heads, size = head_count(module), head_dim(module)
+    assert heads is not None
+    assert size is not None
     generator = torch.Generator().manual_seed(0)
-    shape = (_BATCH, _SIDE * _SIDE, heads, inner // heads)
+    shape = (_BATCH, _SIDE * _SIDE, heads, size)
     query, key, value = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
     return attention_dispatch.dispatch_attention_fn(query, key, value, backend=module.processor._attention_backend)
 
