@@ -11,6 +11,11 @@ from mmattn.errors import UsageError
 ResultT = TypeVar("ResultT")
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written out: halves of surrogate pairs, as a cut JSON escape leaves them, cannot."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 class Scored(NamedTuple):
     """A generated text and its score: log-probability, with beam search divided by `length ** length_penalty`."""
 
@@ -61,6 +66,10 @@ def pair_texts(texts: str | Sequence[Any], num_pictures: int, *, is_single: bool
     Raises:
         UsageError: as many texts as cannot be shared out, an empty list, or something that is no text.
     """
+    flat = [texts] if isinstance(texts, str) else texts if isinstance(texts, list | tuple) else ()
+    for text in (each for item in flat for each in (item if isinstance(item, list | tuple) else (item,))):
+        if isinstance(text, str) and not is_unicode(text):
+            raise UsageError(f"{name}: {text!r} holds half of a surrogate pair, which is no character")
     if isinstance(texts, str):
         return Pairing([[texts]] * num_pictures, "one" if is_single else "each")
     if not isinstance(texts, list | tuple) or not texts:

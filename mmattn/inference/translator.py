@@ -28,7 +28,7 @@ from mmattn.inference.sources import (
 from mmattn.inference.traced_products import trace_products
 from mmattn.inference.translation import MemoryUse, Piece, TargetSide, Translated, assemble, stream_document
 from mmattn.inference.translation_maps import translation_recorder
-from mmattn.inference.translator_checks import check_vocabulary, generation_defaults
+from mmattn.inference.translator_checks import check_vocabulary, generation_defaults, special_tokens
 from mmattn.models.sources import find_folder
 from mmattn.models.translator import CompiledDecoder, TranslatorNetwork, family_of, open_network, save_network
 
@@ -52,6 +52,7 @@ class Translator(NetworkFacade[TranslatorNetwork]):
 
     Attributes:
         settings: defaults of the generation arguments.
+        start_id: the token that translations start from.
         peak_memory: `MemoryUse` of the batch that took most in the last call of `translate`; None before the first.
         compiled: takes the steps of decoding where they are compiled; None: they are not.
 
@@ -76,8 +77,9 @@ class Translator(NetworkFacade[TranslatorNetwork]):
         self.compiled: CompiledDecoder | None = None
         config = network.config
         check_vocabulary(tokenizer, config)
-        special = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-        settings = DecodeSettings.from_generation_config({**self.generation_config, **special})
+        self.start_id, ends = special_tokens(self.generation_config, config)
+        special = {"eos_token_id": ends, "pad_token_id": config.pad_token_id}
+        settings = DecodeSettings.from_generation_config({**self.generation_config, **special}, config.output_size)
         if settings.max_length is None and settings.max_new_tokens is None:
             settings = settings.updated(max_length=config.max_positions)
         self.settings = settings
@@ -171,11 +173,11 @@ class Translator(NetworkFacade[TranslatorNetwork]):
         folder = Path(folder)
         save_network(self.network, folder)
         self.tokenizer.save_pretrained(folder)
-        config = self.network.config
+        ends = self.settings.eos_token_id
         special = {
-            "decoder_start_token_id": config.decoder_start_token_id,
-            "eos_token_id": config.eos_token_id,
-            "pad_token_id": config.pad_token_id,
+            "decoder_start_token_id": self.start_id,
+            "eos_token_id": ends if isinstance(ends, int) or ends is None else list(ends),
+            "pad_token_id": self.network.config.pad_token_id,
         }
         folders.write_generation_config(folder, {**self.generation_config, **special})
 
@@ -256,7 +258,7 @@ class Translator(NetworkFacade[TranslatorNetwork]):
         Raises:
             UsageError: no such language, a line that is too long, or an unknown generation argument.
         """
-        settings = self.settings.updated(**generation)
+        settings = self.settings.updated(**generation).for_vocabulary(self.network.config.output_size)
         if isinstance(texts, EncodedSources):
             if src_lang is not None or on_long != "split" or batch_tokens is not None:
                 raise UsageError(
@@ -279,7 +281,7 @@ class Translator(NetworkFacade[TranslatorNetwork]):
             if batch_tokens is not None or progress:
                 raise UsageError("stream=True gives tokens as they come: leave batch_tokens and progress out")
             return self._stream(plan, ready, targets, settings, generator, window)
-        side = TargetSide(self.network, self.codes, settings, window, return_alignment, return_scores, self.compiled)
+        side = self._target_side(settings, window, return_alignment, return_scores)
         side.recorder = recorder
         pieces: dict[int, list[Piece]] = {}
         self.peak_memory = None
@@ -340,6 +342,9 @@ class Translator(NetworkFacade[TranslatorNetwork]):
         encoded = (encode_batch(self.network, plan.segments, numbers) for numbers in batches)
         return with_bar(encoded, plan, progress, label, len(batches))
 
+    def _target_side(self, settings: DecodeSettings, window: int | None, *extras: bool) -> TargetSide:
+        return TargetSide(self.network, self.codes, settings, self.start_id, window, *extras, compiled=self.compiled)
+
     def _note_memory(self, use: MemoryUse) -> None:
         if self.peak_memory is None or use.total > self.peak_memory.total:
             self.peak_memory = use
@@ -353,7 +358,7 @@ class Translator(NetworkFacade[TranslatorNetwork]):
         generator: torch.Generator | None,
         window: int | None,
     ) -> Iterator[str]:
-        side = TargetSide(self.network, self.codes, settings, window, compiled=self.compiled)
+        side = self._target_side(settings, window)
         side.check_streaming()
         return stream_document(side, plan, ready, targets, generator)
 

@@ -73,7 +73,8 @@ class VisionLanguageModel(NetworkFacade[VisionLanguageNetwork]):
         self.generation_config = dict(generation_config or {})
         # A BLIP folder's own end token is not the one that its decoder stops at; the network's config knows.
         special = {"eos_token_id": network.config.stop_token_id, "pad_token_id": network.config.pad_token_id}
-        self.settings = DecodeSettings.from_generation_config({**self.generation_config, **special})
+        values = {**self.generation_config, **special}
+        self.settings = DecodeSettings.from_generation_config(values, network.config.vocab_size)
         self._transform = PixelTransform.from_processor(processor)
         self._is_stock = is_blip(network.config)
         self._texts = TextSide(network, tokenizer, is_stock=self._is_stock)
@@ -208,7 +209,7 @@ class VisionLanguageModel(NetworkFacade[VisionLanguageNetwork]):
             UsageError: this checkpoint does not caption, or an unknown generation argument.
         """
         self._need(CaptioningNetwork, "caption")
-        settings = self.settings.updated(**generation)
+        settings = self.settings.updated(**generation).for_vocabulary(self.network.config.vocab_size)
 
         def run(pictures: Pictures, prompts: list[list[str]]) -> list[list[Any]]:
             ids = [[self._texts.caption_prompt(prompt) for prompt in of_picture] for of_picture in prompts]
@@ -250,7 +251,7 @@ class VisionLanguageModel(NetworkFacade[VisionLanguageNetwork]):
         """
         kinds = (QuestionAnsweringNetwork,) if self._is_stock else (QuestionAnsweringNetwork, CaptioningNetwork)
         self._need(kinds, "ask")
-        settings = self.settings.updated(**generation)
+        settings = self.settings.updated(**generation).for_vocabulary(self.network.config.vocab_size)
 
         def run(pictures: Pictures, texts: list[list[str]]) -> list[list[Any]]:
             if isinstance(self.network, QuestionAnsweringNetwork):

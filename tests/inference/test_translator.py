@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from mmattn.errors import UsageError
+from mmattn.errors import CheckpointError, UsageError
 from mmattn.inference.translator import Translator
 from tests.inference.tiny_translators import (
     ENGLISH,
     KINDS,
     LANGUAGES,
     POSITIONS,
+    set_generation,
     stock_translate,
 )
 
@@ -73,6 +75,32 @@ def test_equals_stock_text_by_text(pairs, kind, arguments):
     assert pair.translate(ENGLISH, **arguments) == expected
     assert pair.translate(ENGLISH[1], **arguments) == expected[1]
     assert len(set(expected)) == len(ENGLISH), "equal texts would hide a wrong order"
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("kind", ["marian", "nllb"])
+def test_start_and_ends_are_those_of_the_generation_settings(translator_folders, tmp_path, kind, num_beams):
+    """Stock takes them from generation_config.json, whatever config.json says; saved, they stay."""
+    folder = shutil.copytree(translator_folders[kind], tmp_path / "stock")
+    set_generation(folder, decoder_start_token_id=6, eos_token_id=[2, 0, 15, 17], min_length=9, min_new_tokens=0)
+    stock, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ours = Translator.from_pretrained(folder)
+    ours.save_pretrained(tmp_path / "saved")
+    languages = LANGUAGES[kind]
+    first = {"forced_bos_token_id": ours.codes.target_token("deu_Latn")} if languages else {}
+    tokenizer.src_lang = languages.get("src_lang", None)
+    inputs = tokenizer(ENGLISH[0], return_tensors="pt")
+    row = stock.generate(**inputs, num_beams=num_beams, max_length=POSITIONS, **first)[0, 1:]
+    expected = tokenizer.decode(row, skip_special_tokens=True).strip()
+    for model in (ours, Translator.from_pretrained(tmp_path / "saved")):
+        assert model.translate(ENGLISH[0], num_beams=num_beams, **languages) == expected
+
+
+def test_a_start_outside_the_vocabulary_is_named(translator_folders, tmp_path):
+    folder = shutil.copytree(translator_folders["marian"], tmp_path / "stock")
+    set_generation(folder, decoder_start_token_id=[6])
+    with pytest.raises(CheckpointError, match="generation_config.json: decoder_start_token_id is .6.: tokens of the"):
+        Translator.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)

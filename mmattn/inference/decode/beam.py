@@ -145,7 +145,7 @@ def _advance(
     settings = task.settings
     num_texts, num_beams, max_length = beams.running.shape
     per_text = logits.shape[0] // num_texts
-    count = max(2, 1 + len(settings.eos_ids)) * num_beams
+    count = settings.num_candidates
     sequences = beams.running[:, :per_text, :length].flatten(0, 1)
     running_scores = beams.running_scores[:, :per_text]
     if settings.do_sample:
