@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mmattn.data.languages import LanguageCodes
 from mmattn.errors import UsageError
+from mmattn.inference.origins import Origin
 from mmattn.inference.segments import Document, Segment, split_line
 from mmattn.inference.texts import is_unicode
 from mmattn.models.translator import LayerContexts, TranslatorNetwork
@@ -56,10 +57,12 @@ class EncodedSources:
     Attributes:
         plan: the texts.
         batches: their keys and values.
+        origin: stands for the network that encoded them; None: not known.
     """
 
     plan: Plan
     batches: list[EncodedBatch] = field(default_factory=list)
+    origin: Origin | None = None
 
     def __len__(self) -> int:
         return len(self.plan.documents)
@@ -78,7 +81,7 @@ class EncodedSources:
             )
             for batch in self.batches
         ]
-        return EncodedSources(self.plan, batches)
+        return EncodedSources(self.plan, batches, self.origin)
 
     def segment(self, number: int) -> EncodedBatch:
         """A batch of one segment."""

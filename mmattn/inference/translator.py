@@ -16,6 +16,7 @@ from mmattn.inference.call_plan import plan_call, target_tokens
 from mmattn.inference.decode import DecodeSettings
 from mmattn.inference.hub import evaluating, push_folder
 from mmattn.inference.moving import NetworkFacade, suit_products
+from mmattn.inference.origins import origin_of
 from mmattn.inference.quantized import quantize_linears
 from mmattn.inference.sources import (
     EncodedBatch,
@@ -211,7 +212,7 @@ class Translator(NetworkFacade[TranslatorNetwork]):
         plan = plan_call(texts, self.codes, src_lang, tgt_lang, on_long, limit=self.network.config.max_positions)
         with evaluating(self.network):
             batches = list(self._encoded(plan, batch_tokens, progress, "Encoding"))
-        return EncodedSources(plan, batches)
+        return EncodedSources(plan, batches, origin_of(self.network))
 
     def translate(
         self,
@@ -265,7 +266,7 @@ class Translator(NetworkFacade[TranslatorNetwork]):
                     "src_lang, on_long and batch_tokens belong to encode(): these texts are encoded already"
                 )
             for batch in texts.batches:
-                self._check_encoded("sources", batch.contexts)
+                self._check_encoded("sources", batch.contexts, texts.origin)
             plan, ready = texts.plan, texts
         else:
             limit = self.network.config.max_positions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from dataclasses import dataclass
 from typing import Any
@@ -196,6 +197,15 @@ def test_encoded_once_translated_often(pairs, kind, monkeypatch):
         pair.ours.translate(encoded, batch_tokens=3)
     with pytest.raises(UsageError, match="src_lang, on_long and batch_tokens belong to encode"):
         pair.ours.translate(encoded, on_long="error")
+
+
+def test_sources_of_another_model_are_refused(pairs, translator_folders):
+    source = pairs["marian"].ours.encode(ENGLISH[:2])
+    other = Translator.from_pretrained(translator_folders["marian"])
+    with pytest.raises(UsageError, match="these sources were encoded by another model: encode them with this one"):
+        other.translate(source)
+    stored = pickle.loads(pickle.dumps(source))  # for another process, which cannot tell
+    assert other.translate(stored) == pairs["marian"].translate(ENGLISH[:2])
 
 
 def test_encoded_sources_say_what_they_hold(pairs):
