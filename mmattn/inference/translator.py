@@ -16,7 +16,7 @@ from mmattn.inference.call_plan import plan_call, target_tokens
 from mmattn.inference.decode import DecodeSettings
 from mmattn.inference.hub import evaluating, push_folder
 from mmattn.inference.moving import NetworkFacade, suit_products
-from mmattn.inference.origins import origin_of
+from mmattn.inference.origins import opened_from, origin_of
 from mmattn.inference.quantized import quantize_linears
 from mmattn.inference.sources import (
     EncodedBatch,
@@ -127,6 +127,7 @@ class Translator(NetworkFacade[TranslatorNetwork]):
         device = folders.usable_device(device)
         dtype = folders.default_dtype(device) if dtype is None else dtype
         network = open_network(folder, variant=variant, dtype=dtype, device=device)
+        opened_from(network, folder)
         tokenizer = folders.open_tokenizer(
             folder, is_stock=True, has_stock_config=family_of(network.config) is not None
         )

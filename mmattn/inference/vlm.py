@@ -17,7 +17,7 @@ from mmattn.inference import folders
 from mmattn.inference.decode import DecodeSettings
 from mmattn.inference.hub import evaluating, push_folder
 from mmattn.inference.moving import NetworkFacade, suit_products
-from mmattn.inference.origins import origin_of
+from mmattn.inference.origins import opened_from, origin_of
 from mmattn.inference.pictures import ImageInput, Pictures, join, open_images
 from mmattn.inference.text_side import TextSide
 from mmattn.inference.texts import Pairing, pair_texts
@@ -116,6 +116,7 @@ class VisionLanguageModel(NetworkFacade[VisionLanguageNetwork]):
         device = folders.usable_device(device)
         dtype = folders.default_dtype(device) if dtype is None else dtype
         network = open_network(folder, variant=variant, dtype=dtype, device=device)
+        opened_from(network, folder)
         tokenizer = folders.open_tokenizer(folder, is_stock=is_blip(network.config))
         processor = folders.open_image_processor(folder)
         suit_products(network)
