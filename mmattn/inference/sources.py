@@ -13,7 +13,7 @@ from mmattn.data.languages import LanguageCodes
 from mmattn.errors import UsageError
 from mmattn.inference.origins import Origin
 from mmattn.inference.segments import Document, Segment, split_line
-from mmattn.inference.texts import is_unicode
+from mmattn.inference.texts import check_unicode
 from mmattn.models.translator import LayerContexts, TranslatorNetwork
 
 
@@ -112,12 +112,8 @@ def make_plan(
     wrong = next((number for number, text in enumerate(given) if not isinstance(text, str)), None)
     if wrong is not None:
         raise UsageError(f"text {wrong + 1} of {len(given)} is a {type(given[wrong]).__name__}, not a str")
-    broken = next((number for number, text in enumerate(given) if not is_unicode(text)), None)
-    if broken is not None:
-        raise UsageError(
-            f"text {broken + 1} of {len(given)} holds half of a surrogate pair, which is no character: "
-            f"{given[broken][:40]!r}"
-        )
+    for number, text in enumerate(given, 1):
+        check_unicode(text, f"text {number} of {len(given)}")
     sources, targets = each_text(src_lang, len(given), "src_lang"), each_text(tgt_lang, len(given), "tgt_lang")
     for code in dict.fromkeys(targets):
         if code is not None:

@@ -11,9 +11,11 @@ from mmattn.errors import UsageError
 ResultT = TypeVar("ResultT")
 
 
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written out: halves of surrogate pairs, as a cut JSON escape leaves them, cannot."""
-    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+def check_unicode(text: str, name: str) -> None:
+    """Raise `UsageError` for halves of surrogate pairs, which no tokenizer takes: they come of cut JSON escapes, and of
+    bytes on the command line that are not UTF-8."""
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UsageError(f"{name} holds half of a surrogate pair, which is no character: {text[:40]!r}")
 
 
 class Scored(NamedTuple):
@@ -68,8 +70,8 @@ def pair_texts(texts: str | Sequence[Any], num_pictures: int, *, is_single: bool
     """
     flat = [texts] if isinstance(texts, str) else texts if isinstance(texts, list | tuple) else ()
     for text in (each for item in flat for each in (item if isinstance(item, list | tuple) else (item,))):
-        if isinstance(text, str) and not is_unicode(text):
-            raise UsageError(f"{name}: {text!r} holds half of a surrogate pair, which is no character")
+        if isinstance(text, str):
+            check_unicode(text, f"one of the {name}")
     if isinstance(texts, str):
         return Pairing([[texts]] * num_pictures, "one" if is_single else "each")
     if not isinstance(texts, list | tuple) or not texts:

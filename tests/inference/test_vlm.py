@@ -244,7 +244,7 @@ def test_what_a_checkpoint_cannot_do(models):
         ([], "what ?", "no pictures were given"),
         ("https://example.org/cat.png", "what ?", "is a URL"),
         ([3], "what ?", "picture 0 is a int: give a Pillow picture"),
-        (pictures(1), "what \ud83d?", "questions: 'what .*' holds half of a surrogate pair"),
+        (pictures(1), "what \ud83d?", "one of the questions holds half of a surrogate pair"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
