@@ -161,7 +161,7 @@ def suit_products(network: nn.Module) -> None:
 
 
 def _weights_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    found = weights_dtype(dtype)
+    found = dtype if isinstance(dtype, torch.dtype) else weights_dtype(dtype)
     if found is None:
         raise UsageError("to(): dtype 'auto' is that of a file: name one")
     if found not in DTYPES:

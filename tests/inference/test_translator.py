@@ -97,6 +97,12 @@ def test_start_and_ends_are_those_of_the_generation_settings(translator_folders,
         assert model.translate(ENGLISH[0], num_beams=num_beams, **languages) == expected
 
 
+@pytest.mark.parametrize("dtype", ["int8", torch.int64, "nothing", 5])
+def test_weights_are_floats(translator_folders, dtype):
+    with pytest.raises(UsageError, match="is unknown: use float32, float16, bfloat16 or auto"):
+        Translator.from_pretrained(translator_folders["marian"], dtype=dtype)
+
+
 def test_a_start_outside_the_vocabulary_is_named(translator_folders, tmp_path):
     folder = shutil.copytree(translator_folders["marian"], tmp_path / "stock")
     set_generation(folder, decoder_start_token_id=[6])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from mmattn.errors import UsageError
 
@@ -84,8 +84,8 @@ def _check_range(name: str, value: Any) -> None:
     if value is None and name in _MAY_BE_NONE:
         return
     low, high, with_low = _RANGES[name]
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if is_number and low <= float(value) <= high and (with_low or float(value) > low):
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if math.isfinite(number) and low <= number <= high and (with_low or number > low):
         return
     limits = ["a finite number", f"{'at least' if with_low else 'above'} {low:g}", f"at most {high:g}"]
     wanted = " and ".join([limit for limit in limits[1:] if "inf" not in limit] or limits[:1])
@@ -105,10 +105,10 @@ def _token_lists(settings: DecodeSettings) -> Iterator[tuple[str, list[Any]]]:
             yield name, [value if name not in _LISTS else None]
     words: Any = settings.bad_words_ids
     for word in () if words is None else words if _is_list(words) else [None]:
-        yield "bad_words_ids", list(word) if _is_list(word) and len(word) else [None]
+        yield "bad_words_ids", list(word) if _is_list(word) and word else [None]
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: Any) -> TypeGuard[Collection[Any]]:
     return isinstance(value, Collection) and not isinstance(value, str | bytes)
 
 
