@@ -119,6 +119,17 @@ def test_several_sequences_are_stocks(pairs, kind):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
+def test_draws_after_a_forced_language_are_stocks(pairs, num_beams):
+    """Transformers draws the language's token too, though it has no choice."""
+    pair, arguments = pairs["nllb"], {"do_sample": True, "num_beams": num_beams, "max_new_tokens": 11}
+    for seed, text in enumerate(ENGLISH[:3]):
+        torch.manual_seed(seed)
+        expected = pair.stock(text, **arguments)[0]
+        torch.manual_seed(seed)
+        assert pair.translate(text, **arguments) == expected
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
 def test_many_texts_in_any_batches_come_back_in_their_order(pairs, num_beams):
     pair = pairs["marian"]
     texts = [" ".join(ENGLISH[(i + j) % 5] for j in range(i % 3 + 1)) for i in range(23)]

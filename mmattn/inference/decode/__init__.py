@@ -76,7 +76,7 @@ def stream(
     if settings.num_beams > 1 or settings.num_return_sequences > 1:
         raise UsageError("streaming gives tokens as they are chosen: use num_beams=1 and num_return_sequences=1")
     _check_generator(generator)
-    choose = drawing(generator) if settings.do_sample else likeliest
+    choose = drawing(generator, num_forced) if settings.do_sample else likeliest
     steps = row_steps(state, DecodeTask(prompt, settings, 1, num_forced, with_scores=False), choose)
     yield from prompt[0, prompt.shape[1] - num_forced :].tolist()
     while True:
