@@ -68,7 +68,7 @@ def generate(
     of_picture = [text for text in texts for _ in range(num_images)]
     seeds = [seed + number for _ in texts for number in range(num_images)]
     paths = picture_paths(output, of_picture, seeds)
-    check_paths(paths if grid is None else [*paths, _grid_path(grid)], may_overwrite=force)
+    check_paths(paths if grid is None else [*paths, _grid_path(grid, paths)], may_overwrite=force)
 
     from mmattn import __version__
     from mmattn.cli.models import open_text_to_image
@@ -117,7 +117,7 @@ def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     if prompts:
         raise UsageError(f"--file {file}: prompts are given as well; leave one of them out")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UsageError(f"--file {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -146,11 +146,13 @@ def _lora(text: str) -> tuple[str, float]:
         raise UsageError(f"--lora {text}: the scale after = is no number") from error
 
 
-def _grid_path(grid: Path) -> Path:
+def _grid_path(grid: Path, pictures: list[Path]) -> Path:
     if grid.suffix.lower() != ".png":
         raise UsageError(f"--grid {grid}: must end in .png")
     if not grid.parent.is_dir():
         raise UsageError(f"--grid {grid}: the folder {grid.parent} does not exist; make it first")
+    if grid.resolve() in [path.resolve() for path in pictures]:
+        raise UsageError(f"--grid {grid}: is the file of a picture; choose another name")
     return grid
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmattn.cli.kinds import Kind, kind_of_model
-from mmattn.cli.options import ForceOption, JsonOption, ModelOption
+from mmattn.cli.options import ForceOption, JsonOption, ModelOption, SrcOption, TgtOption
 from mmattn.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,13 +41,22 @@ def maps(
     head: HeadOption = None,
     steps: StepsOption = None,
     seed: SeedOption = None,
+    src_lang: SrcOption = None,
+    tgt_lang: TgtOption = None,
     score: ScoreOption = None,
     force: ForceOption = False,
     json_lines: JsonOption = False,
 ) -> None:
     """Show which words look where: in a picture, or in a source text."""
     flags = {"TEXT": text, "--image": image, "--word": word, "--layer": layer, "--head": head, "--steps": steps}
-    flags |= {"--seed": seed, "--output": output, "--save": save, "--force": force or None}
+    flags |= {
+        "--seed": seed,
+        "--src-lang": src_lang,
+        "--tgt-lang": tgt_lang,
+        "--output": output,
+        "--save": save,
+        "--force": force or None,
+    }
     given = {name: value for name, value in flags.items() if value is not None}
     if score is not None:
         if given:
@@ -61,7 +70,8 @@ def maps(
     chosen: dict[str, Any] = {"layers": [int(one) if one.isdigit() else one for one in layer] if layer else None}
     chosen |= {"heads": head or None}
     drawing = {"num_inference_steps": steps or _STEPS, "seed": seed or 0}
-    recorded, said = _record(kind, model, text, image, chosen, drawing)
+    languages = {"src_lang": src_lang, "tgt_lang": tgt_lang}
+    recorded, said = _record(kind, model, text, image, chosen, drawing if kind == "diffusion" else languages)
     if kind == "translator":
         from mmattn.maps.draw import stacked
 
@@ -99,6 +109,8 @@ _FOR = {
     "--word": (("vlm", "diffusion"), "has the alignment of all words drawn"),
     "--steps": (("diffusion",), "draws no pictures"),
     "--seed": (("diffusion",), "draws no pictures"),
+    "--src-lang": (("translator",), "does not translate"),
+    "--tgt-lang": (("translator",), "does not translate"),
 }
 
 
@@ -115,7 +127,7 @@ def _check_input(kind: Kind, given: dict[str, Any]) -> None:
 
 
 def _record(
-    kind: Kind, model: str, text: str | None, image: Path | None, chosen: dict[str, Any], drawing: dict[str, Any]
+    kind: Kind, model: str, text: str | None, image: Path | None, chosen: dict[str, Any], arguments: dict[str, Any]
 ) -> tuple[AttentionMaps, str]:
     """Run the model once: what was recorded, and what it said."""
     from mmattn.cli.models import open_text_to_image, open_translator, open_vlm
@@ -131,11 +143,11 @@ def _record(
     if kind == "translator":
         translator = open_translator(model)
         with record_attention(translator, **chosen) as recorded:
-            said = translator.translate(text)
+            said = translator.translate(text, **arguments)
         return recorded, said
     t2i = open_text_to_image(model)
     with record_attention(t2i, **chosen) as recorded:
-        t2i.generate(text, **drawing)
+        t2i.generate(text, **arguments)
     return recorded, text
 
 

@@ -14,6 +14,8 @@ OverridesArgument = Annotated[
 ]
 ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="FOLDER", help="A trained folder, or a hub id.")]
 BeamsOption = Annotated[int | None, typer.Option("--num-beams", min=1, help="Beams to search with; 1 is greedy.")]
+SrcOption = Annotated[str | None, typer.Option("--src-lang", metavar="CODE", help="Language of the texts.")]
+TgtOption = Annotated[str | None, typer.Option("--tgt-lang", metavar="CODE", help="Language to translate into.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the step: pays for many results.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]

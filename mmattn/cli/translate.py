@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from mmattn.cli.options import BeamsOption, CompileOption, JsonOption
+from mmattn.cli.options import BeamsOption, CompileOption, JsonOption, SrcOption, TgtOption
 from mmattn.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A trained f
 TextsArgument = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Texts; none: lines of stdin.")]
 InputOption = Annotated[Path | None, typer.Option("--input", "-i", metavar="FILE", help="Translate its lines.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="A new file for the result.")]
-SrcOption = Annotated[str | None, typer.Option("--src-lang", metavar="CODE", help="Language of the texts.")]
-TgtOption = Annotated[str | None, typer.Option("--tgt-lang", metavar="CODE", help="Language to translate into.")]
 TokensOption = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Longest translation.")]
 AlignmentOption = Annotated[bool, typer.Option("--alignment", help="Add word alignments, as 0-0 1-2.")]
 ScoresOption = Annotated[bool, typer.Option("--scores", help="Add log-probabilities.")]

@@ -87,6 +87,8 @@ def _from_array(array: np.ndarray, label: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, label: str) -> Image.Image:
+    if 0 in image.size:
+        raise DataError(f"{label}: a picture of {image.width} x {image.height} pixels shows nothing")
     with contextlib.suppress(*_DECODE_ERRORS):  # a damaged EXIF block says nothing about the pixels
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,8 @@ from mmattn.errors import UsageError
 
 _NLLB_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 _MARIAN_CODE = re.compile(r">>(.+)<<")
+# The source language is a state of the tokenizer, and threads may share one.
+_SWITCHING = threading.Lock()
 
 
 class LanguageCodes:
@@ -101,13 +104,15 @@ class LanguageCodes:
         tokenizer = self.tokenizer
         if not texts:
             return []
-        if self.kind == "token" and src_lang is not None:
-            own = tokenizer.src_lang
-            tokenizer.src_lang = self.check(src_lang, "src_lang")
-            try:
-                return list(tokenizer(list(texts)).input_ids)
-            finally:
-                tokenizer.src_lang = own
+        if self.kind == "token":
+            with _SWITCHING:
+                own = tokenizer.src_lang
+                if src_lang is not None:
+                    tokenizer.src_lang = self.check(src_lang, "src_lang")
+                try:
+                    return list(tokenizer(list(texts)).input_ids)
+                finally:
+                    tokenizer.src_lang = own
         if self.kind == "tag" and tgt_lang is not None:
             tag = f">>{self.check(tgt_lang, 'tgt_lang')}<< "
             texts = [text if self.has_tag(text) else tag + text for text in texts]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmattn.errors import UsageError
 from mmattn.inference import folders
 from mmattn.inference.linear import add_fast_products, drop_fast_products, use_fast_products
+from mmattn.inference.origins import Origin, origin_of
 from mmattn.inference.quantized import is_quantized
 from mmattn.inference.traced_products import trace_products
 from mmattn.models.compiled_steps import DEVICES
@@ -96,21 +97,6 @@ class Movable(ABC):
             for name, tensor in kept.items():
                 model.get_parameter(name).data = tensor.to(device=device, dtype=torch.float32)
 
-    def _check_encoded(self, what: str, contexts: LayerContexts) -> None:
-        """Refuse what was encoded on another device or in another dtype than the model has now.
-
-        Raises:
-            UsageError: it was.
-        """
-        tensor = next(context.key for context in contexts if context is not None)
-        is_dtype_free = torch.is_autocast_enabled(self.device.type)
-        if tensor.device != self.device or (tensor.dtype != self.dtype and not is_dtype_free):
-            raise UsageError(
-                f"these {what} were encoded on {tensor.device} in {_short(tensor.dtype)}, and the model is on "
-                f"{self.device} in {_short(self.dtype)} now: give {what}.to(model.device, model.dtype), or encode "
-                "them again"
-            )
-
 
 class NetworkFacade(Movable, Generic[NetworkT]):
     """A façade on one network of ours, whose products have the form that suits its device.
@@ -144,6 +130,23 @@ class NetworkFacade(Movable, Generic[NetworkT]):
             if self.compiled is not None:
                 trace_products(model)
 
+    def _check_encoded(self, what: str, contexts: LayerContexts, origin: Origin | None) -> None:
+        """Refuse what another model encoded, or this one on another device or in another dtype than it has now.
+
+        Raises:
+            UsageError: it was.
+        """
+        if origin is not None and origin is not origin_of(self.network):
+            raise UsageError(f"these {what} were encoded by another model: encode them with this one")
+        tensor = next(context.key for context in contexts if context is not None)
+        is_dtype_free = torch.is_autocast_enabled(self.device.type)
+        if tensor.device != self.device or (tensor.dtype != self.dtype and not is_dtype_free):
+            raise UsageError(
+                f"these {what} were encoded on {tensor.device} in {_short(tensor.dtype)}, and the model is on "
+                f"{self.device} in {_short(self.dtype)} now: give {what}.to(model.device, model.dtype), or encode "
+                "them again"
+            )
+
 
 def suit_products(network: nn.Module) -> None:
     """Put the products of a network, in place, into the form that suits the device that it is on.
@@ -158,7 +161,7 @@ def suit_products(network: nn.Module) -> None:
 
 
 def _weights_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    found = weights_dtype(dtype)
+    found = dtype if isinstance(dtype, torch.dtype) else weights_dtype(dtype)
     if found is None:
         raise UsageError("to(): dtype 'auto' is that of a file: name one")
     if found not in DTYPES:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmattn.data.images import open_image
 from mmattn.errors import UsageError
+from mmattn.inference.origins import Origin
 from mmattn.models.vlm.text import LayerContexts
 from mmattn.ops.cache import ContextKV
 
@@ -63,12 +64,14 @@ class Pictures:
         contexts: keys and values of each text layer that attends to the picture, None for the others.
         images: the RGB pictures themselves, for drawing attention maps on.
         is_single: made from one picture that was not in a list; results then come without a list as well.
+        origin: stands for the network that encoded them; None: not known.
     """
 
     features: torch.Tensor
     contexts: LayerContexts
     images: tuple[Image.Image, ...]
     is_single: bool = False
+    origin: Origin | None = None
 
     def __len__(self) -> int:
         return self.features.shape[0]
@@ -76,10 +79,12 @@ class Pictures:
     def __getitem__(self, index: int | slice | Sequence[int]) -> Pictures:
         numbers = range(len(self))
         if isinstance(index, slice):
-            chosen = list(numbers[index])
-        else:
-            chosen = [numbers[number] for number in ([index] if isinstance(index, int) else index)]
-        return self.select(chosen, is_single=isinstance(index, int))
+            return self.select(list(numbers[index]))
+        is_one = not isinstance(index, Iterable)
+        wanted = list(index) if isinstance(index, Iterable) else [index]
+        if any(isinstance(number, bool | np.bool_) for number in wanted):
+            raise UsageError("pictures are chosen by their numbers, a number, a slice or a list of them, not by True")
+        return self.select([numbers[number] for number in wanted], is_single=is_one)
 
     def __iter__(self) -> Iterator[Pictures]:
         return (self[index] for index in range(len(self)))
@@ -91,12 +96,13 @@ class Pictures:
         rows = torch.tensor(numbers, dtype=torch.long, device=self.features.device)
         contexts = tuple(None if context is None else context.select(rows) for context in self.contexts)
         images = tuple(self.images[number] for number in numbers)
-        return Pictures(self.features.index_select(0, rows), contexts, images, is_single)
+        return Pictures(self.features.index_select(0, rows), contexts, images, is_single, self.origin)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pictures:
         """The same pictures on another device or in another dtype: those of the model that shall take them."""
         contexts = tuple(None if context is None else context.to(device, dtype) for context in self.contexts)
-        return Pictures(self.features.to(device=device, dtype=dtype), contexts, self.images, self.is_single)
+        features = self.features.to(device=device, dtype=dtype)
+        return Pictures(features, contexts, self.images, self.is_single, self.origin)
 
     @property
     def nbytes(self) -> int:
@@ -118,4 +124,5 @@ def join(parts: Sequence[Pictures], *, is_single: bool) -> Pictures:
         for layer in zip(*(part.contexts for part in parts), strict=True)
     ]
     images = tuple(image for part in parts for image in part.images)
-    return Pictures(torch.cat([part.features for part in parts]), tuple(contexts), images, is_single)
+    features = torch.cat([part.features for part in parts])
+    return Pictures(features, tuple(contexts), images, is_single, parts[0].origin)

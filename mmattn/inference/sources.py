@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from mmattn.data.languages import LanguageCodes
 from mmattn.errors import UsageError
+from mmattn.inference.origins import Origin
 from mmattn.inference.segments import Document, Segment, split_line
+from mmattn.inference.texts import check_unicode
 from mmattn.models.translator import LayerContexts, TranslatorNetwork
 
 
@@ -55,10 +57,12 @@ class EncodedSources:
     Attributes:
         plan: the texts.
         batches: their keys and values.
+        origin: stands for the network that encoded them; None: not known.
     """
 
     plan: Plan
     batches: list[EncodedBatch] = field(default_factory=list)
+    origin: Origin | None = None
 
     def __len__(self) -> int:
         return len(self.plan.documents)
@@ -77,7 +81,7 @@ class EncodedSources:
             )
             for batch in self.batches
         ]
-        return EncodedSources(self.plan, batches)
+        return EncodedSources(self.plan, batches, self.origin)
 
     def segment(self, number: int) -> EncodedBatch:
         """A batch of one segment."""
@@ -108,6 +112,8 @@ def make_plan(
     wrong = next((number for number, text in enumerate(given) if not isinstance(text, str)), None)
     if wrong is not None:
         raise UsageError(f"text {wrong + 1} of {len(given)} is a {type(given[wrong]).__name__}, not a str")
+    for number, text in enumerate(given, 1):
+        check_unicode(text, f"text {number} of {len(given)}")
     sources, targets = each_text(src_lang, len(given), "src_lang"), each_text(tgt_lang, len(given), "tgt_lang")
     for code in dict.fromkeys(targets):
         if code is not None:

@@ -11,6 +11,13 @@ from mmattn.errors import UsageError
 ResultT = TypeVar("ResultT")
 
 
+def check_unicode(text: str, name: str) -> None:
+    """Raise `UsageError` for halves of surrogate pairs, which no tokenizer takes: they come of cut JSON escapes, and of
+    bytes on the command line that are not UTF-8."""
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UsageError(f"{name} holds half of a surrogate pair, which is no character: {text[:40]!r}")
+
+
 class Scored(NamedTuple):
     """A generated text and its score: log-probability, with beam search divided by `length ** length_penalty`."""
 
@@ -61,6 +68,10 @@ def pair_texts(texts: str | Sequence[Any], num_pictures: int, *, is_single: bool
     Raises:
         UsageError: as many texts as cannot be shared out, an empty list, or something that is no text.
     """
+    flat = [texts] if isinstance(texts, str) else texts if isinstance(texts, list | tuple) else ()
+    for text in (each for item in flat for each in (item if isinstance(item, list | tuple) else (item,))):
+        if isinstance(text, str):
+            check_unicode(text, f"one of the {name}")
     if isinstance(texts, str):
         return Pairing([[texts]] * num_pictures, "one" if is_single else "each")
     if not isinstance(texts, list | tuple) or not texts:

@@ -69,6 +69,7 @@ class TargetSide:
         network: the network.
         codes: its tokenizer and languages.
         settings: how to decode.
+        start_id: the token that every translation starts from.
         window: of the self-attention cache.
         with_alignment, with_scores: what a `Piece` shall hold.
         compiled: takes the steps, where they are compiled.
@@ -84,6 +85,7 @@ class TargetSide:
         network: TranslatorNetwork,
         codes: LanguageCodes,
         settings: DecodeSettings,
+        start_id: int,
         window: int | None = None,
         with_alignment: bool = False,
         with_scores: bool = False,
@@ -91,7 +93,7 @@ class TargetSide:
     ) -> None:
         self.compiled = compiled
         self.network, self.tokenizer, self.settings, self.window = network, codes.tokenizer, settings, window
-        self.with_alignment, self.with_scores = with_alignment, with_scores
+        self.start_id, self.with_alignment, self.with_scores = start_id, with_alignment, with_scores
         self.memory = MemoryUse(0, 0)
         self.recorder: TranslationRecorder | None = None
         self._special = frozenset(self.tokenizer.all_special_tokens) | codes.tokens
@@ -171,7 +173,7 @@ class TargetSide:
 
     def _prompt(self, targets: Sequence[int | None]) -> tuple[torch.Tensor, int, DecodeSettings]:
         """Prompts `[B, L]`, how many of their tokens are forced, and settings that do not force them again."""
-        start = self.network.config.decoder_start_token_id
+        start = self.start_id
         device = next(self.network.parameters()).device
         if any(target is None for target in targets):
             return torch.full((len(targets), 1), start, device=device), 0, self.settings

@@ -40,7 +40,7 @@ def translation_recorder(translator: Translator, *, window: int | None, stream: 
             raise UsageError(f"record_attention: a translation with {name}= cannot be recorded; leave {name} out")
     tokenizer: Any = translator.tokenizer
     special = frozenset(tokenizer.all_special_tokens) | translator.codes.tokens
-    return TranslationRecorder(translator.network, recorders, special, tokenizer.unk_token)
+    return TranslationRecorder(translator.network, translator.start_id, recorders, special, tokenizer.unk_token)
 
 
 class TranslationRecorder:
@@ -48,6 +48,7 @@ class TranslationRecorder:
 
     Args:
         network: the translator's.
+        start_id: the token that its translations start from.
         recorders: they get the recordings at the end, in the order of the segments.
         special: tokens that belong to no word.
         unknown: what stands for a word that the vocabulary lacks.
@@ -56,11 +57,12 @@ class TranslationRecorder:
     def __init__(
         self,
         network: TranslatorNetwork,
+        start_id: int,
         recorders: Sequence[AttentionMaps],
         special: frozenset[str],
         unknown: str | None,
     ) -> None:
-        self._network, self._recorders = network, recorders
+        self._network, self._start_id, self._recorders = network, start_id, recorders
         self._special, self._unknown = special, unknown
         self._kept: Recordings = {}
 
@@ -80,7 +82,7 @@ class TranslationRecorder:
         network, config = self._network, self._network.config
         source, target = pieces
         device = next(network.parameters()).device
-        ids = torch.tensor([[config.decoder_start_token_id, *best.tokens[:-1]]], device=device)
+        ids = torch.tensor([[self._start_id, *best.tokens[:-1]]], device=device)
         length = len(segment.ids)
         contexts = tuple(
             None if each is None else each.select(torch.tensor([row], device=device)) for each in batch.contexts

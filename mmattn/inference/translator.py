@@ -16,6 +16,7 @@ from mmattn.inference.call_plan import plan_call, target_tokens
 from mmattn.inference.decode import DecodeSettings
 from mmattn.inference.hub import evaluating, push_folder
 from mmattn.inference.moving import NetworkFacade, suit_products
+from mmattn.inference.origins import opened_from, origin_of
 from mmattn.inference.quantized import quantize_linears
 from mmattn.inference.sources import (
     EncodedBatch,
@@ -28,7 +29,7 @@ from mmattn.inference.sources import (
 from mmattn.inference.traced_products import trace_products
 from mmattn.inference.translation import MemoryUse, Piece, TargetSide, Translated, assemble, stream_document
 from mmattn.inference.translation_maps import translation_recorder
-from mmattn.inference.translator_checks import check_vocabulary, generation_defaults
+from mmattn.inference.translator_checks import check_vocabulary, generation_defaults, special_tokens
 from mmattn.models.sources import find_folder
 from mmattn.models.translator import CompiledDecoder, TranslatorNetwork, family_of, open_network, save_network
 
@@ -52,6 +53,7 @@ class Translator(NetworkFacade[TranslatorNetwork]):
 
     Attributes:
         settings: defaults of the generation arguments.
+        start_id: the token that translations start from.
         peak_memory: `MemoryUse` of the batch that took most in the last call of `translate`; None before the first.
         compiled: takes the steps of decoding where they are compiled; None: they are not.
 
@@ -76,8 +78,9 @@ class Translator(NetworkFacade[TranslatorNetwork]):
         self.compiled: CompiledDecoder | None = None
         config = network.config
         check_vocabulary(tokenizer, config)
-        special = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-        settings = DecodeSettings.from_generation_config({**self.generation_config, **special})
+        self.start_id, ends = special_tokens(self.generation_config, config)
+        special = {"eos_token_id": ends, "pad_token_id": config.pad_token_id}
+        settings = DecodeSettings.from_generation_config({**self.generation_config, **special}, config.output_size)
         if settings.max_length is None and settings.max_new_tokens is None:
             settings = settings.updated(max_length=config.max_positions)
         self.settings = settings
@@ -124,6 +127,7 @@ class Translator(NetworkFacade[TranslatorNetwork]):
         device = folders.usable_device(device)
         dtype = folders.default_dtype(device) if dtype is None else dtype
         network = open_network(folder, variant=variant, dtype=dtype, device=device)
+        opened_from(network, folder)
         tokenizer = folders.open_tokenizer(
             folder, is_stock=True, has_stock_config=family_of(network.config) is not None
         )
@@ -171,11 +175,11 @@ class Translator(NetworkFacade[TranslatorNetwork]):
         folder = Path(folder)
         save_network(self.network, folder)
         self.tokenizer.save_pretrained(folder)
-        config = self.network.config
+        ends = self.settings.eos_token_id
         special = {
-            "decoder_start_token_id": config.decoder_start_token_id,
-            "eos_token_id": config.eos_token_id,
-            "pad_token_id": config.pad_token_id,
+            "decoder_start_token_id": self.start_id,
+            "eos_token_id": ends if isinstance(ends, int) or ends is None else list(ends),
+            "pad_token_id": self.network.config.pad_token_id,
         }
         folders.write_generation_config(folder, {**self.generation_config, **special})
 
@@ -209,7 +213,7 @@ class Translator(NetworkFacade[TranslatorNetwork]):
         plan = plan_call(texts, self.codes, src_lang, tgt_lang, on_long, limit=self.network.config.max_positions)
         with evaluating(self.network):
             batches = list(self._encoded(plan, batch_tokens, progress, "Encoding"))
-        return EncodedSources(plan, batches)
+        return EncodedSources(plan, batches, origin_of(self.network))
 
     def translate(
         self,
@@ -256,14 +260,14 @@ class Translator(NetworkFacade[TranslatorNetwork]):
         Raises:
             UsageError: no such language, a line that is too long, or an unknown generation argument.
         """
-        settings = self.settings.updated(**generation)
+        settings = self.settings.updated(**generation).for_vocabulary(self.network.config.output_size)
         if isinstance(texts, EncodedSources):
             if src_lang is not None or on_long != "split" or batch_tokens is not None:
                 raise UsageError(
                     "src_lang, on_long and batch_tokens belong to encode(): these texts are encoded already"
                 )
             for batch in texts.batches:
-                self._check_encoded("sources", batch.contexts)
+                self._check_encoded("sources", batch.contexts, texts.origin)
             plan, ready = texts.plan, texts
         else:
             limit = self.network.config.max_positions
@@ -279,7 +283,7 @@ class Translator(NetworkFacade[TranslatorNetwork]):
             if batch_tokens is not None or progress:
                 raise UsageError("stream=True gives tokens as they come: leave batch_tokens and progress out")
             return self._stream(plan, ready, targets, settings, generator, window)
-        side = TargetSide(self.network, self.codes, settings, window, return_alignment, return_scores, self.compiled)
+        side = self._target_side(settings, window, return_alignment, return_scores)
         side.recorder = recorder
         pieces: dict[int, list[Piece]] = {}
         self.peak_memory = None
@@ -340,6 +344,9 @@ class Translator(NetworkFacade[TranslatorNetwork]):
         encoded = (encode_batch(self.network, plan.segments, numbers) for numbers in batches)
         return with_bar(encoded, plan, progress, label, len(batches))
 
+    def _target_side(self, settings: DecodeSettings, window: int | None, *extras: bool) -> TargetSide:
+        return TargetSide(self.network, self.codes, settings, self.start_id, window, *extras, compiled=self.compiled)
+
     def _note_memory(self, use: MemoryUse) -> None:
         if self.peak_memory is None or use.total > self.peak_memory.total:
             self.peak_memory = use
@@ -353,7 +360,7 @@ class Translator(NetworkFacade[TranslatorNetwork]):
         generator: torch.Generator | None,
         window: int | None,
     ) -> Iterator[str]:
-        side = TargetSide(self.network, self.codes, settings, window, compiled=self.compiled)
+        side = self._target_side(settings, window)
         side.check_streaming()
         return stream_document(side, plan, ready, targets, generator)
 

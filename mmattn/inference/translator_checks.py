@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,25 @@ def generation_defaults(folder: Path, config: TranslatorConfig) -> dict[str, Any
         return folders.read_generation_config(folder)
     plain = GenerationConfig().to_dict()
     return {name: value for name, value in config.stock.items() if name in plain and value != plain[name]}
+
+
+def special_tokens(generation: Mapping[str, Any], config: TranslatorConfig) -> tuple[int, int | list[int]]:
+    """The token that decoding starts from, and what ends it: those of the generation settings, else the network's.
+
+    Raises:
+        CheckpointError: the settings name something else than tokens of the vocabulary.
+    """
+    start, end = (
+        getattr(config, name) if generation.get(name) is None else generation[name]
+        for name in ("decoder_start_token_id", "eos_token_id")
+    )
+    for name, tokens in (
+        ("decoder_start_token_id", [start]),
+        ("eos_token_id", end if isinstance(end, list) else [end]),
+    ):
+        if not all(type(token) is int and 0 <= token < config.output_size for token in tokens):
+            raise CheckpointError(
+                f"{folders.GENERATION_FILE}: {name} is {generation[name]}: tokens of the vocabulary of "
+                f"{config.output_size} are needed"
+            )
+    return start, end

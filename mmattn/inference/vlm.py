@@ -17,6 +17,7 @@ from mmattn.inference import folders
 from mmattn.inference.decode import DecodeSettings
 from mmattn.inference.hub import evaluating, push_folder
 from mmattn.inference.moving import NetworkFacade, suit_products
+from mmattn.inference.origins import opened_from, origin_of
 from mmattn.inference.pictures import ImageInput, Pictures, join, open_images
 from mmattn.inference.text_side import TextSide
 from mmattn.inference.texts import Pairing, pair_texts
@@ -73,7 +74,8 @@ class VisionLanguageModel(NetworkFacade[VisionLanguageNetwork]):
         self.generation_config = dict(generation_config or {})
         # A BLIP folder's own end token is not the one that its decoder stops at; the network's config knows.
         special = {"eos_token_id": network.config.stop_token_id, "pad_token_id": network.config.pad_token_id}
-        self.settings = DecodeSettings.from_generation_config({**self.generation_config, **special})
+        values = {**self.generation_config, **special}
+        self.settings = DecodeSettings.from_generation_config(values, network.config.vocab_size)
         self._transform = PixelTransform.from_processor(processor)
         self._is_stock = is_blip(network.config)
         self._texts = TextSide(network, tokenizer, is_stock=self._is_stock)
@@ -114,6 +116,7 @@ class VisionLanguageModel(NetworkFacade[VisionLanguageNetwork]):
         device = folders.usable_device(device)
         dtype = folders.default_dtype(device) if dtype is None else dtype
         network = open_network(folder, variant=variant, dtype=dtype, device=device)
+        opened_from(network, folder)
         tokenizer = folders.open_tokenizer(folder, is_stock=is_blip(network.config))
         processor = folders.open_image_processor(folder)
         suit_products(network)
@@ -208,7 +211,7 @@ class VisionLanguageModel(NetworkFacade[VisionLanguageNetwork]):
             UsageError: this checkpoint does not caption, or an unknown generation argument.
         """
         self._need(CaptioningNetwork, "caption")
-        settings = self.settings.updated(**generation)
+        settings = self.settings.updated(**generation).for_vocabulary(self.network.config.vocab_size)
 
         def run(pictures: Pictures, prompts: list[list[str]]) -> list[list[Any]]:
             ids = [[self._texts.caption_prompt(prompt) for prompt in of_picture] for of_picture in prompts]
@@ -216,7 +219,7 @@ class VisionLanguageModel(NetworkFacade[VisionLanguageNetwork]):
             self._texts.record(self, pictures, self._texts.joined(ids, generated))
             return self._texts.to_texts(generated, ids, with_scores=return_scores)
 
-        return self._run(images, prompt or "", "prompts", run, batch_size, progress)
+        return self._run(images, "" if prompt is None else prompt, "prompts", run, batch_size, progress)
 
     def ask(
         self,
@@ -250,7 +253,7 @@ class VisionLanguageModel(NetworkFacade[VisionLanguageNetwork]):
         """
         kinds = (QuestionAnsweringNetwork,) if self._is_stock else (QuestionAnsweringNetwork, CaptioningNetwork)
         self._need(kinds, "ask")
-        settings = self.settings.updated(**generation)
+        settings = self.settings.updated(**generation).for_vocabulary(self.network.config.vocab_size)
 
         def run(pictures: Pictures, texts: list[list[str]]) -> list[list[Any]]:
             if isinstance(self.network, QuestionAnsweringNetwork):
@@ -309,7 +312,7 @@ class VisionLanguageModel(NetworkFacade[VisionLanguageNetwork]):
     ) -> Any:
         """Call `run` on batch after batch of encoded pictures, each with its texts."""
         if isinstance(images, Pictures):
-            self._check_encoded("pictures", images.contexts)
+            self._check_encoded("pictures", images.contexts, images.origin)
         opened, is_single = (None, images.is_single) if isinstance(images, Pictures) else open_images(images)
         count = len(images) if opened is None else len(opened)  # type: ignore[arg-type]
         pairing: Pairing = pair_texts(texts, count, is_single=is_single, name=name)
@@ -326,14 +329,15 @@ class VisionLanguageModel(NetworkFacade[VisionLanguageNetwork]):
     def _encode(self, images: list[Any]) -> Pictures:
         pixel_values = self._transform(images).to(self.device)
         features = self.network.encode_images(pixel_values)
-        return Pictures(features, self.network.project_context(features), tuple(images))  # type: ignore[operator]
+        contexts = self.network.project_context(features)  # type: ignore[operator]
+        return Pictures(features, contexts, tuple(images), origin=origin_of(self.network))
 
     def _batches(
         self, items: Sequence[ItemT], batch_size: int | None, progress: bool | None, label: str
     ) -> Iterator[list[ItemT]]:
-        size = batch_size or (8 if self.device.type == "cpu" else 32)
-        if size < 1:
-            raise UsageError(f"batch_size is {size}; it must be at least 1")
+        size = (8 if self.device.type == "cpu" else 32) if batch_size is None else batch_size
+        if not isinstance(size, int) or size < 1:
+            raise UsageError(f"batch_size is {size!r}; it must be a whole number of at least 1")
         # tqdm leaves a bar out by itself, with None, where there is no terminal.
         hidden = (None if len(items) > size else True) if progress is None else not progress
         with tqdm(total=len(items), desc=label, unit="picture", disable=hidden) as bar:

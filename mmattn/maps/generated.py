@@ -16,7 +16,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from mmattn.errors import RunError, UsageError
 
 TARGETS = ("decoder_input_ids", "input_ids")
-_GROWING = ("attention_mask", "cross_attention_mask")  # that have a place for each token of a text
+_GROWING = (
+    "attention_mask",
+    "cross_attention_mask",
+    "image_attention_mask",
+)  # that have a place for each token of a text
 
 
 class Call(NamedTuple):
@@ -86,7 +90,7 @@ def rereading(model: Any, call: Call, output: Any, first: dict[str, Any] | None)
         first: arguments of the first forward of the generation; None: there was none of the model itself.
 
     Raises:
-        RunError: an output without the texts' tokens.
+        RunError: an output without the texts' tokens, such as sound.
     """
     named, first = call.named(model), first or {}
     known = inspect.signature(model.forward).parameters
@@ -114,6 +118,11 @@ def _sequences(output: Any) -> Tensor:
         raise RunError(
             f"record_attention: generate() returned a {type(output).__name__} without sequences, so that its texts "
             "cannot be read again; let it return token ids"
+        )
+    if found.dim() != 2 or found.is_floating_point():
+        raise RunError(
+            f"record_attention: generate() returned {found.dtype} {list(found.shape)} rather than rows of token ids, "
+            "so that its texts cannot be read again: record a forward"
         )
     return found
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmattn.errors import UsageError
+from mmattn.errors import MmattnError, UsageError
 from mmattn.maps.capture import SeenAttention, watching
 from mmattn.maps.generated import TARGETS, Call, check_call, rereading
 from mmattn.maps.in_place import Hook, in_place
@@ -30,6 +30,7 @@ from mmattn.maps.tokens import TextTokens, numbered_tokens, tokens_of_ids
 from mmattn.ops.same_pass import MapsAsked
 from mmattn.swap.layers import SetAttribute
 from mmattn.swap.parts import uncompiled
+from mmattn.swap.transformers import find, patched
 
 _READINGS: ContextVar[tuple[Reading, ...]] = ContextVar("mmattn_readings", default=())
 
@@ -93,8 +94,21 @@ class _Generate:
             stack.callback(model.train, was_training)
             model.eval()
             with torch.no_grad():
-                model(**given)
+                _read(model, given)
         return output
+
+
+def _read(model: Any, given: dict[str, Any]) -> None:
+    try:
+        model(**given)
+    except MmattnError:
+        raise
+    except Exception as error:  # whatever a model raises whose arguments have to grow in a way that is not known
+        reason = (str(error).splitlines() or [""])[0]
+        raise UsageError(
+            f"record_attention: the texts of {type(model).__name__}.generate() cannot be read again "
+            f"({type(error).__name__}: {reason}): record a forward over them"
+        ) from error
 
 
 @dataclass(eq=False)
@@ -191,10 +205,7 @@ class Reading:
         """Why nothing was recorded."""
         if self._unseen:
             name, kind = next(iter(self._unseen.items()))
-            return (
-                f"{name} ({kind}) attended in a way that cannot be seen: "
-                'model.set_attn_implementation("sdpa") or "eager" can be'
-            )
+            return f"{name} ({kind}) attended in a way that cannot be seen: {_remedy(self.model, kind)}"
         if self._was_called:
             return f"the model ran, but its {self.maps.role}-attention did not: it got nothing to attend to"
         return "the model's forward or generate() did not run within record_attention() (in this thread)"
@@ -268,6 +279,16 @@ class Reading:
             return None, 0
         side = size // patch
         return ((side, side), num_keys - side * side) if side * side <= num_keys else (None, 0)
+
+
+def _remedy(model: nn.Module, kind: str) -> str:
+    """What to do about attention of this class, that was not seen."""
+    module = next(each for each in model.modules() if type(each).__name__ == kind)
+    if find.code_of(type(module)).asks_interface:
+        return 'model.set_attn_implementation("sdpa") or "eager" can be'
+    if patched.forward_for(module) is not None and patched.refusal(module) is None:
+        return "that of mmattn.swap_attention(model) can be"
+    return "it is computed in a way of its own, which is not known"
 
 
 def _used(ids: list[int], pad: int | None) -> int:

@@ -12,16 +12,14 @@ def weights_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The dtype in which a checkpoint's weights are wanted: float32 for None, None for "auto" (as in the file).
 
     Raises:
-        ConfigError: a name that is no dtype.
+        ConfigError: a name that is no dtype, or one of whole numbers.
     """
     if dtype is None:
         return torch.float32
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype == "auto":
         return None
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigError(f"dtype {dtype!r} is unknown: use float32, float16, bfloat16 or auto")
     return found
 

@@ -93,7 +93,7 @@ def test_one_file_size_scheduler_and_json(command, tmp_path, capsys):
 
 def test_prompts_from_a_file(command, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red circle\n\n  a green star \n", encoding="utf-8")
+    prompts.write_text("a red circle\n\n  a green star \n", encoding="utf-8-sig")  # with a byte order mark
     assert main([*command, "--file", str(prompts), "-o", str(tmp_path)]) == 0
     assert capsys.readouterr().out.split() == [
         str(tmp_path / "a-red-circle-seed0.png"),
@@ -124,6 +124,7 @@ def test_keys_and_values_of_a_run(command, run, tmp_path):
         (["a", "b", "-o", "x.png"], "--output x.png: is one file, but 2 pictures are to be drawn: name a folder"),
         (["a", "-o", "x.jpg"], "--output x.jpg: pictures are written as PNG"),
         (["a", "--grid", "grid.gif"], "--grid grid.gif: must end in .png"),
+        (["a", "-o", "a.png", "--grid", "./a.png"], "--grid a.png: is the file of a picture; choose another name"),
         (["a", "--grid", "no/grid.png"], "--grid no/grid.png: the folder no does not exist; make it first"),
         (["a", "--lora", "x=1.2.3"], "--lora x=1.2.3: the scale after = is no number"),
     ],

@@ -11,7 +11,7 @@ from mmattn.cli.main import main
 from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
 from tests.inference.tiny_models import pictures, save_own
 from tests.inference.tiny_pipelines import pixel_parts
-from tests.inference.tiny_translators import ENGLISH, save_own_translator
+from tests.inference.tiny_translators import ENGLISH, save_own_translator, save_stock_translator
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,8 @@ def test_a_picture_for_every_kind_of_model(folders, image, tmp_path, capsys):
         ),
         ("translator", ["a", "--steps", "3"], "--steps 3: this model (translator) draws no pictures; leave it out"),
         ("vlm", ["--image", "x.png", "--seed", "0"], "--seed 0: this model (vlm) draws no pictures; leave it out"),
+        ("diffusion", ["a", "--tgt-lang", "de"], "--tgt-lang de: this model (diffusion) does not translate; leave it"),
+        ("translator", ["a", "--tgt-lang", "de"], "this model translates one pair of languages, leave tgt_lang out"),
         ("translator", ["a", "-o", "maps.jpg"], "--output maps.jpg: must end in .png"),
         ("translator", ["a", "--save", "maps.txt"], "--save maps.txt: must end in .npz"),
         ("diffusion", ["a", "--score", "4", "-w", "a"], "leave out TEXT, --word"),
@@ -101,3 +103,11 @@ def test_scores_of_a_translator(folders, capsys):
     assert main(["maps", "-m", str(folders["translator"]), "--score", "5", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert 0 < scores["alignment/f1/chance"] < 1
+
+
+def test_languages_of_a_translation(tmp_path, capsys):
+    (tmp_path / "files").mkdir()
+    model = save_stock_translator(tmp_path / "model", "nllb", files=tmp_path / "files")
+    asked = ["maps", "-m", str(model), ENGLISH[0], "-o", str(tmp_path / "maps.png"), "--tgt-lang", "deu_Latn"]
+    assert main([*asked, "--src-lang", "eng_Latn"]) == 0
+    assert (tmp_path / "maps.png").is_file()

@@ -111,6 +111,8 @@ def test_grey_and_array_inputs():
     assert np.array_equal(np.asarray(open_image(grey))[..., 2], grey)
     with pytest.raises(DataError, match=r"array: an array of float64 \[3, 4\] is no picture: give uint8"):
         open_image(grey.astype(float))
+    with pytest.raises(DataError, match="image: a picture of 0 x 5 pixels shows nothing"):
+        open_image(Image.new("RGB", (0, 5)))
     with pytest.raises(DataError, match=r"\[3, 4, 2\] is no picture"):
         open_image(np.zeros((3, 4, 2), dtype=np.uint8))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,22 @@ def test_a_source_language_counts_for_its_call_only(tokenizers, name, code, own)
     tokenizer.src_lang = code
     assert codes.source_ids(GERMAN) == expected, "none given: the tokenizer's own, whatever that is now"
     tokenizer.src_lang = own
+
+
+def test_threads_that_share_a_tokenizer_keep_their_languages(tokenizers, monkeypatch):
+    tokenizer = tokenizers["m2m100"]
+    codes = LanguageCodes(tokenizer)
+    wanted = {code: codes.source_ids(GERMAN, code) for code in ("en", "de", None)}
+    plain = type(tokenizer).__call__
+
+    def slow(*arguments, **options):
+        time.sleep(0.02)  # so that another thread comes between the language and the text
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", slow)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda code: codes.source_ids(GERMAN, code), [*wanted, *wanted]))
+    assert found == [*wanted.values(), *wanted.values()]
 
 
 def test_a_tag_says_the_target(tokenizers):

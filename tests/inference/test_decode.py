@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmattn.errors import UsageError
+from mmattn.errors import CheckpointError, UsageError
 from mmattn.inference.decode import DecodeSettings, decode
 from tests.inference.stock_decoder import BOS, EOS, PAD, VOCAB, StockState, assert_same, stock_generate, tiny_marian
 
@@ -137,11 +137,46 @@ def test_sampling_leaves_the_global_generator_alone():
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"do_sample": True, "temperature": 0.0}, "temperature is 0.0"),
         ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping is 'soon'"),
+        ({"num_beams": 2, "early_stopping": 1}, "early_stopping is 1"),
+        ({"num_beams": 2.5}, "num_beams is 2.5; it must be a whole number"),
+        ({"no_repeat_ngram_size": -2}, "no_repeat_ngram_size is -2; it must be at least 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be above 0"),
+        ({"length_penalty": "x"}, "length_penalty is 'x'; it must be a finite number"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p is 1.5; it must be at least 0 and at most 1"),
+        ({"do_sample": "no"}, "do_sample is 'no'; it must be True or False"),
+        ({"bad_words_ids": [0, 6]}, "bad_words_ids is .0, 6.; it must be a list of lists"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids is .*; it must be a list of lists"),
+        ({"suppress_tokens": 5}, "suppress_tokens is 5; it must be a list of token numbers"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; it must be a token number or a list of them"),
     ],
 )
 def test_wrong_settings_are_named(arguments, message):
     with pytest.raises(UsageError, match=message.replace("?", r"\?")):
         BASE.updated(**arguments)
+
+
+def test_none_switches_off_what_the_checkpoint_says():
+    chosen = BASE.updated(num_beams=4, repetition_penalty=1.3, do_sample=True)
+    chosen = chosen.updated(num_beams=None, repetition_penalty=None, top_k=None)
+    assert (chosen.num_beams, chosen.repetition_penalty, chosen.top_k) == (1, 1.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"suppress_tokens": [3, 40]}, "suppress_tokens holds token 40, and this model has 40: 0 to 39"),
+        ({"bad_words_ids": [[3], [4, 41]]}, "bad_words_ids holds token 41"),
+        ({"num_beams": 21}, "num_beams is 21; that is too many for this model's 40 tokens"),
+    ],
+)
+def test_a_vocabulary_that_lacks_tokens(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        BASE.updated(**arguments).for_vocabulary(40)
+
+
+def test_a_seed_is_no_generator():
+    with pytest.raises(UsageError, match="generator is 3; give a torch.Generator"):
+        decode(StockState(tiny_marian(), SOURCES), torch.full((5, 1), BOS), BASE.updated(do_sample=True), generator=3)
 
 
 def test_prompt_that_fills_max_length():
@@ -151,9 +186,19 @@ def test_prompt_that_fills_max_length():
 
 def test_generation_config_file():
     settings = DecodeSettings.from_generation_config(
-        {"num_beams": 4, "bad_words_ids": [[1]], "eos_token_id": 2, "transformers_version": "5.0", "top_k": None}
+        {
+            "num_beams": 4,
+            "bad_words_ids": [[1]],
+            "eos_token_id": 2,
+            "transformers_version": "5.0",
+            "top_k": None,
+            "temperature": 0.0,  # of no effect without draws: stock opens such files
+        },
+        40,
     )
     assert (settings.num_beams, settings.bad_words_ids, settings.eos_ids) == (4, [[1]], (2,))
     assert settings.updated(max_length=7).total_length(3) == 7
     with pytest.warns(UserWarning, match="sets penalty_alpha, not supported and left out"):
-        DecodeSettings.from_generation_config({"penalty_alpha": 0.6})
+        DecodeSettings.from_generation_config({"penalty_alpha": 0.6}, 40)
+    with pytest.raises(CheckpointError, match="generation_config.json: num_beams is 'four'"):
+        DecodeSettings.from_generation_config({"num_beams": "four"}, 40)

@@ -89,6 +89,7 @@ def test_prompts(t2i):
     for prompts, message in (
         ([], "no prompts were given: the list is empty"),
         (["a", None], "prompts: number 2 of 2 is a NoneType, not a str"),
+        (["a", "b\udcff"], "prompts: number 2 of 2 holds half of a surrogate pair"),
         (b"a", "prompts is a bytes: give a str or a list of them"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -174,6 +175,16 @@ def test_an_inpainting_unet(tmp_path):
     stable_diffusion(in_channels=9).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="takes 9 channels and its autoencoder has 4: an inpainting or editing"):
         TextToImage.from_pretrained(tmp_path, device="cpu")
+
+
+def test_schedulers_of_other_models(t2i):
+    for name, reason in [
+        ("FlowMatchEulerDiscreteScheduler", "is for another kind of model .it has no init_noise_sigma"),
+        ("RePaintScheduler", "is for another kind of model .its steps need original_image, mask.: use ddim"),
+        ("AmusedScheduler", "cannot take the settings of the model's own scheduler .AmusedScheduler"),
+    ]:
+        with pytest.raises(UsageError, match=f"{name} {reason}"):
+            make_scheduler(name, t2i.pipeline.scheduler)
 
 
 def test_schedulers(t2i, caplog):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from mmattn.errors import UsageError
+from mmattn.errors import CheckpointError, UsageError
 from mmattn.inference.translator import Translator
 from tests.inference.tiny_translators import (
     ENGLISH,
     KINDS,
     LANGUAGES,
     POSITIONS,
+    set_generation,
     stock_translate,
 )
 
@@ -75,12 +78,55 @@ def test_equals_stock_text_by_text(pairs, kind, arguments):
     assert len(set(expected)) == len(ENGLISH), "equal texts would hide a wrong order"
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("kind", ["marian", "nllb"])
+def test_start_and_ends_are_those_of_the_generation_settings(translator_folders, tmp_path, kind, num_beams):
+    """Stock takes them from generation_config.json, whatever config.json says; saved, they stay."""
+    folder = shutil.copytree(translator_folders[kind], tmp_path / "stock")
+    set_generation(folder, decoder_start_token_id=6, eos_token_id=[2, 0, 15, 17], min_length=9, min_new_tokens=0)
+    stock, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ours = Translator.from_pretrained(folder)
+    ours.save_pretrained(tmp_path / "saved")
+    languages = LANGUAGES[kind]
+    first = {"forced_bos_token_id": ours.codes.target_token("deu_Latn")} if languages else {}
+    tokenizer.src_lang = languages.get("src_lang", None)
+    inputs = tokenizer(ENGLISH[0], return_tensors="pt")
+    row = stock.generate(**inputs, num_beams=num_beams, max_length=POSITIONS, **first)[0, 1:]
+    expected = tokenizer.decode(row, skip_special_tokens=True).strip()
+    for model in (ours, Translator.from_pretrained(tmp_path / "saved")):
+        assert model.translate(ENGLISH[0], num_beams=num_beams, **languages) == expected
+
+
+@pytest.mark.parametrize("dtype", ["int8", torch.int64, "nothing", 5])
+def test_weights_are_floats(translator_folders, dtype):
+    with pytest.raises(UsageError, match="is unknown: use float32, float16, bfloat16 or auto"):
+        Translator.from_pretrained(translator_folders["marian"], dtype=dtype)
+
+
+def test_a_start_outside_the_vocabulary_is_named(translator_folders, tmp_path):
+    folder = shutil.copytree(translator_folders["marian"], tmp_path / "stock")
+    set_generation(folder, decoder_start_token_id=[6])
+    with pytest.raises(CheckpointError, match="generation_config.json: decoder_start_token_id is .6.: tokens of the"):
+        Translator.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_sequences_are_stocks(pairs, kind):
     pair, arguments = pairs[kind], {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 13}
     expected = [pair.stock(text, **arguments) for text in ENGLISH[:3]]
     assert pair.translate(ENGLISH[:3], **arguments) == expected
     assert pair.translate(ENGLISH[2], **arguments) == expected[2]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_draws_after_a_forced_language_are_stocks(pairs, num_beams):
+    """Transformers draws the language's token too, though it has no choice."""
+    pair, arguments = pairs["nllb"], {"do_sample": True, "num_beams": num_beams, "max_new_tokens": 11}
+    for seed, text in enumerate(ENGLISH[:3]):
+        torch.manual_seed(seed)
+        expected = pair.stock(text, **arguments)[0]
+        torch.manual_seed(seed)
+        assert pair.translate(text, **arguments) == expected
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
@@ -168,6 +214,17 @@ def test_encoded_once_translated_often(pairs, kind, monkeypatch):
         pair.ours.translate(encoded, batch_tokens=3)
     with pytest.raises(UsageError, match="src_lang, on_long and batch_tokens belong to encode"):
         pair.ours.translate(encoded, on_long="error")
+
+
+def test_sources_of_another_model_are_refused(pairs, translator_folders):
+    source = pairs["marian"].ours.encode(ENGLISH[:2])
+    again = Translator.from_pretrained(translator_folders["marian"])
+    assert again.translate(source) == pairs["marian"].translate(ENGLISH[:2])
+    other = Translator(again.network.__class__(again.network.config).eval(), again.tokenizer)
+    with pytest.raises(UsageError, match="these sources were encoded by another model: encode them with this one"):
+        other.translate(source)
+    stored = pickle.loads(pickle.dumps(source))  # for another process, whose models are other ones
+    assert other.translate(stored)
 
 
 def test_encoded_sources_say_what_they_hold(pairs):

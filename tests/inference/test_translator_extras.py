@@ -192,6 +192,7 @@ def test_sampling_follows_its_generator(translators):
         ("nllb", ENGLISH[:1], {"tgt_lang": [3]}, "tgt_lang=3 is no language code: give a str such as 'deu_Latn'"),
         ("marian", 3, {}, "texts is a int: give a str or a list of them"),
         ("marian", None, {}, "texts is a NoneType: give a str"),
+        ("marian", ["a", "b\ud83d"], {}, "text 2 of 2 holds half of a surrogate pair"),
         ("marian", b"bytes", {}, "texts is a bytes: give a str"),
         ("marian", {"a": 1}, {}, "texts is a dict: give a str"),
         ("marian", ["a cat", 3], {}, "text 2 of 2 is a int, not a str"),

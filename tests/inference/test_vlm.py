@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -174,6 +175,17 @@ def test_pictures_hold_what_they_say(models):
     assert (len(encoded), len(encoded[1:]), len(encoded[[0, 2]]), len(encoded[-1])) == (3, 2, 2, 1)
     assert torch.equal(encoded[-1].features[0], encoded.features[2])
     assert torch.equal(encoded[1:].contexts[1].key[0], encoded.contexts[1].key[1])
+    assert encoded[np.int64(1)].is_single
+    with pytest.raises(UsageError, match="not by True"):
+        encoded[[True, False, True]]
+
+
+def test_pictures_of_another_model_are_refused(models):
+    encoded = models["captioning"].encode(pictures(2))
+    for name in ("own", "question_answering"):
+        with pytest.raises(UsageError, match="these pictures were encoded by another model"):
+            models[name].ask(encoded[1:], QUESTIONS[0])
+    assert models["captioning"].caption(copy.deepcopy(encoded)) == models["captioning"].caption(pictures(2))
 
 
 def test_generation_config_gives_the_defaults(folders, tmp_path):
@@ -232,12 +244,21 @@ def test_what_a_checkpoint_cannot_do(models):
         ([], "what ?", "no pictures were given"),
         ("https://example.org/cat.png", "what ?", "is a URL"),
         ([3], "what ?", "picture 0 is a int: give a Pillow picture"),
+        (pictures(1), "what \ud83d?", "one of the questions holds half of a surrogate pair"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_wrong_use_is_named(models, images, questions, message):
     with pytest.raises(UsageError, match=message):
         models["own"].ask(images, questions)
+
+
+def test_wrong_sizes_of_batches_and_lists_of_prompts_are_named(models):
+    for size in (0, 1.5):
+        with pytest.raises(UsageError, match=f"batch_size is {size}; it must be a whole number of at least 1"):
+            models["own"].caption(pictures(1), batch_size=size)
+    with pytest.raises(UsageError, match="prompts must be a text"):
+        models["own"].caption(pictures(2), [])
 
 
 def test_wrong_files_are_named(models, folders, tmp_path):

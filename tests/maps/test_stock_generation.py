@@ -10,6 +10,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from mmattn import record_attention
 from mmattn.errors import UsageError
+from mmattn.maps import stock_models
 from mmattn.ops.observe import OBSERVERS
 from tests.swap.zoo_base import Draw
 from tests.swap.zoo_transformers import VOCAB
@@ -150,3 +151,14 @@ def test_generations_that_cannot_be_read_again_are_refused_before_they_run():
         pytest.raises(UsageError, match=r"generate\(inputs_embeds=...\) returns no tokens of its prompt"),
     ):
         model.generate(inputs_embeds=states, max_new_tokens=5)
+
+
+def test_a_reading_that_fails_is_said_in_a_line(monkeypatch):
+    model = build("marian")
+    inputs = translator_inputs(model)
+    monkeypatch.setattr(stock_models, "rereading", lambda *_: ({"input_ids": None}, 1))
+    with (
+        record_attention(model),
+        pytest.raises(UsageError, match="texts of MarianMTModel.* cannot be read again .Value"),
+    ):
+        model.generate(**inputs, max_new_tokens=5)

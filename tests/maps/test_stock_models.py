@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from mmattn import record_attention, swap_attention
 from mmattn.errors import UsageError
 from mmattn.maps.recordings import RecordedPair, RecordedText
+from tests.swap.test_transformers_patched import build_trocr, run_trocr
 from tests.swap.zoo_base import Draw
 from tests.swap.zoo_transformers import FAMILIES, VOCAB, padded
 
@@ -79,6 +80,18 @@ def test_translators_give_the_weights_that_eager_returns(name):
     assert alignment.target == [str(number) for number in targets[1, 1:].tolist()]
     # The query of a token chose the one after it.
     assert np.allclose(alignment.weights, maps.array(1)[:-1, :7], atol=1e-6)
+
+
+@torch.no_grad()
+def test_weights_of_trocr_which_asks_no_interface():
+    model = build_trocr()
+    expected = run_trocr(model, output_attentions=True).cross_attentions
+    with record_attention(model) as maps:
+        run_trocr(model)
+    for row, text in enumerate(maps.texts):
+        for layer, weights in enumerate(expected):
+            assert torch.equal(text.weights[layer], weights[row, :, : text.weights[layer].shape[1]])
+    assert len(maps) == len(expected[0])
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])

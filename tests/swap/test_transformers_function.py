@@ -152,6 +152,13 @@ def test_keys_of_one_row_serve_all_queries():
     )
 
 
+def test_values_may_be_narrower_than_keys():
+    """As those of Conditional DETR, whose positions stand beside what is attended to."""
+    query, key, value = tensors(heads=H, groups=H)
+    ours = mmattn_attention(caller("cross"), query, key, value[..., :2], padding())
+    close(ours, sdpa_attention_forward(caller("cross", num_key_value_groups=1), query, key, value[..., :2], padding()))
+
+
 def test_zero_positions_of_cross_attention_leave_padding_on_the_fast_path():
     calls, zeros = [], torch.zeros(1, H, LQ, LK)
     with observing(calls.append):

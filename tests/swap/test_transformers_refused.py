@@ -7,7 +7,8 @@ import torch
 import transformers as tf
 from torch import nn
 
-from mmattn.errors import BackendError, UsageError
+from mmattn import record_attention
+from mmattn.errors import BackendError, RunError, UsageError
 from mmattn.swap import swap_attention
 from mmattn.swap.transformers import find, registration
 from mmattn.swap.transformers.inputs import make_inputs
@@ -223,6 +224,28 @@ def test_models_that_do_not_take_their_probe_are_named_and_their_layers_verified
     assert len(verification.layers) == len(swap.layers)
     (unprobed,) = verification.unprobed
     assert unprobed.startswith("model (it does not take the probe made from its config: ValueError: ")
+
+
+def test_a_config_with_two_texts_is_no_obstacle():
+    """MusicGen reads a text and writes sound tokens."""
+    sizes = {"num_layers": 1, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_heads": 4, "vocab_size": 50}
+    codec = {"num_filters": 2, "hidden_size": 8, "codebook_size": 16, "codebook_dim": 8, "upsampling_ratios": [2, 2]}
+    codec |= {"target_bandwidths": [0.5], "sampling_rate": 200, "norm_type": "weight_norm"}
+    decoder = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "ffn_dim": 16, "num_attention_heads": 4}
+    config = tf.MusicgenConfig(
+        text_encoder={"model_type": "t5", **sizes},
+        audio_encoder={"model_type": "encodec", **codec},
+        decoder={**decoder, "num_codebooks": 2, "max_position_embeddings": 32, "pad_token_id": 16, "bos_token_id": 16},
+    )
+    model = tf.MusicgenForConditionalGeneration(config).eval()
+    with swap_attention(model) as swap:
+        assert [layer.role for layer in swap.layers] == ["self", "self", "cross"]
+        assert swap.verify().is_ok
+    with (
+        record_attention(model),
+        pytest.raises(RunError, match=r"generate\(\) returned torch.float32 .* rather than rows"),
+    ):
+        model.generate(input_ids=torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=3)
 
 
 def test_windows_are_kept():

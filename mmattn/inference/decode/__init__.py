@@ -49,8 +49,9 @@ def decode(
         For each prompt its `num_return_sequences` results, best first.
 
     Raises:
-        UsageError: when the prompt leaves no room under `max_length`.
+        UsageError: when the prompt leaves no room under `max_length`, or something else than a generator.
     """
+    _check_generator(generator)
     task = DecodeTask(prompt, settings, texts_per_context, num_forced, with_scores, keep_rows, stop_every)
     if settings.num_beams > 1:
         return beam_search(state, task, generator)
@@ -74,7 +75,8 @@ def stream(
     """
     if settings.num_beams > 1 or settings.num_return_sequences > 1:
         raise UsageError("streaming gives tokens as they are chosen: use num_beams=1 and num_return_sequences=1")
-    choose = drawing(generator) if settings.do_sample else likeliest
+    _check_generator(generator)
+    choose = drawing(generator, num_forced) if settings.do_sample else likeliest
     steps = row_steps(state, DecodeTask(prompt, settings, 1, num_forced, with_scores=False), choose)
     yield from prompt[0, prompt.shape[1] - num_forced :].tolist()
     while True:
@@ -84,3 +86,10 @@ def stream(
         if tokens is None:
             return
         yield int(tokens[0])
+
+
+def _check_generator(generator: torch.Generator | None) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise UsageError(
+            f"generator is {generator!r}; give a torch.Generator, such as torch.Generator().manual_seed(0)"
+        )

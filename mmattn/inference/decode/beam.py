@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mmattn.inference.decode.logits import Scorer
+from mmattn.inference.decode.sample import pass_over
 from mmattn.inference.decode.settings import DecodeSettings
 from mmattn.inference.decode.state import DecoderState, DecodeTask, Generated
 from mmattn.inference.decode.stopping import Roster, cut, ends, shrink
@@ -145,12 +146,14 @@ def _advance(
     settings = task.settings
     num_texts, num_beams, max_length = beams.running.shape
     per_text = logits.shape[0] // num_texts
-    count = max(2, 1 + len(settings.eos_ids)) * num_beams
+    count = settings.num_candidates
     sequences = beams.running[:, :per_text, :length].flatten(0, 1)
     running_scores = beams.running_scores[:, :per_text]
     if settings.do_sample:
         log_probs = scorer.log_probs(sequences, logits)
-        scores, origin, tokens = _drawn(log_probs, beams.running_scores, count, generator)
+        is_first = length == task.prompt.shape[1]
+        passed = task.num_forced if is_first else 0
+        scores, origin, tokens = _drawn(log_probs, beams.running_scores, count, generator, passed)
     else:
         scores, origin, tokens = _best_continuations(scorer, sequences, logits, running_scores, count)
     if length + 1 == max_length:
@@ -206,11 +209,12 @@ def _best_continuations(
 
 
 def _drawn(
-    log_probs: torch.Tensor, running_scores: torch.Tensor, count: int, generator: torch.Generator | None
+    log_probs: torch.Tensor, running_scores: torch.Tensor, count: int, generator: torch.Generator | None, passed: int
 ) -> Continuations:
     # At the first step the one row of a text stands for all of its beams, so that as many draws are made as later.
     vocab_size = log_probs.shape[-1]
     scores = (log_probs.view(len(running_scores), -1, vocab_size) + running_scores[:, :, None]).flatten(1)
+    pass_over(scores, passed, generator)
     picked = torch.multinomial(scores.softmax(dim=-1), count, generator=generator)
     best, order = scores.gather(1, picked).sort(dim=-1, descending=True)
     picked = picked.gather(1, order)

@@ -36,7 +36,9 @@ def build_processors(
     if any(len(word) > 1 for word in words):
         long = [word for word in words if len(word) > 1]
         chain.append(stock.NoBadWordsLogitsProcessor(long, eos))  # type: ignore[arg-type]
-    shortest = prompt_length + settings.min_new_tokens if settings.min_new_tokens else settings.min_length
+    # As in transformers the number of new tokens comes before the length, even where it is 0.
+    new = settings.min_new_tokens
+    shortest = settings.min_length if new is None else prompt_length + new
     if settings.eos_ids and shortest > 0:
         chain.append(NeverTokens(settings.eos_ids, device, until=shortest))
     if settings.forced_bos_token_id is not None:

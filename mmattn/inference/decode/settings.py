@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from mmattn.errors import UsageError
+from mmattn.errors import CheckpointError, UsageError
+from mmattn.inference.decode.checks import SAMPLING_ONLY, check_tokens, check_values
 
-_SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 # Settings of transformers that change the tokens and are not offered here, with the value that switches each off.
 _UNSUPPORTED = {
     "constraints": None,
@@ -68,26 +68,7 @@ class DecodeSettings:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_beams", "num_return_sequences"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("max_new_tokens", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; it must be at least 1")
-        if self.early_stopping not in (True, False, "never"):
-            raise UsageError(f"early_stopping is {self.early_stopping!r}; it must be True, False or 'never'")
-        if self.temperature <= 0:
-            raise UsageError(f"temperature is {self.temperature}; it must be above 0 (do_sample=False takes the best)")
-        if self.num_return_sequences > 1 and not self.do_sample and self.num_return_sequences > self.num_beams:
-            raise UsageError(
-                f"num_return_sequences={self.num_return_sequences} needs as many beams (num_beams={self.num_beams}) "
-                "or do_sample=True"
-            )
-        if self.do_sample and self.num_beams > 1 and self.num_return_sequences > self.num_beams:
-            raise UsageError(
-                f"num_return_sequences={self.num_return_sequences} is more than num_beams={self.num_beams}"
-            )
+        check_values(self)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -95,6 +76,11 @@ class DecodeSettings:
         if self.eos_token_id is None:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+
+    @property
+    def num_candidates(self) -> int:
+        """Continuations of a text that beam search looks at in a step: enough that some of them do not end it."""
+        return max(2, 1 + len(self.eos_ids)) * self.num_beams
 
     def total_length(self, prompt_length: int) -> int:
         """Longest text, prompt included, that a prompt of this length may grow to.
@@ -114,15 +100,32 @@ class DecodeSettings:
         return self.max_length
 
     @classmethod
-    def from_generation_config(cls, values: Mapping[str, Any]) -> DecodeSettings:
-        """Settings from the content of a `generation_config.json`; says which active ones it has to leave out."""
+    def from_generation_config(cls, values: Mapping[str, Any], vocab_size: int) -> DecodeSettings:
+        """Settings from the content of a `generation_config.json`; says which active ones it has to leave out.
+
+        Raises:
+            CheckpointError: a value that cannot be, or a token that is not in the vocabulary.
+        """
         known = {field.name for field in fields(cls)}
         left_out = sorted(name for name, off in _UNSUPPORTED.items() if values.get(name, off) not in (off, None))
         if left_out:
             warnings.warn(
                 f"generation_config.json sets {', '.join(left_out)}, not supported and left out", stacklevel=2
             )
-        return cls(**{name: value for name, value in values.items() if name in known and value is not None})
+        try:
+            settings = cls(**{name: value for name, value in values.items() if name in known and value is not None})
+            return settings.for_vocabulary(vocab_size)
+        except UsageError as error:
+            raise CheckpointError(f"generation_config.json: {error}") from error
+
+    def for_vocabulary(self, size: int) -> DecodeSettings:
+        """These settings, when a model with a vocabulary of this size can follow them.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        check_tokens(self, size)
+        return self
 
     def updated(self, **arguments: Any) -> DecodeSettings:
         """These settings with some changed, for one call.
@@ -144,8 +147,10 @@ class DecodeSettings:
             arguments["max_new_tokens"] = None
         if "min_length" in arguments and "min_new_tokens" not in arguments:
             arguments["min_new_tokens"] = None
-        changed = replace(self, **arguments)
-        idle = [name for name in _SAMPLING_ONLY if name in arguments and not changed.do_sample]
+        # As in transformers, None switches a setting off, whatever the checkpoint says.
+        off = {field.name: field.default for field in fields(self)} | {"top_k": 0}
+        changed = replace(self, **{name: off[name] if value is None else value for name, value in arguments.items()})
+        idle = [name for name in SAMPLING_ONLY if name in arguments and not changed.do_sample]
         if idle:
             raise UsageError(f"{', '.join(idle)} has no effect without do_sample=True")
         return changed

@@ -10,6 +10,7 @@ from typing import Any
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 
 from mmattn.errors import CheckpointError, UsageError
+from mmattn.inference.texts import check_unicode
 
 
 def each_prompt(prompts: str | Sequence[str], name: str = "prompts") -> list[str]:
@@ -19,6 +20,7 @@ def each_prompt(prompts: str | Sequence[str], name: str = "prompts") -> list[str
         UsageError: an empty list, or something that is no text.
     """
     if isinstance(prompts, str):
+        check_unicode(prompts, f"the only one of {name}")
         return [prompts]
     if not isinstance(prompts, list | tuple):
         raise UsageError(f"{name} is a {type(prompts).__name__}: give a str or a list of them")
@@ -27,6 +29,7 @@ def each_prompt(prompts: str | Sequence[str], name: str = "prompts") -> list[str
     for number, prompt in enumerate(prompts, 1):
         if not isinstance(prompt, str):
             raise UsageError(f"{name}: number {number} of {len(prompts)} is a {type(prompt).__name__}, not a str")
+        check_unicode(prompt, f"{name}: number {number} of {len(prompts)}")
     return list(prompts)
 
 

@@ -46,21 +46,46 @@ def make_scheduler(wanted: str | SchedulerMixin, current: Any) -> Any:
             does not have is warned of.
 
     Raises:
-        UsageError: no such scheduler.
+        UsageError: no such scheduler, or one that is for other models.
     """
     if isinstance(wanted, SchedulerMixin):
-        return wanted
+        return _suitable(wanted)
     cls: Any = getattr(diffusers, SCHEDULERS.get(wanted, wanted), None) if isinstance(wanted, str) else None
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
         raise UsageError(
             f"scheduler {wanted!r} is unknown: use {', '.join(SCHEDULERS)}, or the name of a scheduler of diffusers"
         )
+    try:
+        made = cast(Any, cls).from_config(current.config)
+    except (TypeError, ValueError) as error:  # settings that it must have, or does not take
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{cls.__name__} cannot take the settings of the model's own scheduler ({reason})") from error
+    _suitable(made)
     known = inspect.signature(cls.__init__).parameters
     lost = [name for name in _CARRIED if current.config.get(name) and name not in known]
     if lost:
         settings = ", ".join(f"{name}={current.config[name]}" for name in lost)
         _log.warning("%s has no %s, which the model's own scheduler sets: it is left out", cls.__name__, settings)
-    return cast(Any, cls).from_config(current.config)
+    return made
+
+
+def _suitable(scheduler: Any) -> Any:
+    """A scheduler that a text-to-image pipeline can step with.
+
+    Raises:
+        UsageError: it is for another kind of model.
+    """
+    lacks = [
+        name for name in ("init_noise_sigma", "order", "scale_model_input", "step") if not hasattr(scheduler, name)
+    ]
+    parameters = [] if "step" in lacks else list(inspect.signature(scheduler.step).parameters.values())[3:]
+    needs = [each.name for each in parameters if each.default is each.empty and each.kind is not each.VAR_KEYWORD]
+    if lacks or needs:
+        why = f"it has no {', '.join(lacks)}" if lacks else f"its steps need {', '.join(needs)}"
+        raise UsageError(
+            f"{type(scheduler).__name__} is for another kind of model ({why}): use {', '.join(SCHEDULERS)}"
+        )
+    return scheduler
 
 
 def check_seeded(scheduler: Any) -> None:

@@ -52,7 +52,7 @@ class _Draw:
         self.device = parameter.device
         self.dtype = parameter.dtype if parameter.dtype.is_floating_point and parameter.element_size() > 1 else None
         self.generator = torch.Generator().manual_seed(0)
-        self.text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
+        self.text = _text_config(self.config)
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(self.device, self.dtype or torch.float32)
@@ -71,6 +71,16 @@ class _Draw:
         pad = getattr(config, "pad_token_id", None)
         tokens = ordinary[places].masked_fill(mask == 0, pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0)
         return tokens.to(self.device), mask.to(self.device)
+
+
+def _text_config(config: Any) -> Any:
+    """The part of a config that says what tokens there are; of models with two such parts (MusicGen) the encoder's."""
+    if not hasattr(config, "get_text_config"):
+        return config
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config.get_text_config(encoder=True)
 
 
 def _is_needed(model: Any, name: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmattn.errors import UsageError
@@ -39,7 +40,7 @@ def mmattn_attention(
     **keywords: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`mmattn.attention`, as transformers calls an attention function for a module: query [B, H, Lq, D], key and value
-    [B, G, Lk, D], not repeated.
+    [B, G, Lk, D], not repeated; values may be narrower.
 
     Args:
         attention_mask: boolean (True = may attend) or float (added to the scores), [B, H, Lq, Lk], where axes of size 1
@@ -63,6 +64,9 @@ def mmattn_attention(
         key, value, position_bias, attention_mask = _from_first_key(query, key, value, position_bias)
         causal = attention_mask is None
     attn_mask, key_mask = split_mask(attention_mask, key)
+    value_dim = value.shape[-1]
+    if value_dim < key.shape[-1]:  # Conditional DETR's positions stand beside what is attended to
+        value = F.pad(value, (0, key.shape[-1] - value_dim))
     output, weights = compute(
         module,
         query,
@@ -75,7 +79,7 @@ def mmattn_attention(
         dropout_p=dropout if module.training else 0.0,
         with_weights=are_weights_wanted(module, implementation, keywords),
     )
-    return output.transpose(1, 2).contiguous(), weights
+    return output[..., :value_dim].transpose(1, 2).contiguous(), weights
 
 
 def compute(
