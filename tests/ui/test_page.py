@@ -106,6 +106,11 @@ def test_a_translation_and_its_alignment(visit, models):
 def generated(page):
     page.get_by_role("button", name="Generate").click()
     page.get_by_role("radio", name="circle").last.wait_for(timeout=MODEL_PATIENCE)
+    at_rest(page)
+
+
+def at_rest(page):
+    """Wait until nothing is being worked on: what is still to come would be taken for what the next act does."""
     page.wait_for_function("() => !document.querySelector('.eta-bar, .progress-text')", timeout=MODEL_PATIENCE)
 
 
@@ -144,9 +149,12 @@ def draw_box(page, phrase, one, other):
     """Click two corners; written regions are drawn by now."""
     page.get_by_label("Phrase of the next region").fill(phrase)
     changes_field(page, lambda: click_field(page, *one))
+    at_rest(page)
     click_field(page, *other)
     page.wait_for_function(
-        "phrase => [...document.querySelectorAll('textarea')].some(t => t.value.includes(phrase + ' ='))", arg=phrase
+        "phrase => [...document.querySelectorAll('textarea')].some(t => t.value.includes(phrase + ' ='))",
+        arg=phrase,
+        timeout=MODEL_PATIENCE,
     )
 
 
@@ -157,6 +165,7 @@ def click_field(page, x, y):
 
 
 def changes_field(page, act):
+    at_rest(page)
     before = page.locator(".field img").get_attribute("src")
     act()
     page.wait_for_function(
