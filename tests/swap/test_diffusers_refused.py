@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
+import diffusers
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -9,6 +13,7 @@ from diffusers import SanaTransformer2DModel, UNet2DConditionModel
 from diffusers.hooks import apply_layerwise_casting
 from diffusers.models import attention_processor as stock
 from diffusers.models.transformers.transformer_hidream_image import HiDreamAttention, HiDreamAttnProcessor
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21Attention
 from diffusers.pipelines.deprecated.stable_diffusion_attend_and_excite.pipeline_stable_diffusion_attend_and_excite import (  # noqa: E501
     AttendExciteAttnProcessor,
 )
@@ -22,6 +27,8 @@ from torch import nn
 import mmattn
 from mmattn.errors import UsageError
 from mmattn.swap import api
+from mmattn.swap.diffusers.dispatcher import SET_IN_CODE
+from mmattn.swap.diffusers.install import layer_of
 
 from . import zoo_dits
 from .diffusers_pieces import LAYERS, TINY, Picture, a_text, attentions, run_unet, tiny_pipeline, tiny_unet
@@ -267,3 +274,30 @@ def test_bad_masks_name_the_layer(unet):
                 run_unet(unet, a_text(), encoder_attention_mask=mask)
         with pytest.raises(UsageError, match=r"does not fit model\..*attn1 \(self-attention\)"):
             run_unet(unet, attention_mask=torch.ones(2, 64))
+
+
+def test_processors_that_name_a_backend_themselves():
+    """What they are set to, ours among it, does not count for these calls: so they are not said to be swapped."""
+    layer = layer_of(QwenImage21Attention(8, 2, 4), "attn", "transformer")
+    assert layer is not None
+    assert layer.refused == "QwenImage21AttnProcessor: names a backend of diffusers in its code, whatever it is set to"
+
+
+def test_all_of_them_are_known():
+    """Of this diffusers. One without `_attention_backend` is left alone in any case."""
+    found = set()
+    for file in Path(diffusers.__file__).parent.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        if "dispatch_attention_fn" in text and "_attention_backend = None" in text:
+            classes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef))
+            found |= {node.name for node in classes if "_attention_backend = None" in ast.unparse(node) and fixed(node)}
+    assert found == SET_IN_CODE
+
+
+def fixed(node: ast.ClassDef) -> bool:
+    """Whether the class calls the dispatcher with something else than what it is set to, or with nothing."""
+    calls = [each for each in ast.walk(node) if isinstance(each, ast.Call)]
+    asked = [each for each in calls if isinstance(each.func, ast.Name) and each.func.id == "dispatch_attention_fn"]
+    given = [[ast.unparse(word.value) for word in each.keywords if word.arg == "backend"] for each in asked]
+    # ACE-Step's has it in a variable.
+    return any(words not in (["self._attention_backend"], ["dispatch_backend"]) for words in given)

@@ -20,7 +20,7 @@ from torch import nn
 
 from mmattn.swap.diffusers.context_path import plan_context_path
 from mmattn.swap.diffusers.contracts import CONTRACTS, features, refusal
-from mmattn.swap.diffusers.dispatcher import FLEX, KeepProcessDefault, RegisterBackend, UseBackend
+from mmattn.swap.diffusers.dispatcher import FLEX, SET_IN_CODE, KeepProcessDefault, RegisterBackend, UseBackend
 from mmattn.swap.diffusers.ip_adapter import SwappedIPAdapterAttnProcessor
 from mmattn.swap.diffusers.layer import Settings, Swapped
 from mmattn.swap.diffusers.model_probe import model_probe
@@ -162,6 +162,8 @@ def layer_of(module: nn.Module, name: str, part: str) -> Layer | None:
     if _asks_dispatcher(module):
         if processor._attention_backend in FLEX:
             layer.refused = f"{layer.old_class}: set to diffusers' backend flex, whose block masks no other reads"
+        elif layer.old_class in SET_IN_CODE:
+            layer.refused = f"{layer.old_class}: names a backend of diffusers in its code, whatever it is set to"
     elif not isinstance(module, Attention):
         layer.refused = f"{layer.old_class}: does not ask diffusers' dispatcher"
     else:
