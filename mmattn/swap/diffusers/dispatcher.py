@@ -25,14 +25,7 @@ from mmattn.swap.attend import attend
 
 FLEX = ("flex", "_native_flex")  # diffusers' names; some processors hand it masks of torch's flex attention
 # Processors that name a backend themselves for some of their calls, whatever they are set to.
-SET_IN_CODE = frozenset(
-    {
-        "Kandinsky6SRAttnProcessor",
-        "QwenImage21AttnProcessor",
-        "QwenImage21FlexAttnProcessor",
-        "WanAnimate2AttnProcessor",
-    }
-)
+SET_IN_CODE = frozenset({"QwenImage21AttnProcessor", "QwenImage21FlexAttnProcessor", "WanAnimate2AttnProcessor"})
 _USERS: defaultdict[str, WeakSet[Any]] = defaultdict(WeakSet)  # a backend's name: the processors that are set to it
 _DEFAULTS: list[ref[KeepProcessDefault]] = []  # in the order in which they were taken
 
