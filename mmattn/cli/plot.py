@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +20,6 @@ def plot(
     force: ForceOption = False,
 ) -> None:
     """Compare runs: loss, learning rate, speed, scores."""
-    import contextlib
-
     from mmattn.errors import RunError, UsageError
     from mmattn.inference.files import check_new_file
     from mmattn.training.plot import choose_metrics, draw_runs, load_runs

@@ -265,7 +265,7 @@ def backward_launches(
     }
     programs = heads * num_splits * batch * key_blocks
     launches.append(Launch(keys_bwd_kernel, programs, arguments, config.num_warps, config.num_stages))
-    launches.append(_sum_launch(partials, grad_key, grad_value))
+    launches.append(sum_launch(partials, grad_key, grad_value))
     return Backward(tuple(launches), grad_query, grad_key, grad_value)
 
 
@@ -290,7 +290,8 @@ def _splits(query: Tensor, key_blocks: int, config: BackwardConfig) -> tuple[int
     return each, ceil_div(blocks, each)
 
 
-def _sum_launch(partials: Tensor, grad_key: Tensor, grad_value: Tensor) -> Launch:
+def sum_launch(partials: Tensor, grad_key: Tensor, grad_value: Tensor) -> Launch:
+    """The launch that adds partials [S, 2, B, H, Lk, D] up into the gradients of keys and values."""
     num_splits, _, batch, heads, num_keys, head_dim = partials.shape
     kv_heads = grad_key.shape[1]
     num_parts = num_splits * (heads // kv_heads)

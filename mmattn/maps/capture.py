@@ -29,6 +29,7 @@ from mmattn.ops.masks import as_four_dim, causal_mask
 from mmattn.ops.observe import AttentionCall, observing
 from mmattn.ops.request import Request
 from mmattn.ops.same_pass import MapsAsked, SamePassMaps
+from mmattn.swap.layers import head_count
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
@@ -283,7 +284,7 @@ class _Frame(TorchFunctionMode):
             return None
         if self._weights[0].dim() == 4:
             return SeenAttention(self._weights[0].shape[0], weights=self._weights[0])
-        heads, parts, total = _heads_of(self.module), [], 0
+        heads, parts, total = head_count(self.module) or 0, [], 0
         for part in self._weights:
             parts.append(part)
             total += part.shape[0]
@@ -293,11 +294,6 @@ class _Frame(TorchFunctionMode):
             return None
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         return SeenAttention(self._rows, weights=joined.unflatten(0, (self._rows, heads)))
-
-
-def _heads_of(module: Any) -> int:
-    named = (getattr(module, name, None) for name in ("heads", "num_heads", "num_attention_heads"))
-    return next((heads for heads in named if isinstance(heads, int)), 0)
 
 
 def seen_call(

@@ -37,8 +37,7 @@ from mmattn.kernels.blocks import (
     zero_blocks,
 )
 from mmattn.kernels.launch import SIZES, Launch, access_unit, mask_arguments, tensor_arguments
-from mmattn.kernels.short_keys_backward import Backward
-from mmattn.kernels.short_keys_backward import _sum_launch as sum_launch
+from mmattn.kernels.short_keys_backward import Backward, sum_launch
 from mmattn.kernels.short_keys_configs import head_tiles
 from mmattn.kernels.tiles import ceil_div, one_tile, tiles_of
 
