@@ -37,7 +37,6 @@ class Part:
         seconds: each of its processes may run so long, generously: all together have `TOTAL`.
         jobs: what each of its processes does, "" where it is one.
         gib: of the card's memory, for each.
-        is_alone: it takes all of the processor.
         is_extra: run only where it is named, and not wanting where it is not in the page.
     """
 
@@ -45,7 +44,6 @@ class Part:
     seconds: float
     jobs: tuple[str, ...] = ("",)
     gib: float = 8.0
-    is_alone: bool = False
     is_extra: bool = False
 
 
@@ -59,7 +57,7 @@ EXPERIMENTS = (
 )
 # The most important first: a page that is cut off lacks the last.
 PARTS = {
-    "tests": Part("pytest", 190, is_alone=True),
+    "tests": Part("pytest", 280, gib=24),
     "training": Part("training.py", 300, RECIPES, gib=26),
     # The one that compiles longest begins first.
     "training_compiled": Part("training_compiled.py", 310, ("diffusion", "translate", "vlm"), gib=22),
@@ -151,7 +149,7 @@ def command(part: str, job: str, options: argparse.Namespace, rows: Path) -> lis
         words = ["--device", options.device, "--rows", str(rows), *["--tiny"] * options.tiny]
         script = script_of(part, job)
         return [sys.executable, str(script), *words, *(["--only", job] if job and script.stem != job else [])]
-    workers = str(max(1, min(12, usable_cores() * 3 // 4)))
+    workers = str(max(1, min(12, usable_cores() // 2)))
     # Quiet once, which the settings of the project are already: twice there is no line of how many have passed.
     words = ["-m", "gpu", "-n", workers, "--dist", "worksteal", "--tb=short", "--show-capture=no", "-rN"]
     words += ["--durations=10", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "failures"]
@@ -186,7 +184,7 @@ def jobs_of(parts: list[str], options: argparse.Namespace, folder: Path, caches:
             stem = f"{part}.{number}-{name}" if name else part
             words, log = command(part, name, options, folder / f"{stem}.jsonl"), folder / f"{stem}.log"
             log.unlink(missing_ok=True)
-            own = (PARTS[part].seconds, PARTS[part].gib, PARTS[part].is_alone)
+            own = (PARTS[part].seconds, PARTS[part].gib)
             jobs.append(Job(part, name, words, environment(part, options, caches), log, *own))
     return jobs
 

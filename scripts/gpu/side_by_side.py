@@ -41,7 +41,6 @@ class Job:
         log: a file for what it prints.
         seconds: it may run so long. Waiting for its turn, and being stopped, do not count.
         gib: of the card's memory.
-        is_alone: nothing else is there while it runs.
     """
 
     part: str
@@ -51,7 +50,6 @@ class Job:
     log: Path
     seconds: float
     gib: float = 0.0
-    is_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,12 +149,10 @@ class SideBySide:
     def _next(self) -> Job | None:
         """The first in the queue that there is room for."""
         active = [each.job for each in self._active]
-        if len(active) >= self._at_once or any(job.is_alone for job in active):
+        if len(active) >= self._at_once:
             return None
         taken = sum(job.gib for job in active)
         for job in self._queue:
-            if job.is_alone:
-                return None if active else job
             if not active or taken + job.gib <= self._gib:
                 return job
         return None

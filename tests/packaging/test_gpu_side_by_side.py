@@ -136,12 +136,6 @@ def test_all_is_ended_at_the_end_and_nothing_begun_after_it(crew):
     assert said["third"] == []
 
 
-def test_what_is_to_be_alone_is(crew):
-    said, _ = crew(("first", "0.5", {}), ("second", "0.5", {"is_alone": True}), ("third", "0.1", {}))
-    assert when(said["first"], "end") <= when(said["second"], "begin")
-    assert when(said["second"], "end") <= when(said["third"], "begin")
-
-
 def test_what_does_not_fit_beside_is_passed_over(crew):
     plays = (("first", "1.0", {"gib": 60.0}), ("second", "0.1", {"gib": 60.0}), ("third", "0.1", {"gib": 30.0}))
     said, _ = crew(*plays)
