@@ -46,6 +46,10 @@ from mmattn.kernels.short_keys_backward_queries import queries_launch
 from mmattn.kernels.short_keys_configs import BackwardConfig, backward_config, head_tiles
 from mmattn.kernels.tiles import Tiles, ceil_div, one_tile, power_of_two, tiles_of
 
+# Sums that are added at once by one program: four of each thread, of as many parts.
+_SUM_BLOCK, _LEAST_SUM_BLOCK = 512, 128
+_MOST_PARTS_AT_ONCE = 16
+
 
 @triton.jit
 def _weights(
@@ -177,11 +181,12 @@ def sum_partials_kernel(
     is_element = elements < size
     total = tl.full([BLOCK], 0.0, dtype=tl.float32)
     for step in tl.range(STEPS):
-        parts = step * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS)
-        matrix = ((parts // group * 2 + which) * num_batches + batch) * num_heads + kv_head * group + parts % group
-        pointers = partials_ptr + (matrix * size)[:, None] + elements[None, :]
-        is_inside = (parts < num_parts)[:, None] & is_element[None, :]
-        total += tl.sum(tl.load(pointers, mask=is_inside, other=0.0), axis=0)
+        # One after another, so that every thread has its own sums; all of them on their way at once.
+        for number in tl.static_range(BLOCK_PARTS):
+            part = step * BLOCK_PARTS + number
+            matrix = ((part // group * 2 + which) * num_batches + batch) * num_heads + kv_head * group + part % group
+            is_inside = elements < tl.where(part < num_parts, size, 0)
+            total += tl.load(partials_ptr + matrix * size + elements, mask=is_inside, other=0.0)
     keys = elements // HEAD_DIM
     columns = elements % HEAD_DIM
     if which == 0:
@@ -295,8 +300,13 @@ def sum_launch(partials: Tensor, grad_key: Tensor, grad_value: Tensor) -> Launch
     num_splits, _, batch, heads, num_keys, head_dim = partials.shape
     kv_heads = grad_key.shape[1]
     num_parts = num_splits * (heads // kv_heads)
-    block_parts = power_of_two(min(num_parts, 32))
-    block = 128
+    block_parts = power_of_two(min(num_parts, _MOST_PARTS_AT_ONCE))
+    # Where there is little to add, smaller blocks for more programs.
+    wanted = 2 * card_of(partials.device).processors
+    matrices = kv_heads * batch * 2
+    block = _SUM_BLOCK
+    while block > _LEAST_SUM_BLOCK and ceil_div(num_keys * head_dim, block) * matrices < wanted:
+        block //= 2
     num_blocks = ceil_div(num_keys * head_dim, block)
     arguments = dict(
         partials_ptr=partials,
@@ -312,4 +322,4 @@ def sum_launch(partials: Tensor, grad_key: Tensor, grad_value: Tensor) -> Launch
         BLOCK_PARTS=block_parts,
         BLOCK=block,
     )
-    return Launch(sum_partials_kernel, num_blocks * kv_heads * batch * 2, arguments, 4, 1)
+    return Launch(sum_partials_kernel, num_blocks * matrices, arguments, block // _LEAST_SUM_BLOCK, 1)

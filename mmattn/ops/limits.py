@@ -117,7 +117,8 @@ class AutoShape:
         queries: values of Lq.
         heads: range of B * H, all heads of the batch.
         with_grad: calls that need gradients; None with and without.
-        with_key_mask: calls with a key mask; None with and without. (Calls with `attn_mask` are never these.)
+        with_key_mask: calls with a key mask; None with and without.
+        attn_masks: kinds of `attn_mask` that calls may have, of "none", "boolean", "float".
         when_replayed_only: only within `mmattn.ops.replay.replayed()`: faster by the card's time, but not where the
             processor makes every call.
     """
@@ -130,13 +131,14 @@ class AutoShape:
     heads: tuple[int, int]
     with_grad: bool | None = None
     with_key_mask: bool | None = False
+    attn_masks: tuple[str, ...] = ("none",)
     when_replayed_only: bool = False
 
     def suits(self, traits: Traits) -> bool:
         """May calls with these features be among them?"""
         return (
             traits.head_dim in self.head_dims
-            and traits.mask == "none"
+            and traits.mask in self.attn_masks
             and self.with_key_mask in (None, traits.has_key_mask)
             and traits.dtype in self.dtypes
             and self.with_grad in (None, traits.has_grad)

@@ -10,6 +10,7 @@ is measured first.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -32,6 +33,7 @@ import mmattn
 from mmattn.kernels.decode import DecodeConfig, decode_launches
 from mmattn.kernels.launch import Launch
 from mmattn.kernels.resources import compiling_for
+from mmattn.ops.replay import replayed
 
 # Of its turn; after so many no other configurations are tried.
 SECONDS = 40
@@ -69,6 +71,11 @@ SHAPES = [
     Shape("static cache", 1, 32, 8, 4096, 128, real=1000),
     Shape("picture, 4 beams folded", 8, 12, 12, 577, 64, queries=4),
     Shape("heads of 80", 1, 32, 8, 4096, 80),
+    Shape("translator, static cache", 1, 16, 16, 256, 64, real=40),
+    Shape("translator, batch, static cache", 32, 16, 16, 256, 64, real=40),
+    Shape("translator, padded source", 8, 16, 16, 64, 64, real=40),
+    Shape("captions, static cache", 1, 12, 12, 32, 64, real=10),
+    Shape("grouped heads, several queries", 1, 32, 8, 4096, 128, queries=8),
 ]
 TINY = [Shape("tiny", 2, 6, 2, 77, 40), Shape("tiny, masked", 1, 2, 1, 37, 8, queries=3, real=11)]
 
@@ -134,8 +141,13 @@ def pinned(attend: Attend, kernel: SDPBackend) -> Attend:
 
 
 def ours(backend: str) -> Attend:
-    """By one of our backends."""
-    return lambda inputs: mmattn.attention(*inputs.tensors, attn_mask=inputs.mask, backend=backend)
+    """By one of our backends, "auto" as where steps are replayed."""
+
+    def run(inputs: Inputs) -> Tensor:
+        with replayed() if backend == "auto" else contextlib.nullcontext():
+            return mmattn.attention(*inputs.tensors, attn_mask=inputs.mask, backend=backend)
+
+    return run
 
 
 def varlen(inputs: Inputs) -> Tensor:
@@ -322,10 +334,14 @@ def _flex_row(shape: Shape, options: Options) -> None:
 
 
 def launch_row(options: Options) -> None:
-    """What a call costs the processor: a call too small to keep the card busy."""
-    inputs = Inputs(Shape("launch", 1, 8, 8, 1024, 64), options.device)
+    """What a call costs the processor: a call too small to keep the card busy, without a mask and with one."""
+    attends = {"torch SDPA": stock, "mmattn sdpa": ours("sdpa"), "triton_decode": ours("triton_decode")}
+    for mask, real in (("no", None), ("boolean", 1000)):
+        _launch_row(Inputs(Shape("launch", 1, 8, 8, 1024, 64, real=real), options.device), mask, attends, options)
+
+
+def _launch_row(inputs: Inputs, mask: str, attends: dict[str, Attend], options: Options) -> None:
     cells = {}
-    attends = {"torch SDPA": stock, "mmattn auto": ours("auto"), "triton_decode": ours("triton_decode")}
     with torch.no_grad():
         for name, attend in attends.items():
             try:
@@ -335,7 +351,7 @@ def launch_row(options: Options) -> None:
             except Exception as problem:
                 tell(problem)
                 cells[name] = "-"
-    options.add("Launching one decoding attention from Python, µs of the processor", **cells)
+    options.add("Launching one decoding attention from Python, µs of the processor", mask=mask, **cells)
 
 
 def main() -> int:

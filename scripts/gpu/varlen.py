@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,10 +21,13 @@ from mmattn.ops.segments import Segments
 
 PIXART = Shape("PixArt cross, 20 to 120 of 300 tokens", 16, 4096, 300, 72, real=120)
 LONG_TEXT = Shape("cross, 21 to 128 of 512 tokens", 24, 4096, 512, 128, real=128)
-MASKED = [(PIXART, 2), (PIXART, 4), (LONG_TEXT, 2), (PIXART, 16)]
+LITTLE = replace(PIXART, name="PixArt cross, 50 to 300 of 300 tokens", real=300)
+LITTLE_LONG = replace(LONG_TEXT, name="cross, 85 to 512 of 512 tokens", real=512)
+MASKED = [(PIXART, 2), (PIXART, 4), (LONG_TEXT, 2), (PIXART, 16), (LITTLE, 4), (LITTLE_LONG, 2), (LITTLE, 16)]
 TINY = [(Shape("tiny", 2, 33, 12, 8, real=6), 2)]
 KERNELS = {name: PINNED[name] for name in ("cuDNN", "efficient")}
 ROWS = ("varlen", "flash", "triton")
+PACKED_ROWS = ("varlen", "flash", "triton_packed")
 # Sentences of 8 to 64 tokens, self-attention of a translator's encoder: rows, heads, head_dim.
 PACKED = (16384, 16, 64)
 
@@ -57,9 +60,9 @@ def floor(shape: Shape, sets: list[Inputs], has_gradients: bool, ceilings: Ceili
     return f"{microseconds:.1f} ({which})"
 
 
-def usable(options: Options) -> list[str]:
+def usable(options: Options, names: Sequence[str] = ROWS) -> list[str]:
     """Those of ours that work here."""
-    return [name for name in ROWS if options.device in mmattn.backends()[name].usable_on]
+    return [name for name in names if options.device in mmattn.backends()[name].usable_on]
 
 
 def masked_rows(shape: Shape, batch: int, has_gradients: bool, ceilings: Ceilings, options: Options) -> None:
@@ -111,7 +114,7 @@ def packed_rows(options: Options) -> None:
             return torch.autograd.grad(output, (query, key, value), cotangent) if has_gradients else output
 
         cells = {"padded, mmattn auto": measured(ours("auto"), [padded], has_gradients, options.device)}
-        for name in [name for name in usable(options) if name != "triton"] or ["sdpa"]:
+        for name in usable(options, PACKED_ROWS) or ["sdpa"]:
             cells[f"packed, {name}"] = graph_us(lambda name=name: packed(name), options)
         options.add(
             "Packed sentences of 8 to 64 tokens, self-attention, µs",

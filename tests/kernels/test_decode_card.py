@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from mmattn.ops.attention import attention
+from mmattn.ops.registry import explain
+from mmattn.ops.replay import replayed
 from mmattn.ops.static_cache import visible_places
 from tests.gpu.card import DEVICE, DTYPES, MARKS, USABLE, make_call
 from tests.kernels.cases import poisoned
@@ -102,3 +104,20 @@ def test_compiled_and_replayed():
         position.fill_(number)
         graph.replay()
         assert torch.equal(output, step())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="only for cards")
+def test_auto_takes_them_where_they_were_measured():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("measured on compute capability 9.0 only")
+    for num_queries, alone, in_graph in ((1, "sdpa", "sdpa"), (5, "sdpa", "triton_decode"), (67, "sdpa", "sdpa")):
+        call = make_call(Shape(2, 8, 2, num_queries, 1021, 64), torch.bfloat16, "none", "right", generator_for(37))
+        tensors = (call.query, call.key, call.value)
+        assert explain(*tensors).chosen == alone
+        with replayed():
+            assert explain(*tensors).chosen == in_graph
+        position = torch.tensor([700], device=DEVICE)
+        masks = {"key_mask": call.key_mask}, {"attn_mask": visible_places(position, position, 1021)}
+        for mask in masks:
+            assert explain(*tensors, **mask).chosen == ("triton_decode" if num_queries < 9 else "sdpa")
+        assert explain(call.query.requires_grad_(), *tensors[1:], key_mask=call.key_mask).chosen == "sdpa"

@@ -115,6 +115,17 @@ def test_shapes_that_were_measured_with_a_key_mask(with_key_mask, without, maske
 
 
 @pytest.mark.usefixtures("table")
+@pytest.mark.parametrize("with_key_mask", [False, True, None])
+def test_shapes_that_were_measured_with_an_attn_mask(with_key_mask):
+    shape = dataclasses.replace(SHAPE, with_key_mask=with_key_mask, attn_masks=("boolean",))
+    boolean = torch.ones(7, 11, dtype=torch.bool)
+    for key_mask in (None, KEY_MASK):
+        fits = with_key_mask in (None, key_mask is not None)
+        for attn_mask, expected in ((None, False), (boolean, fits), (torch.zeros(7, 11), False)):
+            assert is_taken([shape], *call(), attn_mask=attn_mask, key_mask=key_mask) is expected
+
+
+@pytest.mark.usefixtures("table")
 def test_other_cards_and_gradients(monkeypatch):
     shape = dataclasses.replace(SHAPE, with_grad=False)
     for has_grad, expected in ((False, True), (True, False)):

@@ -3,7 +3,8 @@
 What is chosen here, always exactly (ratios: one process on a 2-core AVX2 machine, torch 2.13, float32):
 
 - Grouped heads are folded into the query axis, [B, H, Lq, D] -> [B, G, H / G * Lq, D]: 1.5 to 2 times as fast as
-  `enable_gqa` in decoding on a CPU, and on CUDA it keeps kernels open that know no groups.
+  `enable_gqa` in decoding on a CPU, and on CUDA it keeps kernels open that know no groups. Where those that do will
+  serve the call they are left to: in a step of decoding 4 to 9 times as fast on an H200 (docs/gpu.md).
 - On a CPU, padding is cut off instead of masked (1.1 to 1.6 times as fast), for the batch as a whole or per run of
   rows of equal length, whichever reads less. On CUDA the lengths stay on the device: no synchronisation.
 - A causal mask is a flag where torch's top-left aligned flag says the same, else a boolean mask.
@@ -244,7 +245,7 @@ def _kernel(
     heads, kv_heads = shape[1], key.shape[1]
     is_grouped = False
     if heads != kv_heads:  # asked, so that the flag is a plain one when sizes are traced, too
-        if not is_causal:
+        if not is_causal and not _is_served_in_groups(query, key, value, mask):
             query, mask = _fold(query, mask, kv_heads)
         elif _repeats_groups(query):
             key, value = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (key, value))
@@ -276,6 +277,28 @@ def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
     if scale <= -_LEAST_SCALE:
         return -query, -scale
     return query * scale, 1.0
+
+
+# Of CUDA's kernels flash and cuDNN know groups, and of these only cuDNN a mask, up to this size of a head.
+_MOST_GROUPED_HEAD_DIM = 128
+
+
+def _is_served_in_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Will a fast kernel that knows grouped heads take the call as it is?"""
+    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    head_dim = query.shape[3]
+    if _wants_grad(query, key, value) or head_dim > _MOST_GROUPED_HEAD_DIM or head_dim % 8:
+        return False
+    has_flash, has_cudnn = _know_groups(query.device)
+    return has_cudnn if mask is not None else has_flash or has_cudnn
+
+
+@torch.compiler.assume_constant_result
+def _know_groups(device: torch.device) -> tuple[bool, bool]:
+    """Whether the caller has flash enabled, and cuDNN, which torch prefers on compute capability 9 alone."""
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
+    return torch.backends.cuda.flash_sdp_enabled(), is_hopper and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def _repeats_groups(query: Tensor) -> bool:

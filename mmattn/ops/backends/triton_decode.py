@@ -6,10 +6,12 @@ share out the keys, and query heads that have keys in common read them once. doc
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from mmattn.ops.limits import Backend, Limits
+from mmattn.ops.limits import AutoShape, Backend, Limits
 from mmattn.ops.request import Request
 from mmattn.ops.triton_missing import triton_missing
 
@@ -37,6 +39,18 @@ def _masks(request: Request) -> tuple[Tensor | None, Tensor | None]:
 
 
 _MASKS = ("causal", "key", "boolean")
+_HALF = (torch.bfloat16, torch.float16)
+# On an H200 (docs/kernels.md): under a mask sdpa first sets keys and values that are not used to zero, all of them, and
+# these kernels do not even read them; without one, several queries a head are what torch's kernels have no split for.
+_MEASURED = functools.partial(
+    AutoShape, ((9, 0),), _HALF, (64, 80, 128), (32, 1 << 20), heads=(1, 1 << 20), with_grad=False
+)
+_FEW = tuple(range(1, 9))
+_MASKED = (
+    _MEASURED(queries=_FEW, with_key_mask=True, attn_masks=("none", "boolean")),
+    _MEASURED(queries=_FEW, with_key_mask=False, attn_masks=("boolean",)),
+)
+_REPLAYED = (_MEASURED(queries=_FEW[1:], when_replayed_only=True),)
 
 BACKEND = Backend(
     name="triton_decode",
@@ -52,7 +66,8 @@ BACKEND = Backend(
         max_queries=16,
     ),
     unusable=triton_missing,
-    auto_devices=(),
-    auto_note="for steps of decoding over some hundred keys and more: name it there",
+    auto_devices=("cuda",),
+    auto_note="steps of decoding under a mask, or of several queries, on an H100 or H200 (docs/kernels.md)",
+    auto_shapes=(*_MASKED, *_REPLAYED),
     packages=("torch", "triton"),
 )

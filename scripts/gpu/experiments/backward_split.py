@@ -57,8 +57,9 @@ Launches = Callable[[Inputs], tuple[Launch, ...]]
 
 def short(config: SplitConfig) -> str:
     """A configuration in a cell: queries a block, splits, warps, depth."""
-    cut = "" if config.are_keys_cut else " keys padded"
-    return f"{config.block_m}/{config.splits}/{config.num_warps}/{config.num_stages}{cut}"
+    cut = "" if config.are_keys_cut else " padded"
+    turned = " turned" if config.is_turned else ""
+    return f"{config.block_m}+{config.block_q}/{config.splits}/{config.num_warps}/{config.num_stages}{cut}{turned}"
 
 
 def split_of(config: SplitConfig) -> Launches:

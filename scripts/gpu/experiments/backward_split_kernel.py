@@ -55,6 +55,8 @@ class SplitConfig:
     num_stages: int = 1
     is_head_cut: bool = True
     are_keys_cut: bool = False
+    is_turned: bool = True
+    block_q: int = 64
 
 
 @triton.jit
@@ -64,7 +66,7 @@ def _walk(
     key, value, is_key, scale, batch, head, num_heads, num_queries, first_block,
     HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, KEY_TILES: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, NUM_STAGES: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
-    WHAT: tl.constexpr,
+    WHAT: tl.constexpr, IS_TURNED: tl.constexpr,
 ):  # fmt: skip
     """Sums [N, D] over BLOCKS blocks of queries: of the keys' gradients / scale, or of the values'."""
     sums = ()
@@ -78,16 +80,21 @@ def _walk(
             query_ptr, grad_output_ptr, lse_ptr, attn_mask_ptr,
             query_strides, grad_output_strides, attn_mask_strides,
             key, value, is_key, scale, batch, head, num_heads, num_queries, start, rows, is_row,
-            HEAD_DIM, DIM_TILES, KEY_TILES, UNIT, BLOCK_M, HAS_ATTN_MASK, WHAT,
+            HEAD_DIM, DIM_TILES, KEY_TILES, UNIT, BLOCK_M, HAS_ATTN_MASK, WHAT, IS_TURNED,
         )  # fmt: skip
         new_sums = ()
         for n in tl.static_range(len(KEY_TILES)):
             if WHAT == KEYS:
-                left = (weights[n] * (grad_weights[n] - delta[:, None])).to(query[0].dtype)
-                new_sums = new_sums + (add_products(sums[n], left.T, query, DIM_TILES),)
+                if IS_TURNED:
+                    left = (weights[n] * (grad_weights[n] - delta[None, :])).to(query[0].dtype)
+                else:
+                    left = (weights[n] * (grad_weights[n] - delta[:, None])).to(query[0].dtype).T
+                new_sums = new_sums + (add_products(sums[n], left, query, DIM_TILES),)
             else:
                 left = weights[n].to(query[0].dtype)
-                new_sums = new_sums + (add_products(sums[n], left.T, grad_output, DIM_TILES),)
+                if not IS_TURNED:
+                    left = left.T
+                new_sums = new_sums + (add_products(sums[n], left, grad_output, DIM_TILES),)
         sums = new_sums
     return sums
 
@@ -98,7 +105,7 @@ def _weights(
     query_strides, grad_output_strides, attn_mask_strides,
     key, value, is_key, scale, batch, head, num_heads, num_queries, start, rows, is_row,
     HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, KEY_TILES: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, WHAT: tl.constexpr,
+    BLOCK_M: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, WHAT: tl.constexpr, IS_TURNED: tl.constexpr,
 ):  # fmt: skip
     """(query, dO, P, dP, delta) of a block of queries; of P and dP an item [M, N] for each block of keys. dP and delta
     are of no use to the values' gradients, and not computed for them."""
@@ -113,15 +120,29 @@ def _weights(
     delta = tl.full([BLOCK_M], 0.0, dtype=tl.float32)
     for n in tl.static_range(len(KEY_TILES)):
         keys = KEY_TILES[n][0] + tl.arange(0, KEY_TILES[n][1])
-        scores = masked_scores(
-            query, key[n], scale * LOG2_E, rows, is_row, keys, is_key[n], attn_mask_rows, attn_mask_strides,
-            HAS_ATTN_MASK, DIM_TILES,
-        )  # fmt: skip
-        part = tl.exp2(scores - lse[:, None])
+        if IS_TURNED:
+            scores = row_products(key[n], query, DIM_TILES) * (scale * LOG2_E)
+            allowed = is_key[n][:, None]
+            if HAS_ATTN_MASK:
+                pointers = (
+                    attn_mask_rows + (rows * attn_mask_strides[2])[None, :] + (keys * attn_mask_strides[3])[:, None]
+                )
+                allowed = allowed & (tl.load(pointers, mask=is_row[None, :] & allowed, other=0) != 0)
+            part = tl.exp2(tl.where(allowed, scores, float("-inf")) - lse[None, :])
+        else:
+            scores = masked_scores(
+                query, key[n], scale * LOG2_E, rows, is_row, keys, is_key[n], attn_mask_rows, attn_mask_strides,
+                HAS_ATTN_MASK, DIM_TILES,
+            )  # fmt: skip
+            part = tl.exp2(scores - lse[:, None])
         weights = weights + (part,)
         if WHAT != VALUES:
-            products = row_products(grad_output, value[n], DIM_TILES)
-            delta += tl.sum(part * products, axis=1)
+            if IS_TURNED:
+                products = row_products(value[n], grad_output, DIM_TILES)
+                delta += tl.sum(part * products, axis=0)
+            else:
+                products = row_products(grad_output, value[n], DIM_TILES)
+                delta += tl.sum(part * products, axis=1)
             grad_weights = grad_weights + (products,)
     return query, grad_output, weights, grad_weights, delta
 
@@ -147,7 +168,7 @@ def split_bwd_kernel(
     scale, num_heads, group, num_queries, num_keys, num_batches, num_splits,
     HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, KEY_TILES: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, NUM_STAGES: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, IS_TURNED: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """One gradient of one head: first the programs of all keys' gradients, which take longest, then the values', then
     the queries'. With more splits than one gradients of keys and values lie in partials [S, 2, B, H, Lk, D]."""
@@ -162,7 +183,7 @@ def split_bwd_kernel(
             query_ptr, grad_output_ptr, lse_ptr, attn_mask_ptr,
             query_strides, grad_output_strides, attn_mask_strides,
             key, value, is_key, scale, batch, head, num_heads, num_queries, part * BLOCKS,
-            HEAD_DIM, DIM_TILES, KEY_TILES, UNIT, BLOCK_M, BLOCKS, NUM_STAGES, HAS_ATTN_MASK, KEYS,
+            HEAD_DIM, DIM_TILES, KEY_TILES, UNIT, BLOCK_M, BLOCKS, NUM_STAGES, HAS_ATTN_MASK, KEYS, IS_TURNED,
         )  # fmt: skip
         base = head_of(grad_key_ptr, grad_key_strides, part * 2 * num_batches + batch, head, 1)
         _store_sums(base, sums, scale, grad_key_strides, num_keys, KEY_TILES, HEAD_DIM, DIM_TILES)
@@ -171,28 +192,28 @@ def split_bwd_kernel(
             query_ptr, grad_output_ptr, lse_ptr, attn_mask_ptr,
             query_strides, grad_output_strides, attn_mask_strides,
             key, value, is_key, scale, batch, head, num_heads, num_queries, (part - num_splits) * BLOCKS,
-            HEAD_DIM, DIM_TILES, KEY_TILES, UNIT, BLOCK_M, BLOCKS, NUM_STAGES, HAS_ATTN_MASK, VALUES,
+            HEAD_DIM, DIM_TILES, KEY_TILES, UNIT, BLOCK_M, BLOCKS, NUM_STAGES, HAS_ATTN_MASK, VALUES, IS_TURNED,
         )  # fmt: skip
         row = (part - num_splits) * 2 * num_batches + batch
         base = head_of(grad_value_ptr, grad_value_strides, row, head, 1)
         _store_sums(base, sums, 1.0, grad_value_strides, num_keys, KEY_TILES, HEAD_DIM, DIM_TILES)
     else:
-        start = ((part - 2 * num_splits) * BLOCK_M).to(tl.int64)
-        rows = tl.arange(0, BLOCK_M)
+        start = ((part - 2 * num_splits) * BLOCK_Q).to(tl.int64)
+        rows = tl.arange(0, BLOCK_Q)
         is_row = rows < num_queries - start
         _, _, weights, grad_weights, delta = _weights(
             query_ptr, grad_output_ptr, lse_ptr, attn_mask_ptr,
             query_strides, grad_output_strides, attn_mask_strides,
             key, value, is_key, scale, batch, head, num_heads, num_queries, start, rows, is_row,
-            HEAD_DIM, DIM_TILES, KEY_TILES, UNIT, BLOCK_M, HAS_ATTN_MASK, QUERIES,
+            HEAD_DIM, DIM_TILES, KEY_TILES, UNIT, BLOCK_Q, HAS_ATTN_MASK, QUERIES, False,
         )  # fmt: skip
-        grad_query = zero_blocks(BLOCK_M, DIM_TILES)
+        grad_query = zero_blocks(BLOCK_Q, DIM_TILES)
         for n in tl.static_range(len(KEY_TILES)):
             grad_scores = weights[n] * (grad_weights[n] - delta[:, None])
             grad_query = add_products(grad_query, grad_scores, key[n], DIM_TILES)
         store_scaled(
             rows_of(grad_query_ptr, grad_query_strides, batch, head, start, UNIT), grad_query, rows, is_row, scale,
-            grad_query_strides, BLOCK_M, HEAD_DIM, DIM_TILES, UNIT,
+            grad_query_strides, BLOCK_Q, HEAD_DIM, DIM_TILES, UNIT,
         )  # fmt: skip
 
 
@@ -241,8 +262,14 @@ def split_backward_launches(
         BLOCK_M=config.block_m,
         BLOCKS=each,
         NUM_STAGES=config.num_stages,
+        IS_TURNED=config.is_turned,
+        BLOCK_Q=config.block_q,
     )
     launch = Launch(
-        split_bwd_kernel, heads * batch * (2 * splits + blocks), arguments, config.num_warps, config.num_stages
+        split_bwd_kernel,
+        heads * batch * (2 * splits + ceil_div(num_queries, config.block_q)),
+        arguments,
+        config.num_warps,
+        config.num_stages,
     )
     return Backward((launch, *sum_launches), *gradients)
