@@ -93,7 +93,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 product = _product(low_hidden, low_weight, low_bias, buffer)
                 buffer = product if buffer is None else buffer
                 logits = product.to(accumulate)
-                total += _loss_to_gradient_(logits, targets[rows], label_smoothing, makes_gradient=any(wants))
+                # Not `+=`: compiled by torch 2.11, a Function that returns the result of an operation in place gets no
+                # gradient (pytorch issue 180642).
+                total = total + _loss_to_gradient_(logits, targets[rows], label_smoothing, makes_gradient=any(wants))
                 _add_gradients(grads, rows, logits, low_hidden, low_weight)
                 del logits, product  # before the next chunk's are made
         if grads[1] is not None and fixed_token is not None:

@@ -247,10 +247,10 @@ class Backend:
         most = self.auto_packed_mean_keys
         return most is None or request.key.shape[0] <= most * len(request.key_segments)
 
-    def auto_queries(self, device: torch.device) -> set[int]:
-        """Numbers of queries of those of `auto_shapes` that were measured on such a device."""
-        shapes = [shape for shape in self.auto_shapes or () if _capability(device) in shape.capabilities]
-        return {number for shape in shapes for number in shape.queries}
+    def auto_queries(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> set[int]:
+        """Numbers of queries of those of `auto_shapes` that were measured on such a device, with such heads."""
+        shapes = [each for each in self.auto_shapes or () if dtype in each.dtypes and head_dim in each.head_dims]
+        return {number for each in shapes if _capability(device) in each.capabilities for number in each.queries}
 
     def auto_size_refusals(self, request: Request, traits: Traits) -> list[str]:
         """Why "auto" does not choose it for this call, of which it may choose some."""

@@ -134,11 +134,11 @@ def choose(name: str, traits: Traits, request: Request) -> Backend:
     raise _refusal(name, traits, request)
 
 
-def auto_queries(device: torch.device) -> frozenset[int]:
-    """Numbers of queries for which "auto" may choose another backend on a device than for all others: what is compiled
-    for any number is better compiled anew for these."""
+def auto_queries(device: torch.device, dtype: torch.dtype, head_dim: int) -> frozenset[int]:
+    """Numbers of queries for which "auto" may choose another backend than for all others, on a device and for heads of
+    a size: what is compiled for any number is better compiled anew for these."""
     rows = [row for row in TABLE if device.type in row.auto_devices]
-    return frozenset(number for row in rows for number in row.auto_queries(device))
+    return frozenset(number for row in rows for number in row.auto_queries(device, dtype, head_dim))
 
 
 def choose_packed(name: str, traits: Traits, request: PackedRequest) -> Backend | None:

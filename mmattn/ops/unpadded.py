@@ -128,7 +128,10 @@ class _KeptRows(torch.autograd.Function):
     def forward(ctx: Any, tensor: Tensor, slots: Tensor) -> Tensor:
         ctx.save_for_backward(slots)
         rows = tensor.new_empty(slots.numel() + 1, tensor.shape[1], tensor.shape[3])
-        return rows.index_put_((slots,), tensor.transpose(1, 2))
+        # Not what `index_put_` gives back: compiled by torch 2.11, a Function that returns the result of an operation
+        # in place gets no gradient (pytorch issue 180642).
+        rows[slots] = tensor.transpose(1, 2)
+        return rows
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:

@@ -38,7 +38,9 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         total = tensor.clone()
         dist.all_reduce(total)
-        return total
+        # A tensor of its own: compiled by torch 2.11, a Function that returns what an operation in place gives back
+        # gets no gradient (pytorch issue 180642).
+        return total.detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:

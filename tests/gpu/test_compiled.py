@@ -120,10 +120,12 @@ def test_pictures(tmp_path):
     height, width = (8 * side for side in pair.ours.size)
     pair.check(height=height, width=width)
     before = pair.num_compiled
+    kinds = pair.ours.compiled._compiled
+    assert before == len(kinds) == 3, list(kinds)  # the widths: "auto" has no measurements for heads of their sizes
     for _ in range(2):
         pair.check(seed=7, height=height, width=width)
         pair.check(compiled_pictures.PROMPTS[:2], height=2 * height, width=width)
-    assert pair.num_compiled == before
+    assert pair.num_compiled == before, list(kinds)
     assert pair.ours.compiled.num_graphs == 2
     for model in (pair.eager, pair.ours):
         with torch.no_grad():

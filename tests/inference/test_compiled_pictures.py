@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from mmattn.errors import RunError, UsageError
 from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
 from mmattn.inference.text_to_image import TextToImage
 from mmattn.models.unet import CompiledUNet, UNet, UNetContext
-from mmattn.models.unet import compiled as compiled_unet
 from mmattn.nn import CrossAttention
+from mmattn.ops import limits, registry
+from mmattn.ops.backends import eager
+from mmattn.ops.limits import AutoShape
 from mmattn.ops.registry import use_backend
 from tests.inference.tiny_pipelines import pixel_parts, stable_diffusion, stable_diffusion_xl
 from tests.swap.zoo_base import quiet
@@ -93,23 +96,52 @@ def test_pictures_over_steps_prompts_sizes_and_numbers(pairs, kind):
     assert pair.num_compiled == single
 
 
-def test_numbers_of_places_that_have_a_compilation_of_their_own(folders, monkeypatch):
-    """As on a card where "auto" has measurements for them: no number is compiled twice."""
-    monkeypatch.setattr(compiled_unet, "auto_queries", lambda device: frozenset({16}))
+@pytest.fixture
+def measured(monkeypatch):
+    """As on a card: a backend that "auto" takes for 16 queries of heads of 8 to a text, and for no other call."""
+    text = AutoShape(((9, 0),), (torch.float32,), (8,), keys=(11, 11), queries=(16,), heads=(1, 99))
+    row = dataclasses.replace(eager.BACKEND, name="measured", auto_devices=("cpu",), auto_shapes=(text,))
+    monkeypatch.setattr(limits, "_capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(registry, "TABLE", (row, *registry.TABLE))
+    monkeypatch.setattr(registry, "_CHOICES", {})
+
+
+@pytest.mark.usefixtures("measured")
+def test_numbers_of_places_that_have_a_compilation_of_their_own(folders):
+    """Those for which "auto" has measurements, in heads of their size: no number is compiled twice."""
     pair = Pair(folders["sd"])
     height, width = pair.ours.size
     kinds = pair.ours.compiled._compiled
 
     def fixed():
-        return {kind.places for kind in kinds if kind.are_places_fixed and kind.places > 1}
+        return {(kind.widths[2], kind.places) for kind in kinds if kind.are_places_fixed and kind.places > 1}
 
     pair.check()
     before = pair.num_compiled
-    assert fixed() == {16}
+    assert fixed() == {(8, 16)}
     pair.check(num_inference_steps=2, seed=5)
     assert pair.num_compiled == before == len(kinds)
     pair.check(PROMPTS[:2], height=3 * height, width=3 * width)
-    assert fixed() == {16}
+    assert pair.num_compiled == before + 2 == len(kinds)  # other places in heads of 8, and more than one in those of 16
+    pair.check(PROMPTS[:2], height=2 * height, width=2 * width)  # 16 places in heads of 12
+    assert pair.num_compiled == len(kinds)
+    assert fixed() == {(8, 16)}
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("measured")
+def test_such_numbers_with_several_pictures_of_a_text():
+    """As many queries of self-attention, and times as many of a text."""
+    unet = UNet.from_stock(stable_diffusion().unet)
+    counter = CompileCounterWithBackend("eager")
+    steps = CompiledUNet(unet, backend=counter)
+    context = UNetContext(torch.randn(2, 11, unet.config.cross_attention_dim))
+    for side in (6, 4):
+        sample = torch.randn(6, 4, side, side)
+        expected = unet(sample, 7, context).sample
+        with steps.installed():
+            torch.testing.assert_close(unet(sample, 7, context).sample, expected)
+    assert counter.frame_count == len(steps._compiled)
 
 
 def test_encoded_prompts_and_schedulers(folders):

@@ -11,6 +11,7 @@ from mmattn.models import linear_cross_entropy as module
 from mmattn.models.linear_cross_entropy import linear_cross_entropy, row_chunks
 from mmattn.models.scoring import score_labels
 from mmattn.nn.vocabulary_head import VocabularyHead
+from tests.compiled_functions import check_compiled_functions
 from tests.tolerance import check_within
 
 ROWS, CHANNELS, VOCAB = 23, 11, 37
@@ -181,3 +182,9 @@ def test_scored_labels_are_the_same_with_and_without_gradients(is_tied, smoothin
     wanted = torch.autograd.grad(expected, inputs)
     for gradient, reference in zip(torch.autograd.grad(output.loss_sum, inputs), wanted, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-11)
+
+
+def test_gradients_of_compiled_code(monkeypatch):
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 2**20)  # torch traces no second chunk in the memory of the first
+    hidden, weight, bias, targets = _inputs()
+    check_compiled_functions(lambda *tensors: linear_cross_entropy(*tensors, targets), hidden, weight, bias)

@@ -18,6 +18,7 @@ from mmattn.ops.observe import observing
 from mmattn.ops.packed import packed_attention
 from mmattn.ops.segments import Segments
 from mmattn.ops.unpadded import Rows, attend_unpadded
+from tests.compiled_functions import check_compiled_functions
 from tests.ops.cases import KEY_MASKS, SHAPES, generator_for, make_inputs, make_key_mask
 from tests.ops.row_kernels import NAMES, install
 from tests.tolerance import run_with_gradients
@@ -216,13 +217,7 @@ def test_one_graph_when_compiled(monkeypatch, has_mask):
     query, key, value = (tensor.requires_grad_() for tensor in make_inputs(SHAPES[3], F64, generator_for(137)))
     mask = torch.ones(SHAPES[3].batch, SHAPES[3].keys, dtype=torch.bool) if has_mask else None
     function = functools.partial(attention, backend="varlen", key_mask=mask)
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    results = []
-    for run in (compiled, function):
-        output = run(query, key, value)
-        results.append((output, *torch.autograd.grad(output.sum(), (query, key, value))))
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want)
+    check_compiled_functions(function, query, key, value, count=2 if has_mask else 0)
 
 
 def test_the_signature_is_looked_at_once():

@@ -276,7 +276,9 @@ class CompiledUNet:
         )
         rows, places = hidden.shape[:2]
         repeats = rows // kv.batch_size
-        are_places_fixed = places == 1 or places * repeats in auto_queries(hidden.device)
+        numbers = auto_queries(hidden.device, hidden.dtype, attention.head_dim)
+        # A picture's places are self-attention's queries, those of all pictures of a prompt cross-attention's.
+        are_places_fixed = places == 1 or not numbers.isdisjoint((places, places * repeats))
         own = [part.backend for part in block.modules() if isinstance(part, ProjectedAttention)]
         kind = _Kind(
             widths,
