@@ -5,7 +5,8 @@ is; of those, three are timed as they are, and three by torch.profiler. Nothing 
 
 A job's name is a recipe's with what is changed of it: `compiled` (as `--compiled`: training.torch_compile), `nhwc`
 (every convolution in channels-last), `wide` (of the U-Net also its samplers are compiled, and its transformers with the
-norms and projections around their blocks), `benchmark` (cuDNN tries its convolutions).
+norms and projections around their blocks), `blocks` (its levels are compiled as a whole), `benchmark` (cuDNN tries its
+convolutions).
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ COMPILED = "compiled"
 JOBS = (
     *(name for recipe in SIZES for name in (recipe, f"{recipe}-{COMPILED}")),
     *(f"diffusion-{change}" for change in ("nhwc", "benchmark", "nhwc-benchmark")),
-    *(f"diffusion-{COMPILED}-{change}" for change in ("nhwc", "wide", "nhwc-wide", "nhwc-wide-benchmark")),
+    *(
+        f"diffusion-{COMPILED}-{change}"
+        for change in ("nhwc", "benchmark", "wide", "nhwc-wide", "blocks", "nhwc-blocks")
+    ),
+    f"diffusion-{COMPILED}-nhwc-blocks-benchmark",
 )
 TOP = 40
 # The first that is found in a kernel's name is its class.
@@ -133,6 +138,16 @@ def compile_more() -> None:
     DiffusionTask.repeated_layers = (Transformer2DModel, Downsample2D, Upsample2D, *DiffusionTask.repeated_layers)
 
 
+def compile_levels() -> None:
+    """Make each level of the U-Net a repeated layer."""
+    from diffusers.models.unets import unet_2d_blocks as levels
+
+    from mmattn.inference.diffusion.task import DiffusionTask
+
+    names = ("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D", "UpBlock2D")
+    DiffusionTask.repeated_layers = (*(getattr(levels, name) for name in names), *DiffusionTask.repeated_layers)
+
+
 def try_convolutions() -> None:
     """Have cuDNN measure which of its convolutions is fastest."""
     torch.backends.cudnn.benchmark = True
@@ -142,6 +157,7 @@ CHANGES: dict[str, Callable[[], None]] = {
     COMPILED: lambda: None,
     "nhwc": to_channels_last,
     "wide": compile_more,
+    "blocks": compile_levels,
     "benchmark": try_convolutions,
 }
 
