@@ -3,10 +3,10 @@
 One process, no launcher: bfloat16 on a card all the same. The steps up to the last six run beside whatever else there
 is; of those, three are timed as they are, and three by torch.profiler. Nothing is saved.
 
-A job's name is a recipe's with what is changed of it: `compiled` (as `--compiled`: training.torch_compile), `nhwc`
-(every convolution in channels-last), `wide` (of the U-Net also its samplers are compiled, and its transformers with the
-norms and projections around their blocks), `blocks` (its levels are compiled as a whole), `benchmark` (cuDNN tries its
-convolutions).
+A job's name is a recipe's with what is changed of it: `compiled` (as `--compiled`: training.torch_compile), `looked`
+(the loss and the norm are looked at before the optimiser is asked to step), `uncast` (every product casts its input for
+itself), `nhwc` (every convolution in channels-last), `layers` (of the U-Net not whole levels are compiled, but its
+layers), `benchmark` (cuDNN tries its convolutions).
 """
 
 from __future__ import annotations
@@ -33,14 +33,11 @@ from training import SIZES, overrides
 
 STEPS, TINY_STEPS, EACH, TINY_EACH = 24, 6, 3, 1
 COMPILED = "compiled"
+CHANGED = ("", f"-{COMPILED}", "-looked", "-uncast", "-looked-uncast", f"-{COMPILED}-looked")
 JOBS = (
-    *(name for recipe in SIZES for name in (recipe, f"{recipe}-{COMPILED}")),
+    *(recipe + change for recipe in SIZES for change in CHANGED),
     *(f"diffusion-{change}" for change in ("nhwc", "benchmark", "nhwc-benchmark")),
-    *(
-        f"diffusion-{COMPILED}-{change}"
-        for change in ("nhwc", "benchmark", "wide", "nhwc-wide", "blocks", "nhwc-blocks")
-    ),
-    f"diffusion-{COMPILED}-nhwc-blocks-benchmark",
+    *(f"diffusion-{COMPILED}-{change}" for change in ("nhwc", "benchmark", "nhwc-benchmark", "layers", "layers-nhwc")),
 )
 TOP = 40
 # The first that is found in a kernel's name is its class.
@@ -127,25 +124,25 @@ def to_channels_last() -> None:
     nn.Conv2d.forward = forward
 
 
-def compile_more() -> None:
-    """Make larger parts of the U-Net, and more of them, repeated layers."""
-    from diffusers.models.downsampling import Downsample2D
-    from diffusers.models.transformers.transformer_2d import Transformer2DModel
-    from diffusers.models.upsampling import Upsample2D
-
+def compile_layers() -> None:
+    """Compile no whole levels of the U-Net."""
     from mmattn.inference.diffusion.task import DiffusionTask
 
-    DiffusionTask.repeated_layers = (Transformer2DModel, Downsample2D, Upsample2D, *DiffusionTask.repeated_layers)
+    DiffusionTask.compiled_layers = ()
 
 
-def compile_levels() -> None:
-    """Make each level of the U-Net a repeated layer."""
-    from diffusers.models.unets import unet_2d_blocks as levels
+def look_first() -> None:
+    """Let the loop look at every step before it is taken."""
+    from mmattn.training import ahead
 
-    from mmattn.inference.diffusion.task import DiffusionTask
+    ahead._AHEAD = ()
 
-    names = ("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D", "UpBlock2D")
-    DiffusionTask.repeated_layers = (*(getattr(levels, name) for name in names), *DiffusionTask.repeated_layers)
+
+def cast_each() -> None:
+    """Let every product cast its input for itself."""
+    from mmattn.nn import shared_input
+
+    shared_input._CASTS_ONCE = ()
 
 
 def try_convolutions() -> None:
@@ -156,8 +153,9 @@ def try_convolutions() -> None:
 CHANGES: dict[str, Callable[[], None]] = {
     COMPILED: lambda: None,
     "nhwc": to_channels_last,
-    "wide": compile_more,
-    "blocks": compile_levels,
+    "layers": compile_layers,
+    "looked": look_first,
+    "uncast": cast_each,
     "benchmark": try_convolutions,
 }
 
