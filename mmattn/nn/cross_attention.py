@@ -13,6 +13,7 @@ from mmattn.nn.absorbed_context import attend_absorbed, can_absorb, is_less_work
 from mmattn.nn.names import OUR_ATTENTION, AttentionNames
 from mmattn.nn.norms import NormKind
 from mmattn.nn.projected_attention import ProjectedAttention, split_heads
+from mmattn.nn.shared_input import shared_input
 from mmattn.ops.cache import ContextKV
 from mmattn.ops.observe import OBSERVERS, STEER
 from mmattn.ops.registry import selected
@@ -177,6 +178,7 @@ class CrossAttention(ProjectedAttention):
             rows = context.unflatten(0, (len(context_segments), -1))
             out = attend_absorbed(query, rows, self.k_proj, self.v_proj, queries, self.num_kv_heads, self.scale)
             return self.out_proj(out.flatten(1))
+        context = shared_input(context, self.k_proj, self.v_proj)
         key, value = (linear(context).unflatten(1, (-1, self.head_dim)) for linear in (self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -195,6 +197,7 @@ class CrossAttention(ProjectedAttention):
         self._check_input(context, self.context_dim, "context")
         packed = self._usable_packing()
         if packed is None:
+            context = shared_input(context, self.k_proj, self.v_proj)
             key = split_heads(self.k_proj(context), self.head_dim)
             value = split_heads(self.v_proj(context), self.head_dim)
         else:

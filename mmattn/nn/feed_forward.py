@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmattn.errors import UsageError
 from mmattn.nn.gated_activation import GATES, gated
 from mmattn.nn.names import OUR_FEED_FORWARD, FeedForwardNames, find, place
+from mmattn.nn.shared_input import shared_input
 from mmattn.ops.request import check_dropout
 
 ActivationName = Literal["gelu", "gelu_tanh", "relu", "silu", "geglu", "swiglu"]
@@ -100,6 +101,7 @@ class FeedForward(nn.Module):
         if not self.is_gated:
             hidden = _PLAIN[self.activation](self.up_proj(x))
         elif (gate_proj := self.gate_proj) is not None:
+            x = shared_input(x, gate_proj, self.up_proj)
             hidden = GATES[self.activation].activation(gate_proj(x)) * self.up_proj(x)
         else:
             hidden = gated(self.up_proj(x), GATES[self.activation])

@@ -12,6 +12,7 @@ from mmattn.nn.names import OUR_ATTENTION, AttentionNames
 from mmattn.nn.norms import NormKind
 from mmattn.nn.positions import RotaryEmbedding, RotaryTables
 from mmattn.nn.projected_attention import ProjectedAttention, split_heads
+from mmattn.nn.shared_input import shared_input
 from mmattn.ops.cache import KVCache
 from mmattn.ops.masks import as_four_dim, sliding_window_mask
 from mmattn.ops.rotary import rotate
@@ -132,6 +133,7 @@ class SelfAttention(ProjectedAttention):
         return self.out_proj(attended)
 
     def _forward_packed(self, x: Tensor, segments: Segments, positions: Tensor | RotaryTables | None) -> Tensor:
+        x = shared_input(x, self.q_proj, self.k_proj, self.v_proj)
         query = self.q_proj(x).unflatten(1, (-1, self.head_dim))
         key, value = (linear(x).unflatten(1, (-1, self.head_dim)) for linear in (self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
@@ -187,6 +189,7 @@ class SelfAttention(ProjectedAttention):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         packed = self._usable_packing()
         if packed is None:
+            x = shared_input(x, self.q_proj, self.k_proj, self.v_proj)
             query = split_heads(self.q_proj(x), self.head_dim)
             return query, split_heads(self.k_proj(x), self.head_dim), split_heads(self.v_proj(x), self.head_dim)
         heads = split_heads(packed(x), self.head_dim)

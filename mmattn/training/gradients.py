@@ -24,6 +24,16 @@ class Gradients:
     def __init__(self, model: nn.Module, accelerator: Accelerator) -> None:
         self._model, self._accelerator = model, accelerator
 
+    @property
+    def are_whole(self) -> bool:
+        """Whether this process has all of them, as ordinary tensors."""
+        return not isinstance(self._model, FSDPModule) and self._accelerator.distributed_type != DistributedType.FSDP
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Whose they are."""
+        return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Around the forward and backward pass of a micro-batch; `is_last` of its step."""
         # Gradients that wait to be summed over processes are whole ones, which sharding is there to avoid.
@@ -37,7 +47,7 @@ class Gradients:
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale gradients of a larger norm down to `max_norm`; the norm before that, a scalar."""
-        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        parameters = self.parameters
         if isinstance(self._model, FSDPModule):  # Accelerate knows only those that it has sharded itself
             norm = nn.utils.clip_grad_norm_(parameters, max_norm)
             return norm.full_tensor() if isinstance(norm, DTensor) else norm

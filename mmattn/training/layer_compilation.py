@@ -33,13 +33,14 @@ class LayerCompilation:
     Args:
         task: Says which layers.
         model: The task's model, or a copy of it.
+        larger: Further classes to be compiled, `Task.compiled_layers`.
 
     Raises:
         UsageError: when the task names no layers, or the model has none of them.
     """
 
-    def __init__(self, task: Task, model: nn.Module) -> None:
-        layers = required_layers(task, model, "torch_compile")
+    def __init__(self, task: Task, model: nn.Module, larger: tuple[type[nn.Module], ...] = ()) -> None:
+        layers = required_layers(task, model, "torch_compile", larger)
         self._own = OwnForwards(layers.values())
         compiled: dict[Hashable, Callable[..., Any]] = {}
         for name, layer in layers.items():

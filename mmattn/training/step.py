@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from mmattn.errors import UsageError
+from mmattn.training.ahead import fused_adamw, step_ahead
 from mmattn.training.devices import sum_over_processes
 from mmattn.training.gradients import Gradients
 from mmattn.training.optim import StepOptimizer
@@ -94,14 +95,19 @@ def run_step(
     scale = accelerator.num_processes / max(count, 1)
     gradients = gradients or Gradients(model, accelerator)
     losses = _accumulate(task, model, gradients, accelerator, micro_batches, counts, scale)
-    norm = gradients.clip(max_grad_norm or math.inf)
-    figures = _gather(accelerator, losses, norm.item(), stop_signal())
+    max_norm, adamw = max_grad_norm or math.inf, fused_adamw(optimizer, gradients, accelerator)
+    if adamw is not None and count > 0:
+        own = _stepped(optimizer, adamw, gradients, losses, max_norm)
+    else:
+        adamw, norm = None, gradients.clip(max_norm)
+        own = _own_figures(losses, norm.item())
+    figures = _gather(accelerator, {**own, "stop": stop_signal()})
     loss = sum(figures.totals) / max(count, 1)
     grad_norm, is_scaled = figures.grad_norm, accelerator.scaler is not None
     reason = _skip_reason(loss, grad_norm, count)
-    if reason is None:
+    if reason is None and adamw is None:
         optimizer.step()
-    else:
+    elif reason is not None:
         gradients.discard()
         if accelerator.scaler is not None:
             accelerator.scaler.update()
@@ -199,14 +205,36 @@ class _Figures:
     stop_signal: int
 
 
-def _gather(accelerator: Accelerator, losses: Sequence[Loss], grad_norm: float, stop_signal: int) -> _Figures:
-    names = sorted({name for loss in losses for name in loss.parts})
-    own = {
+def _stepped(
+    optimizer: StepOptimizer,
+    adamw: torch.optim.AdamW,
+    gradients: Gradients,
+    losses: Sequence[Loss],
+    max_norm: float,
+) -> dict[str, Any]:
+    """Step, unless a loss or the norm is not finite; as `_own_figures`."""
+    parts = {name: _sum_part(losses, name) for name in _part_names(losses)}
+    totals, others = [loss.total for loss in losses], [total for total, _ in parts.values()]
+    norm, totals, others = step_ahead(optimizer, adamw, gradients.parameters, totals, others, max_norm)
+    numbers = zip(others, (number for _, number in parts.values()), strict=True)
+    return {"totals": totals, "parts": dict(zip(parts, numbers, strict=True)), "norm": norm}
+
+
+def _own_figures(losses: Sequence[Loss], grad_norm: float) -> dict[str, Any]:
+    """What this process has to say of a step."""
+    parts = {name: _sum_part(losses, name) for name in _part_names(losses)}
+    return {
         "totals": torch.stack([loss.total for loss in losses]).tolist(),
-        "parts": {name: _sum_part(losses, name) for name in names},
+        "parts": {name: (float(total), number) for name, (total, number) in parts.items()},
         "norm": grad_norm,
-        "stop": stop_signal,
     }
+
+
+def _part_names(losses: Sequence[Loss]) -> list[str]:
+    return sorted({name for loss in losses for name in loss.parts})
+
+
+def _gather(accelerator: Accelerator, own: dict[str, Any]) -> _Figures:
     everyone = gather_object([own]) if accelerator.num_processes > 1 else [own]
     parts: dict[str, float] = {}
     for name in sorted({name for one in everyone for name in one["parts"]}):
@@ -228,9 +256,9 @@ def _gather(accelerator: Accelerator, losses: Sequence[Loss], grad_norm: float, 
     )
 
 
-def _sum_part(losses: Sequence[Loss], name: str) -> tuple[float, int]:
+def _sum_part(losses: Sequence[Loss], name: str) -> tuple[Tensor, int]:
     pairs = [loss.parts[name] for loss in losses if name in loss.parts]
-    return float(torch.stack([total for total, _ in pairs]).sum()), sum(number for _, number in pairs)
+    return torch.stack([total for total, _ in pairs]).sum(), sum(number for _, number in pairs)
 
 
 def _skip_reason(loss: float, grad_norm: float, count: int) -> str | None:

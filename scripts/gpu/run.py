@@ -72,6 +72,9 @@ PARTS = {
     "vlm": Part("vlm.py", 130),
     "diffusion": Part("diffusion.py", 240, ("pixart", "unets", "compiled-1", "compiled-2"), gib=24),
     "experiments": Part("experiments", 270, EXPERIMENTS, gib=10, is_extra=True),
+    "profile": Part(
+        "profile_training.py", 240, (*RECIPES, *(f"{name}-compiled" for name in RECIPES)), 26, is_extra=True
+    ),
 }
 TOTAL = 885
 CARD_SHARE = 0.9

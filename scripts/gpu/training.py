@@ -73,6 +73,19 @@ def launch(
         "--dynamo_backend=no",
         *(["--cpu"] if options.device == "cpu" else []),
     ]
+    arguments = ["--config", f"{recipe}/debug", *overrides(recipe, folder, steps, options, **training)]
+    with open(folder.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen(
+            [*launcher, f"recipes/{recipe}.py", *arguments, *["--resume"] * resume],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+
+
+def overrides(recipe: str, folder: Path, steps: int, options: Options, **training: Any) -> list[str]:
+    """What a run changes of its recipe's debug config, as `key.path=value`."""
     settings = {
         **({} if options.tiny else {"learning_rate": 2e-4}),
         "output_dir": folder,
@@ -82,16 +95,8 @@ def launch(
         "num_workers": 0 if options.tiny else min(DATA_WORKERS[recipe], max(2, usable_cores() - 2)),
         **training,
     }
-    overrides = [] if options.tiny else SIZES[recipe]
-    arguments = [*overrides, *(f"training.{key}={value}" for key, value in settings.items())]
-    with open(folder.with_suffix(".log"), "ab") as log:
-        return subprocess.Popen(
-            [*launcher, f"recipes/{recipe}.py", "--config", f"{recipe}/debug", *arguments, *["--resume"] * resume],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
+    sizes = [] if options.tiny else SIZES[recipe]
+    return [*sizes, *(f"training.{key}={value}" for key, value in settings.items())]
 
 
 class Clock:

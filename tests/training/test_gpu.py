@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from mmattn.training import read_metrics, train
+from mmattn.training import ahead, read_metrics, train
 from mmattn.training.devices import resolve_precision
 from tests.training.toy import ToyTask, toy_config
 
@@ -54,3 +54,20 @@ def test_a_bad_batch_is_skipped_in_bf16(tmp_path):
     train(task, toy_config(tmp_path, device="auto", mixed_precision="bf16", max_steps=8))
     assert read_metrics(tmp_path / "metrics.jsonl", kind="skipped")
     assert all(torch.isfinite(value).all() for value in task.model.state_dict().values())
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_steps_that_are_queued_before_they_are_looked_at_are_the_same(tmp_path, monkeypatch):
+    def run(name):
+        task = ToyTask(bad=[3])
+        train(task, toy_config(tmp_path / name, device="auto", mixed_precision="bf16", max_steps=12))
+        lines = read_metrics(tmp_path / name / "metrics.jsonl")
+        return task.model.state_dict(), [(line["step"], line["kind"]) for line in lines]
+
+    (queued, lines) = run("queued")
+    monkeypatch.setattr(ahead, "_AHEAD", ())
+    looked, expected = run("looked")
+    assert lines == expected
+    for name, value in looked.items():
+        torch.testing.assert_close(queued[name], value, rtol=1e-3, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -13,6 +14,7 @@ from mmattn.errors import RunError, UsageError
 from mmattn.ops.observe import observing
 from mmattn.training import layer_compilation, train
 from mmattn.training.layer_compilation import LayerCompilation
+from mmattn.training.prepared import wrap_layers
 from tests.training.layered_toy import LayeredTask, ToyLayer
 from tests.training.toy import ToyTask, toy_config
 
@@ -135,3 +137,41 @@ def test_inductor(tmp_path):
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert ToyLayer in LayeredTask.repeated_layers
+
+
+class Level(nn.Module):
+    """Layers, and something between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(ToyLayer(0.0, torch.float64) for _ in range(2))
+
+    def forward(self, hidden):
+        first, second = self.layers
+        return second(first(hidden).tanh())
+
+
+@pytest.mark.parametrize(
+    ("is_whole", "activation_checkpointing", "wanted"),
+    [
+        (True, False, ["0", "1"]),
+        (True, True, ["0.layers.0", "0.layers.1", "1"]),
+        (False, False, ["0.layers.0", "0.layers.1", "1"]),
+    ],
+)
+def test_larger_parts_are_compiled_as_one_where_nothing_happens_around_their_layers(
+    tmp_path, compiled, is_whole, activation_checkpointing, wanted
+):
+    task = LayeredTask()
+    task.compiled_layers, task.model = (Level,), nn.Sequential(Level(), ToyLayer(0.0, torch.float64))
+    x = torch.randn(3, 5, 11, dtype=torch.float64)
+    expected = task.model(x)
+    config = toy_config(tmp_path, torch_compile=True, activation_checkpointing=activation_checkpointing)
+    with contextlib.ExitStack() as closing:
+        wrap_layers(task, task.model, config, closing, is_whole=is_whole)
+        changed = [name for name, module in task.model.named_modules() if "forward" in vars(module)]
+        found = task.model(x)
+    assert changed == wanted
+    assert compiled
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert not any("forward" in vars(module) for module in task.model.modules())

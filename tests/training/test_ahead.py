@@ -1,0 +1,99 @@
+"""Steps that are queued before they are looked at: the same steps. Played on a CPU, whose fused AdamW can do it too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from mmattn.training import ahead, read_metrics, train
+from mmattn.training.ahead import fused_adamw
+from mmattn.training.gradients import Gradients
+from mmattn.training.optim import make_optimizer
+from tests.training.toy import ToyTask, toy_config
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """Run something as it is on a CPU, then as on a card; steps that were queued ahead the second time."""
+
+    def run(what):
+        looked = what("looked")
+        count, step_ahead = [], ahead.step_ahead
+
+        def counted(*arguments):
+            count.append(1)
+            return step_ahead(*arguments)
+
+        monkeypatch.setattr(ahead, "_AHEAD", ("cpu",))
+        monkeypatch.setattr("mmattn.training.step.step_ahead", counted)
+        return looked, what("queued"), len(count)
+
+    return run
+
+
+def everything(folder, **options):
+    """What a run comes to."""
+    task = ToyTask(bad=[3])
+    result = train(task, toy_config(folder, max_steps=12, **options))
+    lines = read_metrics(folder / "metrics.jsonl")
+    names = ("kind", "step", "loss", "grad_norm", "parts", "reason")
+    seen = [{name: repr(line.get(name)) for name in names} for line in lines]
+    return result.losses, {name: value.clone() for name, value in task.model.state_dict().items()}, seen
+
+
+def test_unclipped_steps_are_the_same_bits_and_bad_ones_are_left_out(tmp_path, both):
+    (losses, weights, lines), queued, count = both(lambda name: everything(tmp_path / name, max_grad_norm=None))
+    assert count == 12
+    assert (losses, lines) == (queued[0], queued[2])
+    assert any("skipped" in line["kind"] for line in lines)
+    assert all(torch.equal(value, queued[1][name]) for name, value in weights.items())
+
+
+def test_clipped_steps_are_the_same_but_for_rounding(tmp_path, both):
+    (losses, weights, _), queued, count = both(lambda name: everything(tmp_path / name, max_grad_norm=0.01))
+    assert count == 12
+    assert queued[0] == pytest.approx(losses, rel=1e-5)
+    for name, value in weights.items():
+        torch.testing.assert_close(queued[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_that_begins_with_a_bad_step_goes_on_as_it_would_after_any(tmp_path, both):
+    def run(name):
+        task = ToyTask(bad=range(23))  # all of them
+        with pytest.raises(Exception, match="steps in a row were not finite"):
+            train(task, toy_config(tmp_path / name, max_bad_steps=3))
+        return {name: value.clone() for name, value in task.model.state_dict().items()}
+
+    looked, queued, count = both(run)
+    assert count == 3
+    assert all(torch.equal(value, queued[name]) for name, value in looked.items())
+
+
+def test_a_continued_run_is_an_unbroken_one(tmp_path, both):
+    def run(name):
+        whole = everything(tmp_path / name / "whole", schedule="constant")
+        train(ToyTask(bad=[3]), toy_config(tmp_path / name / "cut", max_steps=5, schedule="constant"))
+        task = ToyTask(bad=[3])
+        train(task, toy_config(tmp_path / name / "cut", max_steps=12, schedule="constant"), resume=True)
+        assert all(torch.equal(value, whole[1][key]) for key, value in task.model.state_dict().items())
+
+    both(run)
+
+
+def test_what_has_to_be_looked_at_first(monkeypatch):
+    task, accelerator = ToyTask(), Accelerator(cpu=True)
+    adamw = make_optimizer(task.model, toy_config("unused"), accelerator.device)
+    gradients = Gradients(task.model, accelerator)
+    assert fused_adamw(adamw, gradients, accelerator) is None  # a CPU
+    monkeypatch.setattr(ahead, "_AHEAD", ("cpu",))
+    assert fused_adamw(adamw, gradients, accelerator) is adamw
+    assert fused_adamw(accelerator.prepare(adamw), gradients, accelerator) is adamw
+    slow = torch.optim.AdamW(task.model.parameters(), fused=False)
+    sgd = torch.optim.SGD(task.model.parameters())
+    assert all(fused_adamw(other, gradients, accelerator) is None for other in (slow, sgd))
+
+    class Pieces(Gradients):
+        pass
+
+    assert fused_adamw(adamw, Pieces(task.model, accelerator), accelerator) is None
