@@ -44,7 +44,15 @@ class LayerCompilation:
         self._own = OwnForwards(layers.values())
         compiled: dict[Hashable, Callable[..., Any]] = {}
         for name, layer in layers.items():
-            layer.forward = _Compiled(layer.forward, name, compiled)
+            # Larger parts differ from each other, at the least by the size of their pictures, and what is shared is
+            # compiled for any size from its second one on.
+            layer.forward = _Compiled(
+                layer.forward,
+                name,
+                compiled,
+                is_shared=not isinstance(layer, larger),
+                has_convolutions=any(isinstance(part, nn.Conv2d) for part in layer.modules()),
+            )
 
     def undo(self) -> None:
         """Give the layers their own `forward` back."""
@@ -52,10 +60,19 @@ class LayerCompilation:
 
 
 class _Compiled:
-    """A layer's `forward`; `compiled` is shared by the layers of one run."""
+    """A layer's `forward`; `compiled` is of one run, and its layers that are shared share what is in it."""
 
-    def __init__(self, forward: Callable[..., Any], name: str, compiled: dict[Hashable, Callable[..., Any]]) -> None:
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        name: str,
+        compiled: dict[Hashable, Callable[..., Any]],
+        *,
+        is_shared: bool,
+        has_convolutions: bool,
+    ) -> None:
         self.forward, self.name, self._compiled = forward, name, compiled
+        self._is_shared, self._has_convolutions = is_shared, has_convolutions
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Recording and steering look into calls, which a compiled layer does not show.
@@ -71,12 +88,21 @@ class _Compiled:
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # What `use_backend` says is compiled in without a guard.
         choice = (selected("self"), selected("cross"), selected(None))
+        key = (choice, "" if self._is_shared else self.name, self._options())
         if isinstance(self.forward, types.MethodType) and isinstance(self.forward.__func__, types.FunctionType):
             function, layer = self.forward.__func__, self.forward.__self__
-            return self._of((function, choice), lambda: with_own_code(function))(layer, *args, **kwargs)
-        return self._of((self.forward, choice), lambda: self.forward)(*args, **kwargs)
+            return self._of((function, *key), lambda: with_own_code(function))(layer, *args, **kwargs)
+        return self._of((self.forward, *key), lambda: self.forward)(*args, **kwargs)
 
-    def _of(self, key: Hashable, function: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    def _options(self) -> tuple[str, ...]:
+        """Inductor's settings that are on for this layer."""
+        # Tensor cores take half floats with channels last. Inductor gives them pictures that way, but not in a graph
+        # with a convolution that halves its channels, which U-Nets' decoders have, and not of sizes that vary (2.11).
+        wants = self._has_convolutions and BACKEND == "inductor" and torch.is_autocast_enabled("cuda")
+        return ("force_layout_optimization",) if wants else ()
+
+    def _of(self, key: tuple[Any, ...], function: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
         if key not in self._compiled:
-            self._compiled[key] = torch.compile(function(), backend=BACKEND)
+            options: dict[str, Any] | None = dict.fromkeys(key[-1], True) or None
+            self._compiled[key] = torch.compile(function(), backend=BACKEND, options=options)
         return self._compiled[key]

@@ -6,7 +6,7 @@ is; of those, three are timed as they are, and three by torch.profiler. Nothing 
 A job's name is a recipe's with what is changed of it: `compiled` (as `--compiled`: training.torch_compile), `looked`
 (the loss and the norm are looked at before the optimiser is asked to step), `uncast` (every product casts its input for
 itself), `nhwc` (every convolution in channels-last), `layers` (of the U-Net not whole levels are compiled, but its
-layers), `benchmark` (cuDNN tries its convolutions).
+layers), `unforced` (inductor decides how pictures are laid out), `benchmark` (cuDNN tries its convolutions).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ CHANGED = ("", f"-{COMPILED}", "-looked", "-uncast", "-looked-uncast", f"-{COMPI
 JOBS = (
     *(recipe + change for recipe in SIZES for change in CHANGED),
     *(f"diffusion-{change}" for change in ("nhwc", "benchmark", "nhwc-benchmark")),
-    *(f"diffusion-{COMPILED}-{change}" for change in ("nhwc", "benchmark", "nhwc-benchmark", "layers", "layers-nhwc")),
+    *(f"diffusion-{COMPILED}-{change}" for change in ("nhwc", "benchmark", "nhwc-benchmark", "unforced")),
+    *(f"diffusion-{COMPILED}-layers{change}" for change in ("", "-nhwc", "-unforced")),
 )
 TOP = 40
 # The first that is found in a kernel's name is its class.
@@ -131,6 +132,13 @@ def compile_layers() -> None:
     DiffusionTask.compiled_layers = ()
 
 
+def leave_layout() -> None:
+    """Let inductor decide about the layout of pictures."""
+    from mmattn.training import layer_compilation
+
+    layer_compilation._Compiled._options = lambda self: ()
+
+
 def look_first() -> None:
     """Let the loop look at every step before it is taken."""
     from mmattn.training import ahead
@@ -154,6 +162,7 @@ CHANGES: dict[str, Callable[[], None]] = {
     COMPILED: lambda: None,
     "nhwc": to_channels_last,
     "layers": compile_layers,
+    "unforced": leave_layout,
     "looked": look_first,
     "uncast": cast_each,
     "benchmark": try_convolutions,

@@ -55,6 +55,17 @@ EXPERIMENTS = (
     "context_8bit",
     "folded_queries",
 )
+# What the steps were like before, and what they might be like: the longest to compile first.
+PROFILED_CHANGES = (
+    "diffusion-compiled-nhwc",
+    "diffusion-compiled-layers-unforced",
+    "diffusion-compiled-nhwc-benchmark",
+    "translate-compiled-looked",
+    "diffusion-nhwc",
+    "diffusion-benchmark",
+    "translate-looked-uncast",
+    "vlm-looked-uncast",
+)
 # The most important first: a page that is cut off lacks the last.
 PARTS = {
     "tests": Part("pytest", 280, gib=24),
@@ -73,8 +84,9 @@ PARTS = {
     "diffusion": Part("diffusion.py", 240, ("pixart", "unets", "compiled-1", "compiled-2"), gib=24),
     "experiments": Part("experiments", 270, EXPERIMENTS, gib=10, is_extra=True),
     "profile": Part(
-        "profile_training.py", 240, (*RECIPES, *(f"{name}-compiled" for name in RECIPES)), 26, is_extra=True
+        "profile_training.py", 280, (*RECIPES, *(f"{name}-compiled" for name in RECIPES)), 26, is_extra=True
     ),
+    "profile_changes": Part("profile_training.py", 280, PROFILED_CHANGES, 26, is_extra=True),
 }
 TOTAL = 885
 CARD_SHARE = 0.9

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 
 import mmattn
@@ -175,3 +176,29 @@ def test_larger_parts_are_compiled_as_one_where_nothing_happens_around_their_lay
     assert compiled
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert not any("forward" in vars(module) for module in task.model.modules())
+
+
+def test_pictures_are_laid_out_for_tensor_cores_where_those_are_used(monkeypatch):
+    class Halving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 2, 3)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: calls.append(options) or function)
+    task = LayeredTask()
+    task.repeated_layers, task.compiled_layers = (ToyLayer,), (Halving,)
+    for is_half in (False, True):
+        task.model = nn.Sequential(Halving(), Halving(), ToyLayer(0.0, torch.float32), ToyLayer(0.0, torch.float32))
+        compilation = LayerCompilation(task, task.model, task.compiled_layers)
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind, is_on=is_half: is_on and kind == "cuda")
+        for layer in task.model:
+            layer(torch.randn(1, 4, 5, 5) if isinstance(layer, Halving) else torch.randn(3, 11))
+        compilation.undo()
+    forced = [(options["options"] or {}).get("force_layout_optimization", False) for options in calls]
+    # Of each larger part, and of all equal layers.
+    assert forced == [False, False, False, True, True, False]
+    assert hasattr(torch._inductor.config, "force_layout_optimization")
