@@ -18,6 +18,15 @@ PRECISION = tl.constexpr("tf32x3")
 
 
 @triton.jit
+def begin(IS_EARLY: tl.constexpr):
+    """What a kernel does first: `Launch.is_early` ones run before the stream's last kernel has ended. Wait until all
+    that it writes is there, and let the next one come, which will wait for this."""
+    if IS_EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def place(num_heads, num_parts):
     """(head, part, rest) of this program. Heads first: programs that run together read whole rows of [B, L, H, D]."""
     program = tl.program_id(0)

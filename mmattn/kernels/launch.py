@@ -90,7 +90,14 @@ class Launch:
     @property
     def _options(self) -> dict[str, Any]:
         # Fused multiply-adds were Triton's default up to 3.9, which warns where nobody says, and are not from 3.10 on.
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options | ({"launch_pdl": True} if self.is_early else {})
+
+    @property
+    def is_early(self) -> bool:
+        """May it be begun before the stream's last kernel has ended (programmatic dependent launch)? Its programs then
+        wait (`blocks.begin`): the time between two kernels is saved."""
+        return bool(self.arguments.get("IS_EARLY"))
 
     def run(self, device: torch.device) -> Any:
         """Launch on `device`; nothing to do without programs. Returns the compiled kernel, None if there is none."""
@@ -102,6 +109,11 @@ class Launch:
     def compile(self) -> Any:
         """Compile for the active driver's target without running; the compiled kernel holds its cubin."""
         return self.kernel.warmup(grid=(self.programs,), **self.arguments, **self._options)
+
+
+def early_argument(device: torch.device) -> dict[str, bool]:
+    """The argument of kernels that say `begin`: whether that card can begin them early."""
+    return {"IS_EARLY": card_of(device).capability >= (9, 0) and not is_interpreted()}
 
 
 def access_unit(*tensors: Tensor) -> int:

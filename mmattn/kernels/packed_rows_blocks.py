@@ -21,7 +21,7 @@ from mmattn.kernels.launch import SIZES, Card
 
 # Arguments that change from batch to batch: one compiled kernel serves all their values.
 PACKED_SIZES = (*SIZES, "num_sequences")
-_MEDIUM, _WIDE = 80, 96
+_NARROW, _MEDIUM, _WIDE = 64, 80, 96
 _NOWHERE = tl.constexpr(2**31 - 1)
 
 
@@ -122,6 +122,8 @@ def rows_config(card: Card, dtype: torch.dtype, head_dim: int, are_keys: bool) -
         return _rows_config_of_warps(head_dim, are_keys)
     if are_keys and head_dim > _WIDE:
         return RowsConfig(block_m=32, num_warps=8) if head_dim <= 128 else RowsConfig(block_n=16, num_warps=8)
+    if head_dim <= _NARROW:
+        return RowsConfig(num_stages=3)
     return RowsConfig(num_warps=8 if head_dim > (_MEDIUM if are_keys else _WIDE) else 4)
 
 

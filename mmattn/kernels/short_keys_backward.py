@@ -10,7 +10,8 @@ programs' sums in a fixed order. Nothing is added atomically: the same inputs gi
 
 (arXiv 2307.08691, section 3.1.2.) With all keys of a row at hand delta is their sum, and the output is not read again.
 Where gradients of all keys and values do not fit into a program (`BackwardConfig.is_fused`), a kernel of its own writes
-dQ and delta, and programs of the first one have a block of keys each.
+dQ and delta, and programs of the first one have a block of keys each. Where there are few queries, programs compute one
+gradient each (`short_keys_backward_split`).
 
 Shapes: B batch, H query heads, G key/value heads, Lq / Lk lengths, D head_dim, S splits.
 """
@@ -30,6 +31,7 @@ from torch import Tensor
 from mmattn.kernels.blocks import (
     LOG2_E,
     add_products,
+    begin,
     load_keys,
     load_lse,
     load_rows_of,
@@ -41,14 +43,12 @@ from mmattn.kernels.blocks import (
     store_scaled,
     zero_blocks,
 )
-from mmattn.kernels.launch import SIZES, Launch, access_unit, card_of, mask_arguments, tensor_arguments
+from mmattn.kernels.launch import SIZES, Launch, access_unit, card_of, early_argument, mask_arguments, tensor_arguments
 from mmattn.kernels.short_keys_backward_queries import queries_launch
-from mmattn.kernels.short_keys_configs import BackwardConfig, backward_config, head_tiles
-from mmattn.kernels.tiles import Tiles, ceil_div, one_tile, power_of_two, tiles_of
-
-# Sums that are added at once by one program: four of each thread, of as many parts.
-_SUM_BLOCK, _LEAST_SUM_BLOCK = 512, 128
-_MOST_PARTS_AT_ONCE = 16
+from mmattn.kernels.short_keys_backward_split import split_launches
+from mmattn.kernels.short_keys_backward_sums import sum_launch
+from mmattn.kernels.short_keys_configs import BackwardConfig, SplitConfig, backward_config, head_tiles
+from mmattn.kernels.tiles import Tiles, ceil_div, one_tile, tiles_of
 
 
 @triton.jit
@@ -102,12 +102,13 @@ def keys_bwd_kernel(
     scale, num_batches, num_heads, group, num_queries, num_keys, num_splits,
     HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, KEY_TILES: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, IS_FUSED: tl.constexpr,
-    NUM_STAGES: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+    NUM_STAGES: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """Sums for the keys of one block over the queries of one split: partials [S, 2, B, H, Lk, D], keys then values.
 
     Fused, the block is all keys, and gradients of the queries are written too.
     """
+    begin(IS_EARLY)
     head, split, rest = place(num_heads, num_splits)
     batch = (rest % num_batches).to(tl.int64)
     first = (rest // num_batches) * BLOCK_N
@@ -162,43 +163,6 @@ def keys_bwd_kernel(
         store_rows(value_sums, grad_value[n], keys, is_key, strides, HEAD_DIM, DIM_TILES, 1)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def sum_partials_kernel(
-    partials_ptr, grad_key_ptr, grad_value_ptr, grad_key_strides, grad_value_strides,
-    num_batches, num_heads, group, num_keys, num_parts, num_blocks,
-    HEAD_DIM: tl.constexpr, STEPS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Gradients of keys and values as sums over splits and over the query heads of a group, in a fixed order."""
-    program = tl.program_id(0)
-    elements = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
-    rest = program // num_blocks
-    kv_heads = num_heads // group
-    kv_head = (rest % kv_heads).to(tl.int64)
-    rest = rest // kv_heads
-    batch = (rest % num_batches).to(tl.int64)
-    which = rest // num_batches
-    size = num_keys * HEAD_DIM
-    is_element = elements < size
-    total = tl.full([BLOCK], 0.0, dtype=tl.float32)
-    for step in tl.range(STEPS):
-        # One after another, so that every thread has its own sums; all of them on their way at once.
-        for number in tl.static_range(BLOCK_PARTS):
-            part = step * BLOCK_PARTS + number
-            matrix = ((part // group * 2 + which) * num_batches + batch) * num_heads + kv_head * group + part % group
-            is_inside = elements < tl.where(part < num_parts, size, 0)
-            total += tl.load(partials_ptr + matrix * size + elements, mask=is_inside, other=0.0)
-    keys = elements // HEAD_DIM
-    columns = elements % HEAD_DIM
-    if which == 0:
-        base = grad_key_ptr + batch * grad_key_strides[0] + kv_head * grad_key_strides[1]
-        pointers = base + keys * grad_key_strides[2] + columns * grad_key_strides[3]
-        tl.store(pointers, total.to(grad_key_ptr.dtype.element_ty), mask=is_element)
-    else:
-        base = grad_value_ptr + batch * grad_value_strides[0] + kv_head * grad_value_strides[1]
-        pointers = base + keys * grad_value_strides[2] + columns * grad_value_strides[3]
-        tl.store(pointers, total.to(grad_value_ptr.dtype.element_ty), mask=is_element)
-
-
 @dataclass(frozen=True)
 class Backward:
     """Launches in their order, and what they fill."""
@@ -219,7 +183,7 @@ def backward_launches(
     key_mask: Tensor | None,
     attn_mask: Tensor | None,
     scale: float,
-    config: BackwardConfig | None = None,
+    config: BackwardConfig | SplitConfig | None = None,
     gradients: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Backward:
     """The launches that compute what `short_key_attention_backward` returns, of the same arguments; nothing is empty.
@@ -232,8 +196,13 @@ def backward_launches(
     """
     batch, heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]
-    config = config or backward_config(card_of(query.device), query.dtype, head_dim, num_keys, num_queries)
-    grad_query, grad_key, grad_value = gradients or [torch.empty_like(tensor) for tensor in (query, key, value)]
+    sizes = (head_dim, num_keys, num_queries, batch * heads)
+    config = config or backward_config(card_of(query.device), query.dtype, *sizes)
+    gradients = gradients or (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+    if isinstance(config, SplitConfig):
+        inputs = (grad_output, query, key, value, lse, key_mask, attn_mask)
+        return Backward(split_launches(*inputs, scale, config, gradients), *gradients)
+    grad_query, grad_key, grad_value = gradients
     is_fused = config.is_fused
     key_blocks = 1 if is_fused else ceil_div(num_keys, config.block_n)
     row_blocks_each, num_splits = _splits(query, key_blocks, config)
@@ -255,6 +224,7 @@ def backward_launches(
         UNIT=unit,
         BLOCK_M=config.block_m,
         NUM_STAGES=config.num_stages,
+        **early_argument(query.device),
     )
     launches = []
     if not is_fused:
@@ -293,33 +263,3 @@ def _splits(query: Tensor, key_blocks: int, config: BackwardConfig) -> tuple[int
     while each * 4 <= ceil_div(blocks, splits):
         each *= 4
     return each, ceil_div(blocks, each)
-
-
-def sum_launch(partials: Tensor, grad_key: Tensor, grad_value: Tensor) -> Launch:
-    """The launch that adds partials [S, 2, B, H, Lk, D] up into the gradients of keys and values."""
-    num_splits, _, batch, heads, num_keys, head_dim = partials.shape
-    kv_heads = grad_key.shape[1]
-    num_parts = num_splits * (heads // kv_heads)
-    block_parts = power_of_two(min(num_parts, _MOST_PARTS_AT_ONCE))
-    # Where there is little to add, smaller blocks for more programs.
-    wanted = 2 * card_of(partials.device).processors
-    matrices = kv_heads * batch * 2
-    block = _SUM_BLOCK
-    while block > _LEAST_SUM_BLOCK and ceil_div(num_keys * head_dim, block) * matrices < wanted:
-        block //= 2
-    num_blocks = ceil_div(num_keys * head_dim, block)
-    arguments = dict(
-        partials_ptr=partials,
-        **tensor_arguments(1, grad_key=grad_key, grad_value=grad_value),
-        num_batches=batch,
-        num_heads=heads,
-        group=heads // kv_heads,
-        num_keys=num_keys,
-        num_parts=num_parts,
-        num_blocks=num_blocks,
-        HEAD_DIM=head_dim,
-        STEPS=ceil_div(num_parts, block_parts),
-        BLOCK_PARTS=block_parts,
-        BLOCK=block,
-    )
-    return Launch(sum_partials_kernel, num_blocks * matrices, arguments, block // _LEAST_SUM_BLOCK, 1)

@@ -58,6 +58,20 @@ class BackwardConfig:
     is_fused: bool = True
 
 
+@dataclass(frozen=True)
+class SplitConfig:
+    """Of the backward by programs that compute one gradient each. Attributes: queries a block, programs per processor
+    that gradients of keys and values are shared out among, warps, pipeline depth, and the most queries, and heads of
+    all the batch, for which that was measured to be faster."""
+
+    block_m: int = 128
+    programs_per_processor: float = 1.0
+    num_warps: int = 8
+    num_stages: int = 1
+    most_queries: int = 1 << 30
+    most_heads: int = 1 << 30
+
+
 _Config = TypeVar("_Config", ForwardConfig, BackwardConfig)
 
 # (head, keys) in blocks -> configuration, for two-byte types: the fastest of those tried on an H200 (docs/kernels.md).
@@ -73,6 +87,11 @@ BACKWARD: dict[tuple[int, int], BackwardConfig] = {
     (80, 80): BackwardConfig(block_m=128, num_warps=8, num_stages=1, are_keys_cut=False),
     (160, 80): BackwardConfig(block_m=128, num_warps=8, num_stages=1, are_keys_cut=False),
 }
+# The same, where there are few queries.
+SPLIT_BACKWARD: dict[tuple[int, int], SplitConfig] = {
+    (64, 80): SplitConfig(64, 2.0, 4, 2, most_queries=1024, most_heads=80),
+    (160, 80): SplitConfig(128, 1.0, 8, 1, most_queries=256, most_heads=32),
+}
 
 
 def forward_config(card: Card, dtype: torch.dtype, head_dim: int, num_keys: int, num_queries: int) -> ForwardConfig:
@@ -83,10 +102,16 @@ def forward_config(card: Card, dtype: torch.dtype, head_dim: int, num_keys: int,
     return _for_few_queries(config, num_queries)
 
 
-def backward_config(card: Card, dtype: torch.dtype, head_dim: int, num_keys: int, num_queries: int) -> BackwardConfig:
-    """The backward's configuration for a call."""
+def backward_config(
+    card: Card, dtype: torch.dtype, head_dim: int, num_keys: int, num_queries: int, num_heads: int
+) -> BackwardConfig | SplitConfig:
+    """The backward's configuration for a call; `num_heads` are those of all the batch."""
     sizes = padded(head_dim), padded(num_keys)
-    config = BACKWARD.get(sizes) if dtype.itemsize == 2 and card.has_warp_groups else None
+    is_measured = dtype.itemsize == 2 and card.has_warp_groups
+    split = SPLIT_BACKWARD.get(sizes) if is_measured else None
+    if split and split.block_m < num_queries <= split.most_queries and num_heads <= split.most_heads:
+        return split
+    config = BACKWARD.get(sizes) if is_measured else None
     config = config or _estimated_backward(card, dtype, *sizes)
     return _for_few_queries(config, num_queries)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from mmattn.kernels.blocks import (
     LOG2_E,
     add_products,
+    begin,
     finish_rows,
     head_of,
     load_keys,
@@ -34,7 +35,16 @@ from mmattn.kernels.blocks import (
     score_block,
     zero_blocks,
 )
-from mmattn.kernels.launch import SIZES, Launch, access_unit, card_of, mask_arguments, tensor_arguments, walk_over_keys
+from mmattn.kernels.launch import (
+    SIZES,
+    Launch,
+    access_unit,
+    card_of,
+    early_argument,
+    mask_arguments,
+    tensor_arguments,
+    walk_over_keys,
+)
 from mmattn.kernels.short_keys_configs import ForwardConfig, forward_config, head_tiles, key_block, resident_keys
 from mmattn.kernels.tiles import ceil_div, one_tile, padded, tiles_of
 
@@ -97,9 +107,10 @@ def resident_fwd_kernel(
     scale, num_heads, group, num_queries, num_keys, num_chunks,
     HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, KEY_TILES: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, ROW_BLOCKS: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program has one head of one batch row, all its keys, and ROW_BLOCKS * BLOCK_M queries."""
+    begin(IS_EARLY)
     head, chunk, batch = place(num_heads, num_chunks)
     batch = batch.to(tl.int64)
     key, value, is_key = load_keys(
@@ -184,9 +195,10 @@ def streamed_fwd_kernel(
     scale, num_heads, group, num_queries, num_keys, num_chunks,
     HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, LAST_TILES: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, NUM_STAGES: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program has one head of one batch row and BLOCK_M queries, and walks over the keys."""
+    begin(IS_EARLY)
     head, chunk, batch = place(num_heads, num_chunks)
     attend_streamed(
         query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, key_mask_ptr, attn_mask_ptr,
@@ -241,6 +253,7 @@ def forward_launch(
         DIM_TILES=head_tiles(query.dtype, head_dim, config.is_head_cut),
         UNIT=unit,
         BLOCK_M=config.block_m,
+        **early_argument(query.device),
     )
     if is_resident:
         kernel = resident_fwd_kernel

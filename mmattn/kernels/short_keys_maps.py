@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmattn.errors import UsageError
-from mmattn.kernels.blocks import head_of, load_keys, load_rows, masked_scores, place, rows_of, usable_keys
+from mmattn.kernels.blocks import begin, head_of, load_keys, load_rows, masked_scores, place, rows_of, usable_keys
 from mmattn.kernels.launch import SIZES, Launch
 from mmattn.kernels.short_keys import short_key_attention_backward
 from mmattn.kernels.short_keys_forward import (
@@ -101,9 +101,10 @@ def resident_maps_kernel(
     HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, KEY_TILES: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, ROW_BLOCKS: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
-    KEPT_TILES: tl.constexpr, HEADS_BLOCK: tl.constexpr,
+    KEPT_TILES: tl.constexpr, HEADS_BLOCK: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """`resident_fwd_kernel` with maps."""
+    begin(IS_EARLY)
     head, chunk, batch = place(num_heads, num_chunks)
     batch = batch.to(tl.int64)
     key, value, is_key = load_keys(
@@ -134,9 +135,10 @@ def streamed_maps_kernel(
     HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, LAST_TILES: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, NUM_STAGES: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
-    KEPT_TILES: tl.constexpr, HEADS_BLOCK: tl.constexpr,
+    KEPT_TILES: tl.constexpr, HEADS_BLOCK: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """`streamed_fwd_kernel` with maps."""
+    begin(IS_EARLY)
     head, chunk, batch = place(num_heads, num_chunks)
     batch = batch.to(tl.int64)
     start = chunk * BLOCK_M

@@ -24,12 +24,14 @@ from mmattn.kernels.packed_rows_backward import backward_launches as packed_back
 from mmattn.kernels.packed_rows_forward import forward_launch as packed_forward_launch  # noqa: E402
 from mmattn.kernels.resources import compiling_for, resources_of  # noqa: E402
 from mmattn.kernels.short_keys_backward import backward_launches  # noqa: E402
+from mmattn.kernels.short_keys_backward_split import split_bwd_kernel  # noqa: E402
 from mmattn.kernels.short_keys_forward import forward_launch  # noqa: E402
 from mmattn.kernels.short_keys_maps import maps_launch  # noqa: E402
 
 DECODE_KEYS = 4096
 HEAD_DIMS = (40, 64, 72, 80, 96, 128, 160)
 KEYS = (77, 128, 256, 512)
+FEW_QUERIES = 256  # for which the backward may take another kernel
 KEPT = 10  # words that maps are made of
 
 
@@ -46,7 +48,10 @@ def launches(head_dim: int, num_keys: int, dtype: torch.dtype) -> list[Launch]:
     kept = torch.zeros(1, KEPT, dtype=torch.int64)
     maps = maps_launch(forward, torch.empty(1, 8, KEPT, 4096), kept, 1, None)
     backward = backward_launches(output, query, key, value, output, lse, None, None, 0.3)
-    return [forward, maps, *backward.launches]
+    few = make(FEW_QUERIES)
+    of_few = backward_launches(few, few, key, value, few, lse[..., :FEW_QUERIES], None, None, 0.3)
+    split = [launch for launch in of_few.launches if launch.kernel is split_bwd_kernel]
+    return [forward, maps, *backward.launches, *split]
 
 
 def decode_launches_of(head_dim: int, num_keys: int, dtype: torch.dtype) -> tuple[Launch, ...]:

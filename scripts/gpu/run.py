@@ -51,7 +51,6 @@ class Part:
 EXPERIMENTS = (
     "norm_projection",
     "residual_norm",
-    "backward_split",
     "context_8bit",
     "folded_queries",
 )

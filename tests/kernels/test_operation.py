@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.cases import FEW_KEYS, MANY_KEYS, triton_attention
-from tests.ops.cases import generator_for, make_inputs, make_key_mask
+from tests.ops.cases import Shape, generator_for, make_attn_mask, make_inputs, make_key_mask
 from tests.tolerance import check_attention
 
 pytest.importorskip("triton")
@@ -14,8 +14,15 @@ pytestmark = pytest.mark.interpreter
 
 # Imported here, after the check: they need triton.
 from mmattn.kernels import short_keys_backward, short_keys_forward  # noqa: E402
+from mmattn.kernels.launch import Card  # noqa: E402
 from mmattn.kernels.short_keys import short_key_attention, short_key_attention_backward  # noqa: E402
-from mmattn.kernels.short_keys_configs import BackwardConfig, ForwardConfig  # noqa: E402
+from mmattn.kernels.short_keys_backward_split import split_launches  # noqa: E402
+from mmattn.kernels.short_keys_configs import (  # noqa: E402
+    BackwardConfig,
+    ForwardConfig,
+    SplitConfig,
+    backward_config,
+)
 
 
 def inputs_of(shape, has_grad=False):
@@ -85,3 +92,47 @@ def test_every_configuration_computes_the_same(monkeypatch, shape, forward, back
     monkeypatch.setattr(short_keys_backward, "backward_config", lambda *_: backward)
     tensors, key_mask = inputs_of(dataclasses.replace(shape, queries=37))
     check_attention(triton_attention, *tensors, key_mask=key_mask[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "config", "row_blocks", "splits"),
+    [
+        (Shape(1, 2, 2, 67, 77, 40), torch.float16, SplitConfig(64, 1.0, 4), 2, 1),
+        (Shape(1, 1, 1, 131, 77, 80), torch.float32, SplitConfig(64, 9.0, 4), 1, 3),
+        (Shape(2, 4, 2, 37, 19, 23), torch.float32, SplitConfig(16, 1.0), 2, 2),
+        (Shape(1, 2, 1, 31, 128, 160), torch.float16, SplitConfig(32, 1.0, num_stages=2), 1, 1),
+    ],
+    ids=str,
+)
+def test_one_gradient_a_program(monkeypatch, shape, dtype, config, row_blocks, splits):
+    """Programs that walk over all queries of a head, with keys of their own and shared by two, and over some."""
+    monkeypatch.setattr(short_keys_backward, "backward_config", lambda *_: config)
+    found = []
+    monkeypatch.setattr(
+        short_keys_backward, "split_launches", lambda *arguments: found.append(split_launches(*arguments)) or found[-1]
+    )
+    tensors = make_inputs(shape, dtype, generator_for(shape.keys, 3))
+    masks = {"key_mask": make_key_mask("nothing", shape, generator_for(5))}
+    masks["attn_mask"] = make_attn_mask("empty-rows", shape, generator_for(7))
+    for mask in ({}, masks):
+        check_attention(triton_attention, *tensors, **mask)
+        launch, *others = found[-1]
+        assert (launch.arguments["ROW_BLOCKS"], launch.arguments["num_splits"]) == (row_blocks, splits)
+        assert len(others) == (splits > 1 or shape.heads > shape.kv_heads)
+
+
+def test_few_queries_have_a_gradient_a_program():
+    """Where it was measured to be faster: half types on a card with warp groups."""
+    hopper, ampere = Card((9, 0), 132), Card((8, 0), 108)
+    for card, dtype, sizes, expected in (
+        (hopper, torch.bfloat16, (160, 77, 256, 32), SplitConfig),
+        (hopper, torch.float16, (64, 77, 1024, 80), SplitConfig),
+        (hopper, torch.bfloat16, (160, 77, 256, 64), BackwardConfig),
+        (hopper, torch.bfloat16, (160, 77, 257, 32), BackwardConfig),
+        (hopper, torch.bfloat16, (160, 77, 128, 32), BackwardConfig),
+        (hopper, torch.bfloat16, (64, 77, 4096, 20), BackwardConfig),
+        (hopper, torch.bfloat16, (160, 81, 256, 32), BackwardConfig),
+        (hopper, torch.float32, (160, 77, 256, 32), BackwardConfig),
+        (ampere, torch.bfloat16, (160, 77, 256, 32), BackwardConfig),
+    ):
+        assert type(backward_config(card, dtype, *sizes)) is expected, (card, dtype, sizes)

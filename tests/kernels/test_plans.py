@@ -16,12 +16,21 @@ from mmattn.kernels import plans, short_keys
 from mmattn.kernels.launch import is_interpreted
 from mmattn.kernels.plans import alignment
 from mmattn.kernels.short_keys import attend, short_key_attention, short_key_attention_backward
-from mmattn.kernels.short_keys_backward import keys_bwd_kernel, sum_partials_kernel
+from mmattn.kernels.short_keys_backward import keys_bwd_kernel
 from mmattn.kernels.short_keys_backward_queries import queries_bwd_kernel
+from mmattn.kernels.short_keys_backward_split import split_bwd_kernel
+from mmattn.kernels.short_keys_backward_sums import sum_partials_kernel
 from mmattn.kernels.short_keys_forward import resident_fwd_kernel, streamed_fwd_kernel
 from tests.kernels.faked_card import DEVICE, faked_card
 
-KERNELS = (resident_fwd_kernel, streamed_fwd_kernel, keys_bwd_kernel, queries_bwd_kernel, sum_partials_kernel)
+KERNELS = (
+    resident_fwd_kernel,
+    streamed_fwd_kernel,
+    keys_bwd_kernel,
+    queries_bwd_kernel,
+    split_bwd_kernel,
+    sum_partials_kernel,
+)
 pytestmark = pytest.mark.skipif(is_interpreted(), reason="nothing is compiled there")
 
 
@@ -59,6 +68,8 @@ CALLS = {
     "bfloat16": {"dtype": torch.bfloat16},
     "other lengths": {"queries": 1021, "keys": 77},
     "more keys than a program holds": {"keys": 293, "queries": 19},
+    "a gradient a program": {"queries": 131, "keys": 77, "head_dim": 64},
+    "a gradient a program, shared out": {"queries": 257, "keys": 77, "head_dim": 160, "heads": 1, "batch": 1},
     "query from odd address": {"skip": (1, 0, 0)},
     "value from odd address": {"skip": (0, 0, 3)},
     "all from odd addresses": {"skip": (1, 5, 3)},

@@ -21,6 +21,7 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 SPILLED_BYTES = {
     "keys_bwd_kernel": 1400,
     "queries_bwd_kernel": 500,
+    "split_bwd_kernel": 250,
     "streamed_fwd_kernel": 32,
     "streamed_maps_kernel": 160,
 }

@@ -43,7 +43,7 @@ _HALF = (torch.bfloat16, torch.float16)
 # On an H200 (docs/kernels.md): under a mask sdpa first sets keys and values that are not used to zero, all of them, and
 # these kernels do not even read them; without one, several queries a head are what torch's kernels have no split for.
 _MEASURED = functools.partial(
-    AutoShape, ((9, 0),), _HALF, (64, 80, 128), (32, 1 << 20), heads=(1, 1 << 20), with_grad=False
+    AutoShape, ((9, 0),), _HALF, (64, 80, 128), (1, 1 << 20), heads=(1, 1 << 20), with_grad=False
 )
 _FEW = tuple(range(1, 9))
 _MASKED = (
