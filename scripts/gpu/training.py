@@ -35,7 +35,7 @@ SIZES: dict[str, list[str]] = {
         *["model.network.embed_dim=1024"],
     ],
     "vlm": [
-        *["data.size=20000", "data.image_size=224", "training.batch_size=128", "model.network.image.kind=vit"],
+        *["data.size=20000", "data.image_size=224", "training.batch_size=256", "model.network.image.kind=vit"],
         *["model.network.image.image_size=224", "model.network.image.patch_size=16", "examples.texts_per_image=4"],
         *[f"model.network.{part}.embed_dim=1024" for part in ("image", "text")],
         *["model.network.image.num_layers=12", "model.network.text.num_layers=4"],
@@ -44,7 +44,7 @@ SIZES: dict[str, list[str]] = {
     ],
     "diffusion": [
         *["data.size=20000", "data.image_size=64", "model.image_size=64", "pictures.resolution=64"],
-        *["model.pixel_unshuffle=2", "training.batch_size=128", "training.ema_decay=null"],
+        *["model.pixel_unshuffle=2", "training.batch_size=256", "training.ema_decay=null"],
         *["model.unet.block_out_channels=[256,512,512]", "model.unet.attention=[false,true,true]"],
         *["model.unet.layers_per_block=2", "model.unet.num_heads=8", "model.unet.norm_groups=32"],
         *["model.text_encoder.width=512", "model.text_encoder.num_layers=4", "model.text_encoder.num_heads=8"],
@@ -210,6 +210,7 @@ def figures(folder: Path, steps: int, first: int, options: Options) -> dict[str,
     clocks = [line["time"] for line in trained if line["step"] > first]
     return {
         "parameters": parameters(folder),
+        "batch": batch(folder.name, options),
         "loss, first and last": f"{trained[0]['loss']:.3f}, {trained[-1]['loss']:.3f}",
         **speed(clocks),
     }
@@ -219,6 +220,13 @@ def parameters(folder: Path) -> str:
     """How many are trained."""
     number = re.findall(r"training ([\d,]+) of [\d,]+ parameters", said(folder))[-1]
     return f"{int(number.replace(',', '')) / 1e6:.1f} M"
+
+
+def batch(recipe: str, options: Options) -> str:
+    """Pictures of a step, or tokens."""
+    words = dict(setting.removeprefix("training.batch_").split("=", 1) for setting in SIZES[recipe])
+    number = "as in the recipe" if options.tiny else f"{int(words.get('size') or words['tokens']):,}"
+    return f"{number} {'tokens' if recipe == 'translate' else 'pictures'}"
 
 
 def speed(clocks: list[dict[str, float]]) -> dict[str, str]:
