@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmattn.kernels.blocks import LOG2_E
 from mmattn.kernels.decode_kernels import add_splits_kernel, decode_kernel
-from mmattn.kernels.launch import Card, Launch, access_unit, card_of, early_argument, mask_arguments, tensor_arguments
+from mmattn.kernels.launch import Card, Launch, access_unit, card_of, mask_arguments, tensor_arguments
 from mmattn.kernels.plain import is_plain_call
 from mmattn.kernels.plans import Plans
 from mmattn.kernels.short_keys_configs import head_tiles
@@ -125,7 +125,6 @@ def decode_launches(
         HEAD_DIM=head_dim,
         DIM_TILES=dim_tiles(query.dtype, head_dim),
         UNIT=unit,
-        **early_argument(query.device),
     )
     is_split = num_splits > 1
     # What is not there is another tensor's pointer, never read.

@@ -19,7 +19,6 @@ import triton.language as tl
 
 from mmattn.kernels.blocks import (
     add_products,
-    begin,
     head_of,
     load_rows,
     load_rows_of,
@@ -59,14 +58,13 @@ def decode_kernel(
     scale, num_heads, group, num_queries, num_keys, num_chunks, num_splits, blocks_per_split, num_rows,
     HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_SPLIT: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, IS_EARLY: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
 ):  # fmt: skip
     """A program has one key/value head (`num_heads` of them) of one batch row, a share of its keys, and BLOCK_M of the
     queries of its group: all queries of the first head, then of the second. It walks over the keys.
 
     Writes the output, or, if keys are shared out, partial sums [S, R, D], largest scores and sums of weights [2, S, R].
     """
-    begin(IS_EARLY)
     kv_head, part, batch = place(num_heads, num_chunks * num_splits)
     batch = batch.to(tl.int64)
     chunk = part % num_chunks
@@ -125,10 +123,9 @@ def decode_kernel(
 def add_splits_kernel(
     partial_ptr, statistics_ptr, output_ptr, output_strides, num_heads, num_queries, num_splits, num_rows,
     HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, UNIT: tl.constexpr,
-    MOST_SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, IS_EARLY: tl.constexpr,
+    MOST_SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """A program adds up the shares of one row, BLOCK_S at a time; a row without keys gives zeros."""
-    begin(IS_EARLY)
     row = tl.program_id(0)
     position = row % num_queries
     head = row // num_queries % num_heads

@@ -31,7 +31,6 @@ from torch import Tensor
 from mmattn.kernels.blocks import (
     LOG2_E,
     add_products,
-    begin,
     load_keys,
     load_lse,
     load_rows_of,
@@ -43,7 +42,7 @@ from mmattn.kernels.blocks import (
     store_scaled,
     zero_blocks,
 )
-from mmattn.kernels.launch import SIZES, Launch, access_unit, card_of, early_argument, mask_arguments, tensor_arguments
+from mmattn.kernels.launch import SIZES, Launch, access_unit, card_of, mask_arguments, tensor_arguments
 from mmattn.kernels.short_keys_backward_queries import queries_launch
 from mmattn.kernels.short_keys_backward_split import split_launches
 from mmattn.kernels.short_keys_backward_sums import sum_launch
@@ -102,13 +101,12 @@ def keys_bwd_kernel(
     scale, num_batches, num_heads, group, num_queries, num_keys, num_splits,
     HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, KEY_TILES: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, IS_FUSED: tl.constexpr,
-    NUM_STAGES: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, IS_EARLY: tl.constexpr,
+    NUM_STAGES: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
 ):  # fmt: skip
     """Sums for the keys of one block over the queries of one split: partials [S, 2, B, H, Lk, D], keys then values.
 
     Fused, the block is all keys, and gradients of the queries are written too.
     """
-    begin(IS_EARLY)
     head, split, rest = place(num_heads, num_splits)
     batch = (rest % num_batches).to(tl.int64)
     first = (rest // num_batches) * BLOCK_N
@@ -224,7 +222,6 @@ def backward_launches(
         UNIT=unit,
         BLOCK_M=config.block_m,
         NUM_STAGES=config.num_stages,
-        **early_argument(query.device),
     )
     launches = []
     if not is_fused:

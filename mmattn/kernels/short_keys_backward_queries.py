@@ -17,7 +17,6 @@ from torch import Tensor
 from mmattn.kernels.blocks import (
     LOG2_E,
     add_products,
-    begin,
     head_of,
     load_lse,
     load_rows,
@@ -64,10 +63,9 @@ def queries_bwd_kernel(
     scale, num_heads, group, num_queries, num_keys, num_chunks,
     HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, LAST_TILES: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, NUM_STAGES: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, IS_EARLY: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of queries over all keys, and delta [B, H, Lq] from the output."""
-    begin(IS_EARLY)
     head, chunk, batch = place(num_heads, num_chunks)
     start = (chunk * BLOCK_M).to(tl.int64)
     batch = batch.to(tl.int64)

@@ -23,7 +23,6 @@ from torch import Tensor
 from mmattn.kernels.blocks import (
     LOG2_E,
     add_products,
-    begin,
     head_of,
     load_keys,
     load_lse,
@@ -40,7 +39,6 @@ from mmattn.kernels.launch import (
     Launch,
     access_unit,
     card_of,
-    early_argument,
     mask_arguments,
     tensor_arguments,
 )
@@ -147,11 +145,10 @@ def split_bwd_kernel(
     scale, num_batches, num_heads, group, num_queries, num_keys, num_splits,
     HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, KEY_TILES: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, ROW_BLOCKS: tl.constexpr, NUM_STAGES: tl.constexpr, IS_WHOLE: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr, IS_EARLY: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_ATTN_MASK: tl.constexpr,
 ):  # fmt: skip
     """One gradient of one head: first the programs of all keys' gradients, which take longest, then the values', then
     the queries'."""
-    begin(IS_EARLY)
     head, batch, part = place(num_heads, num_batches)
     batch = batch.to(tl.int64)
     key, value, is_key = load_keys(
@@ -245,7 +242,6 @@ def split_launches(
         ROW_BLOCKS=row_blocks,
         NUM_STAGES=config.num_stages,
         IS_WHOLE=is_whole,
-        **early_argument(query.device),
     )
     programs = heads * batch * (2 * num_splits + ceil_div(num_queries, config.block_m))
     return Launch(split_bwd_kernel, programs, arguments, config.num_warps, config.num_stages), *adding

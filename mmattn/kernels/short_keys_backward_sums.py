@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmattn.kernels.blocks import begin
-from mmattn.kernels.launch import SIZES, Launch, card_of, early_argument, tensor_arguments
+from mmattn.kernels.launch import SIZES, Launch, card_of, tensor_arguments
 from mmattn.kernels.tiles import ceil_div, power_of_two
 
 # Sums that are added at once by one program: four of each thread, of as many parts.
@@ -26,10 +25,8 @@ def sum_partials_kernel(
     partials_ptr, grad_key_ptr, grad_value_ptr, grad_key_strides, grad_value_strides,
     num_batches, num_heads, group, num_keys, num_parts, num_blocks,
     HEAD_DIM: tl.constexpr, STEPS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values as sums over splits and over the query heads of a group, in a fixed order."""
-    begin(IS_EARLY)
     program = tl.program_id(0)
     elements = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
     rest = program // num_blocks
@@ -86,6 +83,5 @@ def sum_launch(partials: Tensor, grad_key: Tensor, grad_value: Tensor) -> Launch
         STEPS=ceil_div(num_parts, block_parts),
         BLOCK_PARTS=block_parts,
         BLOCK=block,
-        **early_argument(partials.device),
     )
     return Launch(sum_partials_kernel, num_blocks * matrices, arguments, block // _LEAST_SUM_BLOCK, 1)

@@ -23,10 +23,10 @@ from mmattn.ops.table import BackendTable, Explanation, describe
 
 # Adding a backend is one file in `backends/` and one row here. "auto" takes the first row that can serve.
 TABLE: tuple[Backend, ...] = (
-    triton.BACKEND,
-    triton_decode.BACKEND,
     triton_packed.BACKEND,
     varlen.BACKEND,
+    triton.BACKEND,
+    triton_decode.BACKEND,
     flash.BACKEND,
     sdpa.BACKEND,
     flex.BACKEND,
