@@ -9,7 +9,7 @@ import torch
 from mmattn.errors import BackendError
 from mmattn.ops import limits, registry
 from mmattn.ops.attention import attention
-from mmattn.ops.backends import eager, triton
+from mmattn.ops.backends import eager, triton, triton_decode, varlen
 from mmattn.ops.limits import AutoShape, Backend, Limits
 from mmattn.ops.observe import observing
 from mmattn.ops.replay import is_replayed, replayed
@@ -212,13 +212,15 @@ UNETS = [(8, 4096, 40), (8, 1024, 80), (8, 256, 160), (10, 4096, 64), (20, 1024,
 
 @pytest.fixture
 def on_a_card(monkeypatch):
-    """Would "auto" take the triton row on a Hopper card?"""
+    """Would "auto" take a row, triton's by default, on a Hopper card?"""
     monkeypatch.setattr(limits, "_capability", lambda device: (9, 0))
 
-    def is_covered(heads, queries, keys, head_dim, batch=2, dtype=torch.bfloat16, has_grad=False, **masks):
+    def is_covered(
+        heads, queries, keys, head_dim, batch=2, dtype=torch.bfloat16, has_grad=False, row=triton.BACKEND, **masks
+    ):
         query = torch.empty(batch, heads, queries, head_dim, dtype=dtype, device="meta", requires_grad=has_grad)
         key = torch.empty(batch, heads, keys, head_dim, dtype=dtype, device="meta")
-        return is_taken(triton.BACKEND.auto_shapes, query, key, key, **masks)
+        return is_taken(row.auto_shapes, query, key, key, **masks)
 
     return is_covered
 
@@ -240,12 +242,59 @@ def test_text_without_a_mask_where_it_is_replayed(on_a_card, batch, heads, queri
         assert not on_a_card(heads, queries + 1, 77, head_dim, **sizes)
 
 
-def test_large_batches_without_a_mask_or_gradients(on_a_card):
+def test_large_batches_without_a_mask(on_a_card):
     assert not on_a_card(8, 4096, 77, 40, batch=15)
     assert on_a_card(8, 4096, 77, 40, batch=16)
     assert on_a_card(8, 4096, 77, 40, batch=64)
     assert not on_a_card(8, 4096, 77, 40, batch=16, has_grad=True)
-    assert not on_a_card(10, 4096, 77, 64, batch=16)
+    for has_grad in (False, True):
+        assert not on_a_card(10, 4096, 77, 64, batch=15, has_grad=has_grad)
+        assert on_a_card(10, 4096, 77, 64, batch=16, has_grad=has_grad)
+
+
+@pytest.mark.parametrize(("heads", "queries", "head_dim"), [(8, 256, 160), (20, 1024, 64)])
+def test_large_batches_without_a_mask_where_they_are_replayed(on_a_card, heads, queries, head_dim):
+    """The backward gains at sizes where the forward does not."""
+    assert not on_a_card(heads, queries, 77, head_dim, batch=16, has_grad=True)
+    with replayed():
+        assert on_a_card(heads, queries, 77, head_dim, batch=16, has_grad=True)
+        assert not on_a_card(heads, queries, 77, head_dim, batch=17, has_grad=True)
+        assert not on_a_card(heads, queries, 77, head_dim, batch=16)
+
+
+@pytest.mark.parametrize(("heads", "keys", "head_dim", "batch"), [(16, 300, 72, 16), (24, 512, 128, 2)])
+def test_padded_text_in_training(on_a_card, heads, keys, head_dim, batch):
+    mask = torch.empty(batch, keys, dtype=torch.bool, device="meta")
+    sizes = (heads, 4096, keys, head_dim, batch)
+    assert on_a_card(*sizes, has_grad=True, key_mask=mask, row=varlen.BACKEND)
+    assert not on_a_card(*sizes, key_mask=mask, row=varlen.BACKEND)
+    assert not on_a_card(*sizes, has_grad=True, row=varlen.BACKEND)
+    assert not on_a_card(heads, 4096, keys, head_dim, 1, has_grad=True, key_mask=mask[:1], row=varlen.BACKEND)
+    with replayed():
+        assert on_a_card(*sizes, key_mask=mask, row=varlen.BACKEND) is (head_dim == 72)
+    # Its row comes before that of the kernels for short keys, which serve such calls too.
+    names = [row.name for row in registry.TABLE]
+    assert names.index("varlen") < names.index("triton")
+    # And of packed sequences the shorter have theirs before it.
+    assert names.index("triton_packed") < names.index("varlen")
+
+
+def test_steps_of_decoding(on_a_card):
+    row = {"row": triton_decode.BACKEND}
+    key_mask = torch.empty(2, 257, dtype=torch.bool, device="meta")
+    boolean = torch.empty(1, 257, dtype=torch.bool, device="meta")
+    for masks in ({"key_mask": key_mask}, {"attn_mask": boolean}, {"key_mask": key_mask, "attn_mask": boolean}):
+        assert on_a_card(16, 1, 257, 64, **masks, **row)
+        assert on_a_card(32, 8, 257, 128, **masks, **row)
+        assert not on_a_card(16, 9, 257, 64, **masks, **row)
+        assert not on_a_card(16, 1, 257, 72, **masks, **row)
+        assert not on_a_card(16, 1, 257, 64, has_grad=True, **masks, **row)
+        assert not on_a_card(16, 1, 257, 64, dtype=torch.float32, **masks, **row)
+    assert not on_a_card(16, 1, 257, 64, attn_mask=boolean.float(), **row)
+    assert not on_a_card(16, 4, 257, 64, **row)
+    with replayed():
+        assert on_a_card(16, 4, 257, 64, **row)
+        assert not on_a_card(16, 1, 257, 64, **row)
 
 
 @pytest.mark.parametrize(("heads", "keys", "head_dim"), [(16, 300, 72), (16, 257, 72), (8, 77, 40), (10, 80, 64)])

@@ -15,7 +15,7 @@ from mmattn.ops.backends import sdpa
 from mmattn.ops.observe import observing
 from mmattn.ops.registry import TABLE, backends, checkpoint_contexts, explain, use_backend
 
-NAMES = ["triton", "triton_decode", "triton_packed", "varlen", "flash", "sdpa", "flex", "eager"]
+NAMES = ["triton_packed", "varlen", "triton", "triton_decode", "flash", "sdpa", "flex", "eager"]
 
 
 @pytest.fixture
