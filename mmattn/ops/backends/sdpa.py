@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -245,7 +246,7 @@ def _kernel(
     heads, kv_heads = shape[1], key.shape[1]
     is_grouped = False
     if heads != kv_heads:  # asked, so that the flag is a plain one when sizes are traced, too
-        if not is_causal and not _is_served_in_groups(query, key, value, mask):
+        if not is_causal and not _is_served_in_groups(query, key, value, mask, request.dropout_p):
             query, mask = _fold(query, mask, kv_heads)
         elif _repeats_groups(query):
             key, value = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (key, value))
@@ -283,22 +284,36 @@ def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
 _MOST_GROUPED_HEAD_DIM = 128
 
 
-def _is_served_in_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Will a fast kernel that knows grouped heads take the call as it is?"""
+def _is_served_in_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
+    """Will a fast kernel that knows grouped heads take the call as it is? Where none does, torch takes its slowest."""
     if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     head_dim = query.shape[3]
     if _wants_grad(query, key, value) or head_dim > _MOST_GROUPED_HEAD_DIM or head_dim % 8:
         return False
     has_flash, has_cudnn = _know_groups(query.device)
-    return has_cudnn if mask is not None else has_flash or has_cudnn
+    if has_flash and mask is None:
+        return True
+    # What cuDNN refuses. (Of dropout only some: nobody wants it without gradients.)
+    return has_cudnn and key.shape[2] > 1 and dropout_p == 0.0 and not (mask is not None and mask.requires_grad)
 
 
 @torch.compiler.assume_constant_result
 def _know_groups(device: torch.device) -> tuple[bool, bool]:
-    """Whether the caller has flash enabled, and cuDNN, which torch prefers on compute capability 9 alone."""
-    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
-    return torch.backends.cuda.flash_sdp_enabled(), is_hopper and torch.backends.cuda.cudnn_sdp_enabled()
+    """Whether flash serves such calls here, and cuDNN: the card and the caller's settings allow it."""
+    if not torch.cuda.is_available():
+        return False, False
+    major = torch.cuda.get_device_capability(device)[0]
+    backends = torch.backends.cuda
+    has_flash = major >= 8 and backends.flash_sdp_enabled() and backends.is_flash_attention_available()
+    return has_flash, major == 9 and backends.cudnn_sdp_enabled() and _is_cudnn_preferred()
+
+
+def _is_cudnn_preferred() -> bool:
+    """Does torch ask cuDNN first? Else its slowest kernel comes before (pytorch issue 169849: wheels for CUDA 12)."""
+    if torch.get_deterministic_debug_mode() == 2 or os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == "1":
+        return False
+    return (torch.backends.cudnn.version() or 0) > 91500
 
 
 def _repeats_groups(query: Tensor) -> bool:
