@@ -87,7 +87,7 @@ def _queue_copy(told: Tensor) -> Any:
     host = torch.empty_like(told, device="cpu", pin_memory=True)
     host.copy_(told, non_blocking=True)
     done = torch.cuda.Event()
-    done.record()
+    done.record(torch.cuda.current_stream(told.device))  # which may be another card than the current one
 
     def read() -> list[float]:
         done.synchronize()

@@ -45,7 +45,7 @@ TOP = 40
 CLASSES: tuple[tuple[str, str], ...] = (
     ("nccl", r"nccl"),
     ("layout changes", r"nchwToNhwc|nhwcToNchw|[Tt]ranspose"),
-    ("attention", r"flash|fmha|sdpa|attention|(packed|resident|streamed|queries|keys)_(fwd|bwd|maps)|sum_partials"),
+    ("attention", r"flash|fmha|sdpa|attention|(packed|resident|streamed|queries|keys|split)_(fwd|bwd|maps)|partials"),
     ("optimizer, clipping, averages", r"multi_tensor_apply|[Aa]dam|LpNorm"),
     ("compiled pointwise", r"^triton_poi"),
     ("compiled reductions", r"^triton_(red|per)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmattn.training import ahead, read_metrics, train
 from mmattn.training.ahead import fused_adamw
@@ -97,3 +98,17 @@ def test_what_has_to_be_looked_at_first(monkeypatch):
         pass
 
     assert fused_adamw(adamw, Pieces(task.model, accelerator), accelerator) is None
+
+
+def test_figures_are_waited_for_on_the_card_where_they_are(monkeypatch):
+    recorded = []
+
+    class Event:
+        def record(self, stream=None):
+            recorded.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"of {device}")
+    with FakeTensorMode():
+        ahead._queue_copy(torch.empty(3, dtype=torch.float64, device="cuda:1"))
+    assert recorded == ["of cuda:1"]
