@@ -59,6 +59,9 @@ def test_a_bad_batch_is_skipped_in_bf16(tmp_path):
 @pytest.mark.gpu
 @needs_gpu
 def test_steps_that_are_queued_before_they_are_looked_at_are_the_same(tmp_path, monkeypatch):
+    count, step_ahead = [], ahead.step_ahead
+    monkeypatch.setattr("mmattn.training.step.step_ahead", lambda *given: count.append(1) or step_ahead(*given))
+
     def run(name):
         task = ToyTask(bad=[3])
         train(task, toy_config(tmp_path / name, device="auto", mixed_precision="bf16", max_steps=12))
@@ -66,8 +69,11 @@ def test_steps_that_are_queued_before_they_are_looked_at_are_the_same(tmp_path, 
         return task.model.state_dict(), [(line["step"], line["kind"]) for line in lines]
 
     (queued, lines) = run("queued")
+    assert len(count) == 12
     monkeypatch.setattr(ahead, "_AHEAD", ())
     looked, expected = run("looked")
+    assert len(count) == 12
     assert lines == expected
+    assert "skipped" in {kind for _, kind in lines}
     for name, value in looked.items():
         torch.testing.assert_close(queued[name], value, rtol=1e-3, atol=1e-4)
