@@ -18,9 +18,14 @@ def shared_input(x: Tensor, *linears: nn.Module | None) -> Tensor:
 
     Args:
         x: their input.
-        *linears: all of them. Anything else than plain Linears, such as an adapter, may want x as it is, and gets it.
+        *linears: all of them. Anything else than plain Linears, such as an adapter, or a hook on one of them, may want
+            x as it is, and gets it.
     """
     device = x.device.type
     if device not in _CASTS_ONCE or x.dtype is not torch.float32 or not torch.is_autocast_enabled(device):
         return x
-    return x.to(torch.get_autocast_dtype(device)) if all(type(linear) is nn.Linear for linear in linears) else x
+    return x.to(torch.get_autocast_dtype(device)) if all(map(_is_plain, linears)) else x
+
+
+def _is_plain(module: nn.Module | None) -> bool:
+    return type(module) is nn.Linear and not module._forward_pre_hooks and not module._forward_hooks

@@ -149,7 +149,7 @@ class AutoShape:
         batch, heads, num_queries, _ = request.query.shape
         # The card first: torch.compile guards what it compiles by the sizes that are looked at.
         return (
-            _capability(request.query.device) in self.capabilities
+            compute_capability(request.query.device) in self.capabilities
             and num_queries in self.queries
             and self.heads[0] <= batch * heads <= self.heads[1]
             and self.keys[0] <= request.key.shape[2] <= self.keys[1]
@@ -157,7 +157,8 @@ class AutoShape:
 
 
 @torch.compiler.assume_constant_result
-def _capability(device: torch.device) -> tuple[int, int]:
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device."""
     return _capability_of(device)
 
 
@@ -194,8 +195,8 @@ class Backend:
         unusable: why it cannot be used on this machine, per device type of `limits`; None when it can.
         run_packed: serves packed sequences, as `run` does padded ones; returns output [N, H, D]. None where it knows
             none: `packed_attention` pads for it. "auto" takes the first row that has one and can serve.
-        auto_packed_mean_keys: "auto" takes it for packed sequences of at most so many keys on the average; for all when
-            None.
+        auto_packed_mean_keys: "auto" takes it for packed sequences of at most so many keys on the average, which may
+            depend on the call's card, types and sizes; for all when None.
         run_with_maps: as `run`, with the same output bit for bit, and the weights that an observer asks for from the
             same pass. None where it has none.
         auto_devices: device types where "auto" may choose it.
@@ -213,7 +214,7 @@ class Backend:
     auto_note: str = ""
     auto_shapes: tuple[AutoShape, ...] | None = None
     run_packed: Callable[[PackedRequest], Tensor] | None = None
-    auto_packed_mean_keys: int | None = None
+    auto_packed_mean_keys: Callable[[PackedRequest], int] | None = None
     run_with_maps: Callable[[Request, MapsAsked], tuple[Tensor, SamePassMaps]] | None = None
     known_bad: tuple[KnownBad, ...] = ()
     packages: tuple[str, ...] = field(default=("torch",))
@@ -245,12 +246,12 @@ class Backend:
     def suits_packed(self, request: PackedRequest) -> bool:
         """May "auto" choose it for packed sequences of these lengths?"""
         most = self.auto_packed_mean_keys
-        return most is None or request.key.shape[0] <= most * len(request.key_segments)
+        return most is None or request.key.shape[0] <= most(request) * len(request.key_segments)
 
     def auto_queries(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> set[int]:
         """Numbers of queries of those of `auto_shapes` that were measured on such a device, with such heads."""
         shapes = [each for each in self.auto_shapes or () if dtype in each.dtypes and head_dim in each.head_dims]
-        return {number for each in shapes if _capability(device) in each.capabilities for number in each.queries}
+        return {number for each in shapes if compute_capability(device) in each.capabilities for number in each.queries}
 
     def auto_size_refusals(self, request: Request, traits: Traits) -> list[str]:
         """Why "auto" does not choose it for this call, of which it may choose some."""

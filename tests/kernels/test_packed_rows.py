@@ -1,12 +1,14 @@
 """The kernels for packed rows on Triton's interpreter, against the float64 specification under the tolerance rule."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mmattn.errors import BackendError
 from mmattn.ops.attention import attention
+from mmattn.ops.backends import triton_packed
 from mmattn.ops.packed import packed_attention
 from mmattn.ops.registry import TABLE
 from mmattn.ops.segments import Segments
@@ -233,9 +235,8 @@ def test_refusals():
 
 
 def test_auto_takes_it_for_short_sequences_only(monkeypatch):
-    seen = []
+    seen, most = [], triton_packed.AUTO_PACKED_MEAN_KEYS
     row = next(row for row in TABLE if row.name == "triton_packed")
-    assert row.auto_packed_mean_keys is not None
 
     def spy(request):
         seen.append(request.key.shape[0])
@@ -244,7 +245,22 @@ def test_auto_takes_it_for_short_sequences_only(monkeypatch):
     spied = tuple(dataclasses.replace(each, run_packed=spy) if each is row else each for each in TABLE)
     monkeypatch.setattr("mmattn.ops.registry.TABLE", spied)
     # Queries are long in both: it is keys that count.
-    for keys in (row.auto_packed_mean_keys, row.auto_packed_mean_keys + 1):
+    for keys in (most, most + 1):
         case = Packed((3, 599), (keys - 1, keys + 1), 1, 1, 8)
         packed_attention(*case.rows(torch.float32), *case.segments())
-    assert seen == [2 * row.auto_packed_mean_keys]
+    assert seen == [2 * most]
+
+
+def test_auto_takes_it_for_longer_ones_where_those_were_measured(monkeypatch):
+    """Half types, heads up to 64, a Hopper card: looked at in calls on a card that is not there."""
+    monkeypatch.setattr(triton_packed, "compute_capability", lambda device: (9, 0))
+    few, many = triton_packed.AUTO_PACKED_MEAN_KEYS, triton_packed.AUTO_PACKED_MEAN_KEYS_MEASURED
+
+    def most(head_dim, dtype, is_cuda=True):
+        key = SimpleNamespace(is_cuda=is_cuda, dtype=dtype, shape=(100, 2, head_dim), device="cuda")
+        return triton_packed.BACKEND.auto_packed_mean_keys(SimpleNamespace(key=key))
+
+    assert most(64, torch.bfloat16) == most(40, torch.float16) == many > few
+    assert most(72, torch.bfloat16) == most(64, torch.float32) == most(64, torch.bfloat16, is_cuda=False) == few
+    monkeypatch.setattr(triton_packed, "compute_capability", lambda device: (8, 0))
+    assert most(64, torch.bfloat16) == few

@@ -81,5 +81,11 @@ def test_a_cpu_and_what_is_no_plain_linear_keep_their_input(monkeypatch):
         monkeypatch.setattr(shared_inputs, "_CASTS_ONCE", ("cpu",))
         assert shared_input(x, linear).dtype is torch.bfloat16
         assert shared_input(x, linear, Adapted(4, 4)) is x
+        hooked = nn.Linear(4, 4)
+        for register in (hooked.register_forward_hook, hooked.register_forward_pre_hook):
+            hook = register(print)
+            assert shared_input(x, linear, hooked) is x
+            hook.remove()
+        assert shared_input(x, linear, hooked).dtype is torch.bfloat16
         assert shared_input(x.double(), linear).dtype is torch.float64
     assert shared_input(x, linear) is x

@@ -59,7 +59,7 @@ def table(monkeypatch):
         monkeypatch.setattr(registry, "_CHOICES", {})
 
     install(SHAPE)
-    monkeypatch.setattr(limits, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(limits, "compute_capability", lambda device: (9, 0))
     return install
 
 
@@ -130,7 +130,7 @@ def test_other_cards_and_gradients(monkeypatch):
     shape = dataclasses.replace(SHAPE, with_grad=False)
     for has_grad, expected in ((False, True), (True, False)):
         assert is_taken([shape], *call(has_grad=has_grad)) is expected
-    monkeypatch.setattr(limits, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(limits, "compute_capability", lambda device: (8, 0))
     assert used(*call()) == "sdpa"
 
 
@@ -213,7 +213,7 @@ UNETS = [(8, 4096, 40), (8, 1024, 80), (8, 256, 160), (10, 4096, 64), (20, 1024,
 @pytest.fixture
 def on_a_card(monkeypatch):
     """Would "auto" take a row, triton's by default, on a Hopper card?"""
-    monkeypatch.setattr(limits, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(limits, "compute_capability", lambda device: (9, 0))
 
     def is_covered(
         heads, queries, keys, head_dim, batch=2, dtype=torch.bfloat16, has_grad=False, row=triton.BACKEND, **masks

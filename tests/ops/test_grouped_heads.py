@@ -36,10 +36,12 @@ def machine(monkeypatch):
     return Machine(monkeypatch)
 
 
-def served(*, num_keys=77, head_dim=64, dtype=torch.bfloat16, has_mask=False, dropout_p=0.0, mask_has_grad=False):
+def served(
+    *, num_queries=1, num_keys=77, head_dim=64, dtype=torch.bfloat16, has_mask=False, dropout_p=0.0, mask_has_grad=False
+):
     """What is said of a call of 8 heads in 2 groups."""
     with FakeTensorMode():
-        query = torch.empty(2, 8, 1, head_dim, dtype=dtype, device="cuda")
+        query = torch.empty(2, 8, num_queries, head_dim, dtype=dtype, device="cuda")
         key = torch.empty(2, 2, num_keys, head_dim, dtype=dtype, device="cuda")
         mask = torch.empty(2, 1, 1, num_keys, dtype=dtype, device="cuda") if has_mask else None
         if mask is not None and mask_has_grad:
@@ -68,6 +70,7 @@ def test_cards(machine):
 
 def test_calls(machine):
     assert both() == both(dtype=torch.float16) == both(head_dim=128) == (True, True)
+    assert both(num_queries=2) == (False, False)
     assert both(dtype=torch.float32) == both(head_dim=60) == both(head_dim=160) == (False, False)
     # What cuDNN refuses.
     assert both(num_keys=1) == both(dropout_p=0.1) == (True, False)

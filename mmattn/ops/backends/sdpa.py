@@ -289,7 +289,8 @@ def _is_served_in_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor
     if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     head_dim = query.shape[3]
-    if _wants_grad(query, key, value) or head_dim > _MOST_GROUPED_HEAD_DIM or head_dim % 8:
+    # Of several queries a head they are slower: flash has one program for all of them, once they are folded.
+    if query.shape[2] != 1 or _wants_grad(query, key, value) or head_dim > _MOST_GROUPED_HEAD_DIM or head_dim % 8:
         return False
     has_flash, has_cudnn = _know_groups(query.device)
     if has_flash and mask is None:

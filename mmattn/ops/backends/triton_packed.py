@@ -9,16 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmattn.ops.limits import Backend, Limits
+from mmattn.ops.limits import Backend, Limits, compute_capability
 from mmattn.ops.request import Request
 from mmattn.ops.segments import PackedRequest
 from mmattn.ops.triton_missing import triton_missing
 from mmattn.ops.unpadded import Rows, attend_unpadded
 
 # "auto" leaves packed sequences of more keys than this on the average to kernels for long ones; 0 switches these off.
-# Measured on an H200, heads of 64: at 11 keys 9 times as fast as varlen forward and 11 times with the backward, at 200
-# still 1.6 times.
-AUTO_PACKED_MEAN_KEYS = 200
+# Varlen's time goes with the number of sequences, that of these kernels hardly. Measured on an H200, heads of 64, in
+# bfloat16: at 11 keys 9 times as fast as varlen forward and 11 times with the backward, at 64 keys 2.1 and 2.5 times,
+# at 200 still 1.6 times. Elsewhere an estimate.
+AUTO_PACKED_MEAN_KEYS = 48
+AUTO_PACKED_MEAN_KEYS_MEASURED = 200
 
 
 def run(request: Request) -> tuple[Tensor, None]:
@@ -61,6 +63,14 @@ def _attend_rows(rows: Rows) -> Tensor:
     return attend(rows.query, rows.key, rows.value, *places, rows.is_causal, rows.scale)
 
 
+def _auto_mean_keys(request: PackedRequest) -> int:
+    key = request.key
+    is_measured = key.is_cuda and key.dtype in (torch.bfloat16, torch.float16) and key.shape[2] <= 64
+    if is_measured and compute_capability(key.device) == (9, 0):
+        return AUTO_PACKED_MEAN_KEYS_MEASURED
+    return AUTO_PACKED_MEAN_KEYS
+
+
 _MASKS = ("causal", "key")
 
 BACKEND = Backend(
@@ -81,6 +91,6 @@ BACKEND = Backend(
     auto_devices=(),
     auto_note="packed sequences that are short take it by themselves; padded calls, where padding is cut off first, "
     "only by its name",
-    auto_packed_mean_keys=AUTO_PACKED_MEAN_KEYS,
+    auto_packed_mean_keys=_auto_mean_keys,
     packages=("torch", "triton"),
 )
