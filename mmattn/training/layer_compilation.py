@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 import types
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from mmattn.training.task import Task
 BACKEND = "inductor"
 # One code, of ResNet blocks for instance, serves layers of more widths and resolutions than torch would compile it for.
 _MOST_KINDS = 64
+_INNERMOST = 5
 
 
 class LayerCompilation:
@@ -33,26 +36,17 @@ class LayerCompilation:
     Args:
         task: Says which layers.
         model: The task's model, or a copy of it.
-        larger: Further classes to be compiled, `Task.compiled_layers`.
 
     Raises:
         UsageError: when the task names no layers, or the model has none of them.
     """
 
-    def __init__(self, task: Task, model: nn.Module, larger: tuple[type[nn.Module], ...] = ()) -> None:
-        layers = required_layers(task, model, "torch_compile", larger)
+    def __init__(self, task: Task, model: nn.Module) -> None:
+        layers = required_layers(task, model, "torch_compile")
         self._own = OwnForwards(layers.values())
         compiled: dict[Hashable, Callable[..., Any]] = {}
         for name, layer in layers.items():
-            # Larger parts differ from each other, at the least by the size of their pictures, and what is shared is
-            # compiled for any size from its second one on.
-            layer.forward = _Compiled(
-                layer.forward,
-                name,
-                compiled,
-                is_shared=not isinstance(layer, larger),
-                has_convolutions=any(isinstance(part, nn.Conv2d) for part in layer.modules()),
-            )
+            layer.forward = _Compiled(layer.forward, name, compiled)
 
     def undo(self) -> None:
         """Give the layers their own `forward` back."""
@@ -60,19 +54,10 @@ class LayerCompilation:
 
 
 class _Compiled:
-    """A layer's `forward`; `compiled` is of one run, and its layers that are shared share what is in it."""
+    """A layer's `forward`; `compiled` is shared by the layers of one run."""
 
-    def __init__(
-        self,
-        forward: Callable[..., Any],
-        name: str,
-        compiled: dict[Hashable, Callable[..., Any]],
-        *,
-        is_shared: bool,
-        has_convolutions: bool,
-    ) -> None:
+    def __init__(self, forward: Callable[..., Any], name: str, compiled: dict[Hashable, Callable[..., Any]]) -> None:
         self.forward, self.name, self._compiled = forward, name, compiled
-        self._is_shared, self._has_convolutions = is_shared, has_convolutions
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Recording and steering look into calls, which a compiled layer does not show.
@@ -83,26 +68,28 @@ class _Compiled:
                 return self._run(args, kwargs)
         except TorchDynamoException as error:
             reason = " ".join(str(error).split("\n\n")[0].split())
-            raise RunError(f"training.torch_compile: layer {self.name} cannot be compiled: {reason}") from error
+            raise RunError(
+                f"training.torch_compile: layer {self.name} cannot be compiled: {reason} (from {_places(error)}; "
+                "--debug shows the traceback)"
+            ) from error
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # What `use_backend` says is compiled in without a guard.
         choice = (selected("self"), selected("cross"), selected(None))
-        key = (choice, "" if self._is_shared else self.name, self._options())
         if isinstance(self.forward, types.MethodType) and isinstance(self.forward.__func__, types.FunctionType):
             function, layer = self.forward.__func__, self.forward.__self__
-            return self._of((function, *key), lambda: with_own_code(function))(layer, *args, **kwargs)
-        return self._of((self.forward, *key), lambda: self.forward)(*args, **kwargs)
+            return self._of((function, choice), lambda: with_own_code(function))(layer, *args, **kwargs)
+        return self._of((self.forward, choice), lambda: self.forward)(*args, **kwargs)
 
-    def _options(self) -> tuple[str, ...]:
-        """Inductor's settings that are on for this layer."""
-        # Tensor cores take half floats with channels last. Inductor gives them pictures that way, but not in a graph
-        # with a convolution that halves its channels, which U-Nets' decoders have, and not of sizes that vary (2.11).
-        wants = self._has_convolutions and BACKEND == "inductor" and torch.is_autocast_enabled("cuda")
-        return ("force_layout_optimization",) if wants else ()
-
-    def _of(self, key: tuple[Any, ...], function: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    def _of(self, key: Hashable, function: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
         if key not in self._compiled:
-            options: dict[str, Any] | None = dict.fromkeys(key[-1], True) or None
-            self._compiled[key] = torch.compile(function(), backend=BACKEND, options=options)
+            self._compiled[key] = torch.compile(function(), backend=BACKEND)
         return self._compiled[key]
+
+
+def _places(error: BaseException) -> str:
+    """The innermost lines that an error came from: compiling again for a traceback may take long."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    frames = traceback.extract_tb(error.__traceback__)[: -_INNERMOST - 1 : -1]
+    return ", ".join(f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}" for frame in frames)

@@ -78,7 +78,7 @@ class WholeModel(PreparedModel):
     """
 
     def __init__(self, task: Task, config: TrainingConfig, accelerator: Accelerator, closing: ExitStack) -> None:
-        wrap_layers(task, task.model, config, closing, is_whole=True)
+        wrap_layers(task, task.model, config, closing)
         _give_back_later(task.model, closing)
         self._adamw = make_optimizer(task.model, config, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(task.model, self._adamw)
@@ -113,9 +113,7 @@ class WholeModel(PreparedModel):
         return ""
 
 
-def wrap_layers(
-    task: Task, model: nn.Module, config: TrainingConfig, closing: ExitStack, *, is_whole: bool = False
-) -> None:
+def wrap_layers(task: Task, model: nn.Module, config: TrainingConfig, closing: ExitStack) -> None:
     """Compile the repeated layers, and compute their activations anew, as the settings say, until `closing`.
 
     Args:
@@ -123,15 +121,12 @@ def wrap_layers(
         model: The task's model, or a copy of it.
         config: The settings.
         closing: Takes both off again, also when something later is refused.
-        is_whole: Layers will not be sharded.
 
     Raises:
         UsageError: when the layers do not allow it.
     """
     if config.torch_compile:
-        # What happens around a layer, its shards put together or its second pass, is not for the compiler.
-        larger = task.compiled_layers if is_whole and not config.activation_checkpointing else ()
-        closing.callback(LayerCompilation(task, model, larger).undo)
+        closing.callback(LayerCompilation(task, model).undo)
     if config.activation_checkpointing:
         closing.callback(ActivationCheckpointing(task, model).undo)
 

@@ -20,21 +20,13 @@ def repeated_layers(task: Task, model: nn.Module) -> dict[str, nn.Module]:
     return dict(_outermost(model, "", task.repeated_layers))
 
 
-def required_layers(
-    task: Task, model: nn.Module, setting: str, larger: tuple[type[nn.Module], ...] = ()
-) -> dict[str, nn.Module]:
+def required_layers(task: Task, model: nn.Module, setting: str) -> dict[str, nn.Module]:
     """As `repeated_layers`, for a setting of a run that is nothing without them.
-
-    Args:
-        task: Says the classes.
-        model: The task's model, or a copy of it.
-        setting: In `training`.
-        larger: Further classes.
 
     Raises:
         UsageError: when the task names no layers, or the model has none of them.
     """
-    layers = dict(_outermost(model, "", (*larger, *task.repeated_layers)))
+    layers = repeated_layers(task, model)
     if not layers:
         named = ", ".join(kind.__name__ for kind in task.repeated_layers) or "none"
         raise UsageError(

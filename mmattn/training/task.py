@@ -78,9 +78,6 @@ class Task(ABC):
         repeated_layers: Classes of the layers that the model repeats. Each such layer is sharded by itself, and with
             `TrainingConfig.activation_checkpointing` computed anew in the backward pass. All of its parameters have to
             be used through its `forward`.
-        compiled_layers: Classes of larger parts that `TrainingConfig.torch_compile` compiles as one, where their layers
-            are neither sharded nor computed anew: of those what lies between the layers becomes a part of it. Where
-            there are none, `repeated_layers` are compiled, and so are those outside of them.
         not_for_workers: Attributes that data workers do without: what is not needed by `collate`.
         stream: How the examples lie, where they are read from shards while training: their order is then that of
             `window_order.WindowOrder`. `lengths` may then be mapped from a file; an example with zeros is left out.
@@ -94,7 +91,6 @@ class Task(ABC):
     lengths: np.ndarray | None = None
     groups: np.ndarray | None = None
     repeated_layers: tuple[type[nn.Module], ...] = ()
-    compiled_layers: tuple[type[nn.Module], ...] = ()
     not_for_workers: tuple[str, ...] = ("model",)
     stream: StreamLayout | None = None
 

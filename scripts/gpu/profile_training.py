@@ -5,8 +5,9 @@ is; of those, three are timed as they are, and three by torch.profiler. Nothing 
 
 A job's name is a recipe's with what is changed of it: `compiled` (as `--compiled`: training.torch_compile), `looked`
 (the loss and the norm are looked at before the optimiser is asked to step), `uncast` (every product casts its input for
-itself), `nhwc` (every convolution in channels-last), `layers` (of the U-Net not whole levels are compiled, but its
-layers), `unforced` (inductor decides how pictures are laid out), `benchmark` (cuDNN tries its convolutions).
+itself), `nhwc` (every convolution in channels-last), `levels` (of the U-Net whole levels are compiled, each for its own
+size of picture), `forced` (pictures of compiled levels are laid out in channels-last, which inductor does not do in all
+of them), `benchmark` (cuDNN tries its convolutions).
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ CHANGED = ("", f"-{COMPILED}", "-looked", "-uncast", "-looked-uncast", f"-{COMPI
 JOBS = (
     *(recipe + change for recipe in SIZES for change in CHANGED),
     *(f"diffusion-{change}" for change in ("nhwc", "benchmark", "nhwc-benchmark")),
-    *(f"diffusion-{COMPILED}-{change}" for change in ("nhwc", "benchmark", "nhwc-benchmark", "unforced")),
-    *(f"diffusion-{COMPILED}-layers{change}" for change in ("", "-nhwc", "-unforced")),
+    *(f"diffusion-{COMPILED}-{change}" for change in ("nhwc", "benchmark", "nhwc-benchmark")),
+    *(f"diffusion-{COMPILED}-levels{change}" for change in ("", "-nhwc", "-forced")),
 )
 TOP = 40
 # The first that is found in a kernel's name is its class.
@@ -125,18 +126,36 @@ def to_channels_last() -> None:
     nn.Conv2d.forward = forward
 
 
-def compile_layers() -> None:
-    """Compile no whole levels of the U-Net."""
+def compile_levels() -> None:
+    """Compile every level of the U-Net as one."""
+    from diffusers.models.unets import unet_2d_blocks as blocks
+
     from mmattn.inference.diffusion.task import DiffusionTask
+    from mmattn.training.layer_compilation import _Compiled
 
-    DiffusionTask.compiled_layers = ()
+    names = ("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D", "UpBlock2D")
+    levels = tuple(getattr(blocks, name) for name in names)
+    DiffusionTask.repeated_layers = (*levels, *DiffusionTask.repeated_layers)
+    share = _Compiled._of
+
+    def renamed(self: Any, function: Any) -> Any:
+        # Dynamo knows the sizes that it has seen by a code's name and line, and makes those symbolic that differ.
+        function.__code__ = function.__code__.replace(co_name=self.name)
+        return function
+
+    def of(self: Any, key: Any, function: Any) -> Any:
+        if not isinstance(self.forward.__self__, levels):
+            return share(self, key, function)
+        return share(self, (key, self.name), lambda: renamed(self, function()))
+
+    _Compiled._of = of
 
 
-def leave_layout() -> None:
-    """Let inductor decide about the layout of pictures."""
-    from mmattn.training import layer_compilation
+def force_layout() -> None:
+    """Let inductor lay out all pictures in channels-last; it fails where heights and widths are symbolic (2.11)."""
+    import torch._inductor.config as inductor
 
-    layer_compilation._Compiled._options = lambda self: ()
+    inductor.force_layout_optimization = True
 
 
 def look_first() -> None:
@@ -161,8 +180,8 @@ def try_convolutions() -> None:
 CHANGES: dict[str, Callable[[], None]] = {
     COMPILED: lambda: None,
     "nhwc": to_channels_last,
-    "layers": compile_layers,
-    "unforced": leave_layout,
+    "levels": compile_levels,
+    "forced": force_layout,
     "looked": look_first,
     "uncast": cast_each,
     "benchmark": try_convolutions,

@@ -57,7 +57,7 @@ EXPERIMENTS = (
 # What the steps were like before, and what they might be like: the longest to compile first.
 PROFILED_CHANGES = (
     "diffusion-compiled-nhwc",
-    "diffusion-compiled-layers-unforced",
+    "diffusion-compiled-levels-forced",
     "diffusion-compiled-nhwc-benchmark",
     "translate-compiled-looked",
     "diffusion-nhwc",

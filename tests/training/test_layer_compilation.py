@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import traceback
 
 import pytest
 import torch
-import torch._inductor.config
 from torch import nn
 
 import mmattn
@@ -15,7 +14,6 @@ from mmattn.errors import RunError, UsageError
 from mmattn.ops.observe import observing
 from mmattn.training import layer_compilation, train
 from mmattn.training.layer_compilation import LayerCompilation
-from mmattn.training.prepared import wrap_layers
 from tests.training.layered_toy import LayeredTask, ToyLayer
 from tests.training.toy import ToyTask, toy_config
 
@@ -118,8 +116,14 @@ def test_a_compiler_that_fails_is_named_with_the_layer(tmp_path, monkeypatch):
 
     monkeypatch.setattr(layer_compilation, "BACKEND", backend)
     torch.compiler.reset()
-    with pytest.raises(RunError, match=r"training\.torch_compile: layer layers\.0 cannot be compiled: .*no compiler"):
+    with pytest.raises(
+        RunError, match=r"training\.torch_compile: layer layers\.0 cannot be compiled: .*no compiler"
+    ) as told:
         train(LayeredTask(), toy_config(tmp_path / "run", torch_compile=True))
+    line = backend.__code__.co_firstlineno + 1
+    assert f"(from tests/training/test_layer_compilation.py:{line}, " in str(told.value)
+    assert "--debug shows the traceback" in str(told.value)
+    assert f"line {line}, in backend" in "".join(traceback.format_exception(told.value))
 
 
 def test_switching_it_on_when_a_run_is_continued_is_said(tmp_path, compiled, capsys):
@@ -138,67 +142,3 @@ def test_inductor(tmp_path):
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert ToyLayer in LayeredTask.repeated_layers
-
-
-class Level(nn.Module):
-    """Layers, and something between them."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(ToyLayer(0.0, torch.float64) for _ in range(2))
-
-    def forward(self, hidden):
-        first, second = self.layers
-        return second(first(hidden).tanh())
-
-
-@pytest.mark.parametrize(
-    ("is_whole", "activation_checkpointing", "wanted"),
-    [
-        (True, False, ["0", "1"]),
-        (True, True, ["0.layers.0", "0.layers.1", "1"]),
-        (False, False, ["0.layers.0", "0.layers.1", "1"]),
-    ],
-)
-def test_larger_parts_are_compiled_as_one_where_nothing_happens_around_their_layers(
-    tmp_path, compiled, is_whole, activation_checkpointing, wanted
-):
-    task = LayeredTask()
-    task.compiled_layers, task.model = (Level,), nn.Sequential(Level(), ToyLayer(0.0, torch.float64))
-    x = torch.randn(3, 5, 11, dtype=torch.float64)
-    expected = task.model(x)
-    config = toy_config(tmp_path, torch_compile=True, activation_checkpointing=activation_checkpointing)
-    with contextlib.ExitStack() as closing:
-        wrap_layers(task, task.model, config, closing, is_whole=is_whole)
-        changed = [name for name, module in task.model.named_modules() if "forward" in vars(module)]
-        found = task.model(x)
-    assert changed == wanted
-    assert compiled
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    assert not any("forward" in vars(module) for module in task.model.modules())
-
-
-def test_pictures_are_laid_out_for_tensor_cores_where_those_are_used(monkeypatch):
-    class Halving(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(4, 2, 3)
-
-        def forward(self, x):
-            return self.conv(x)
-
-    calls = []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: calls.append(options) or function)
-    task = LayeredTask()
-    task.repeated_layers, task.compiled_layers = (ToyLayer,), (Halving,)
-    for is_half in (False, True):
-        task.model = nn.Sequential(Halving(), Halving(), ToyLayer(0.0, torch.float32), ToyLayer(0.0, torch.float32))
-        compilation = LayerCompilation(task, task.model, task.compiled_layers)
-        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind, is_on=is_half: is_on and kind == "cuda")
-        for layer in task.model:
-            layer(torch.randn(1, 4, 5, 5) if isinstance(layer, Halving) else torch.randn(3, 11))
-        compilation.undo()
-    forced = [(options["options"] or {}).get("force_layout_optimization", False) for options in calls]
-    # Of each larger part, and of all equal layers.
-    assert forced == [False, False, False, True, True, False]
-    assert hasattr(torch._inductor.config, "force_layout_optimization")

@@ -10,14 +10,6 @@ from typing import Optional
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.unets.unet_2d_blocks import (
-    CrossAttnDownBlock2D,
-    CrossAttnUpBlock2D,
-    DownBlock2D,
-    UNetMidBlock2D,
-    UNetMidBlock2DCrossAttn,
-    UpBlock2D,
-)
 from PIL.Image import Image
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -60,7 +52,6 @@ from mmattn.training.config import CACHE_FOLDER
 from mmattn.training.recipe_settings import SCORES_AND_PATHS
 from mmattn.training.selection import LoRAConfig, selection
 
-_LEVELS = (CrossAttnDownBlock2D, DownBlock2D, UNetMidBlock2D, UNetMidBlock2DCrossAttn, CrossAttnUpBlock2D, UpBlock2D)
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -128,8 +119,6 @@ class DiffusionTask(Task):
 
     unit = "pictures"
     repeated_layers = (TransformerLayer, ResnetBlock2D, GradientCheckpointingLayer)
-    # Norms, projections, samplers and joined inputs around those: convolutions keep one layout all along.
-    compiled_layers = _LEVELS
     free_settings = SCORES_AND_PATHS
     not_for_workers = ("model", "t2i", "trained", "denoising", "_scored")
 
