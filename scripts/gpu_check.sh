@@ -15,7 +15,8 @@
 #   scripts/gpu_check.sh --part tests --part compiled --part packed ... --seconds 200 --keep two
 #   scripts/gpu_check.sh --join one --join two --join docs/gpu.json
 #
-# Run only where it is named: `--part experiments`, kernels that are not in the package (docs/kernels.md).
+# Run only where they are named: `--part experiments`, kernels that are not in the package (docs/kernels.md); `--part
+# profile` and `--part profile_changes`, where a training step's time goes, and with single changes.
 #
 # It makes .venv as scripts/test.sh does. With MMATTN_PYTHON=/path/to/python it uses that Python and installs nothing.
 # Imports, compilation and models of several parts are prepared side by side (--at-once); one measures at a time, while all

@@ -96,8 +96,8 @@ class Launch:
     @property
     def is_early(self) -> bool:
         """May it be begun before the stream's last kernel has ended (programmatic dependent launch)? Its programs then
-        wait (`blocks.begin`): the time between two kernels is saved. Forwards only: where backwards did so too, a chain
-        of them took 2 to 5 us more on an H200, because what comes early crowds on the processors that are free then."""
+        wait (`blocks.begin`): the time between two kernels is saved. Forwards only: where backwards did so too, most
+        chains of them took longer on an H200: what comes early crowds on the processors that are free then."""
         return bool(self.arguments.get("IS_EARLY"))
 
     def run(self, device: torch.device) -> Any:

@@ -15,6 +15,9 @@ from mmattn.ops.same_pass import MapsAsked, SamePassMaps
 from mmattn.ops.segments import PackedRequest
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+# Compute capabilities of the H100 and the H200.
+HOPPER = ((9, 0),)
 MASKS = ("causal", "key", "boolean", "float")
 
 

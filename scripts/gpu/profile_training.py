@@ -3,11 +3,11 @@
 One process, no launcher: bfloat16 on a card all the same. The steps up to the last six run beside whatever else there
 is; of those, three are timed as they are, and three by torch.profiler. Nothing is saved.
 
-A job's name is a recipe's with what is changed of it: `compiled` (as `--compiled`: training.torch_compile), `looked`
-(the loss and the norm are looked at before the optimiser is asked to step), `uncast` (every product casts its input for
-itself), `nhwc` (every convolution in channels-last), `levels` (of the U-Net whole levels are compiled, each for its own
-size of picture), `forced` (pictures of compiled levels are laid out in channels-last, which inductor does not do in all
-of them), `benchmark` (cuDNN tries its convolutions).
+A job's name is a recipe's with what is changed of it: `compiled` (training.torch_compile), `looked` (the loss and the
+norm are looked at before the optimiser is asked to step), `uncast` (every product casts its input for itself), `nhwc`
+(every convolution in channels-last), `levels` (of the U-Net whole levels are compiled, each for its own size of
+picture), `forced` (pictures of compiled levels are laid out in channels-last, which inductor does not do in all of
+them), `benchmark` (cuDNN tries its convolutions).
 """
 
 from __future__ import annotations
@@ -222,11 +222,6 @@ class Work:
     length: float
     operator: str
 
-    @functools.cached_property
-    def kind(self) -> str:
-        """Its class."""
-        return kind_of(self.name)
-
 
 @functools.cache
 def kind_of(name: str) -> str:
@@ -310,9 +305,9 @@ def tell(events: Sequence[dict[str, Any]], watch: Watch, steps: int, device: str
         print(
             f"gaps of {least} to {most:.0f} us: {len(lengths) / steps:.1f} a step, {sum(lengths) / 1000 / steps:.2f} ms"
         )
-    kinds = summed(done, lambda work: work.kind, steps)
+    kinds = summed(done, lambda work: kind_of(work.name), steps)
     table("By class", kinds, 110)
-    others = [work for work in done if work.kind == "other"]
+    others = [work for work in done if kind_of(work.name) == "other"]
     table("Of no class", summed(others, lambda work: work.name, steps), 110)
     launches = sum(count for name, count, _ in calls if re.search("LaunchKernel|GraphLaunch", name))
     return {
@@ -328,15 +323,12 @@ def tell(events: Sequence[dict[str, Any]], watch: Watch, steps: int, device: str
 
 def main() -> int:
     """A row and its tables."""
-    # Not an option of the other parts.
-    is_compiled = "--compiled" in sys.argv
-    sys.argv = [word for word in sys.argv if word != "--compiled"]
     options = read_options(__doc__, JOBS)
     job = options.only
     if job is None:
         print("name a recipe, or one of the other jobs: --only " + ", ".join(JOBS))
         return 2
-    recipe, *changes = [*job.split("-"), *[COMPILED] * is_compiled]
+    recipe, *changes = job.split("-")
     for change in changes:
         CHANGES[change]()
     keep = os.environ.get("MMATTN_TRACES")  # a folder for the traces

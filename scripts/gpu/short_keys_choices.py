@@ -31,10 +31,11 @@ from mmattn.kernels.launch import Launch
 from mmattn.kernels.resources import compiling_for
 from mmattn.kernels.short_keys import MAX_KEYS
 from mmattn.kernels.short_keys_backward import backward_launches
-from mmattn.kernels.short_keys_configs import BackwardConfig, ForwardConfig
+from mmattn.kernels.short_keys_configs import BackwardConfig, ForwardConfig, SplitConfig
 from mmattn.kernels.short_keys_forward import forward_launch
 from mmattn.kernels.tiles import padded, tiles_of
 
+Backward = BackwardConfig | SplitConfig
 KERNELS = {name: PINNED[name] for name in ("cuDNN", "flash", "efficient")}
 SECONDS = 140
 BEGIN = time.perf_counter()
@@ -78,7 +79,12 @@ def forward_choices(shape: Shape) -> list[ForwardConfig]:
     return _different(shape, [ForwardConfig(*choice) for choice in choices])
 
 
-def backward_choices(shape: Shape) -> list[BackwardConfig]:
+# One gradient a program, for few queries: queries a block, programs a processor, warps, depth.
+SPLIT = [SplitConfig(*choice) for choice in ((64, 2.0, 4, 2), (64, 8.0, 4, 2), (128, 1.0, 8, 1), (128, 4.0, 8, 1))]
+MOST_OF_FEW = 1024
+
+
+def backward_choices(shape: Shape) -> list[Backward]:
     """What is tried for the backward: queries and keys a block, programs a processor, warps, depth, what is cut."""
     if padded(shape.keys) > 128:
         return [BackwardConfig(64, 64, 2.0, 4, depth, is_fused=False) for depth in (1, 2)]
@@ -86,7 +92,8 @@ def backward_choices(shape: Shape) -> list[BackwardConfig]:
     choices += [(128, 64, 1.0, 8, 1), (128, 64, 1.0, 8, 1, *HEAD_CUT), (64, 64, 3.0, 4, 2)]
     if shape.head_dim > 64:
         choices += [(64, 64, 2.0, 4, 2, *BOTH_CUT, False), (64, 128, 1.0, 8, 2, *BOTH_CUT, False)]
-    return _different(shape, [BackwardConfig(*choice) for choice in choices])
+    few = SPLIT if shape.queries <= MOST_OF_FEW else []
+    return [*_different(shape, [BackwardConfig(*choice) for choice in choices]), *few]
 
 
 Config = TypeVar("Config", ForwardConfig, BackwardConfig)
@@ -106,13 +113,13 @@ def forward_of(inputs: Inputs, config: ForwardConfig | None) -> tuple[Launch, Te
     return forward_launch(*inputs.tensors, None, None, inputs.scale, output, lse, config), output, lse
 
 
-def backward_of(inputs: Inputs, output: Tensor, lse: Tensor, config: BackwardConfig | None) -> tuple[Launch, ...]:
+def backward_of(inputs: Inputs, output: Tensor, lse: Tensor, config: Backward | None) -> tuple[Launch, ...]:
     """The backward's launches."""
     arguments = (inputs.cotangent, *inputs.tensors, output, lse, None, None, inputs.scale)
     return backward_launches(*arguments, config).launches
 
 
-Job = tuple[Shape, int, "ForwardConfig | BackwardConfig", int, int]
+Job = tuple[Shape, int, "ForwardConfig | Backward", int, int]
 
 
 def job_launches(job: Job) -> tuple[Launch, ...]:
@@ -186,7 +193,7 @@ def pinned(kernel: SDPBackend, has_gradients: bool) -> Callable[[Inputs], object
     return run
 
 
-def ours(forward: ForwardConfig, backward: BackwardConfig | None) -> Callable[[Inputs], object]:
+def ours(forward: ForwardConfig, backward: Backward | None) -> Callable[[Inputs], object]:
     """Our kernels, with the backward if its configuration is given."""
 
     def run(inputs: Inputs) -> object:
@@ -200,7 +207,7 @@ def ours(forward: ForwardConfig, backward: BackwardConfig | None) -> Callable[[I
     return run
 
 
-def backward_only(config: BackwardConfig) -> Callable[[Inputs], object]:
+def backward_only(config: Backward) -> Callable[[Inputs], object]:
     """Our backward by itself; its forward was run before."""
 
     def run(inputs: Inputs) -> object:
@@ -221,8 +228,11 @@ def floor(shape: Shape, batch: int, has_gradients: bool, ceilings: Ceilings) -> 
     return f"{microseconds:.1f} ({which})"
 
 
-def short(config: ForwardConfig | BackwardConfig) -> str:
+def short(config: ForwardConfig | Backward) -> str:
     """The numbers of a configuration in their order."""
+    if isinstance(config, SplitConfig):
+        numbers = (config.block_m, config.programs_per_processor, config.num_warps, config.num_stages)
+        return "/".join(f"{number:g}" for number in numbers) + " one gradient a program"
     cuts = ("is_head_cut", "are_keys_cut", "is_fused")
     numbers = [value for name, value in vars(config).items() if name not in cuts]
     cut = {BOTH_CUT: "", HEAD_CUT: " keys padded", KEYS_CUT: " head padded", NOT_CUT: " padded"}
@@ -230,7 +240,7 @@ def short(config: ForwardConfig | BackwardConfig) -> str:
     return "/".join(f"{number:g}" for number in numbers) + cut[config.is_head_cut, config.are_keys_cut] + note
 
 
-def best_of(times: dict[Config, float], what: str) -> tuple[Config, float]:
+def best_of(times: dict[Any, float], what: str) -> tuple[Any, float]:
     """The fastest; all are printed."""
     ranked = sorted(times.items(), key=lambda pair: pair[1])
     print(f"    {what}: " + ", ".join(f"{short(config)} {us:.1f}" for config, us in ranked), flush=True)

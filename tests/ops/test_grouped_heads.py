@@ -22,7 +22,7 @@ class Machine:
     def has(self, *, capability=None, cudnn=None, flash=None, cudnn_attention=None):
         """Set what is given."""
         for place, name, value in (
-            (torch.cuda, "get_device_capability", capability),
+            (sdpa, "compute_capability", capability),
             (torch.backends.cudnn, "version", cudnn),
             (torch.backends.cuda, "flash_sdp_enabled", flash),
             (torch.backends.cuda, "cudnn_sdp_enabled", cudnn_attention),

@@ -217,7 +217,7 @@ def test_every_backend_file_is_a_row():
     ],
 )
 def test_known_bad_cudnn_calls_avoid_cudnn(monkeypatch, queries, kv_heads, has_mask, has_grad, capability, is_avoided):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(sdpa, "compute_capability", lambda device: (capability, 0))
     query = torch.zeros(1, 8, queries, 8, requires_grad=has_grad)
     key = torch.zeros(1, kv_heads, 5, 8)
     mask = torch.ones(1, 1, queries, 5, dtype=torch.bool) if has_mask else None

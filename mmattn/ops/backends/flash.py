@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmattn._optional import package_version, require
-from mmattn.ops.limits import Backend, Limits, ampere_missing
+from mmattn.ops.limits import HALVES, Backend, Limits, ampere_missing
 from mmattn.ops.request import Request
 from mmattn.ops.segments import PackedRequest
 from mmattn.ops.unpadded import Rows, attend_unpadded, packed_rows
@@ -56,7 +56,7 @@ BACKEND = Backend(
     run=run,
     run_packed=run_packed,
     limits=Limits(
-        dtypes={"cuda": (torch.bfloat16, torch.float16)},
+        dtypes={"cuda": HALVES},
         grad_devices=("cuda",),
         masks={"cuda": ("causal", "key")},
         has_causal_key_mask=False,

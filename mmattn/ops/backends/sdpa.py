@@ -25,7 +25,7 @@ from mmattn.errors import BackendError
 from mmattn.kernels.plain import is_eager_call, is_forward_mode, is_plain_call
 from mmattn.ops import masks
 from mmattn.ops.derivatives import forward_mode_refused
-from mmattn.ops.limits import FLOATS, Backend, KnownBad, Limits, torch_device_missing
+from mmattn.ops.limits import FLOATS, HALVES, Backend, KnownBad, Limits, compute_capability, torch_device_missing
 from mmattn.ops.request import Request
 
 # What decides how padding is cut off, measured on that machine in multiplications of a fused product (25 per ns):
@@ -286,7 +286,7 @@ _MOST_GROUPED_HEAD_DIM = 128
 
 def _is_served_in_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
     """Will a fast kernel that knows grouped heads take the call as it is? Where none does, torch takes its slowest."""
-    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+    if query.device.type != "cuda" or query.dtype not in HALVES:
         return False
     head_dim = query.shape[3]
     # Of several queries a head they are slower: flash has one program for all of them, once they are folded.
@@ -304,7 +304,7 @@ def _know_groups(device: torch.device) -> tuple[bool, bool]:
     """Whether flash serves such calls here, and cuDNN: the card and the caller's settings allow it."""
     if not torch.cuda.is_available():
         return False, False
-    major = torch.cuda.get_device_capability(device)[0]
+    major = compute_capability(device)[0]
     backends = torch.backends.cuda
     has_flash = major >= 8 and backends.flash_sdp_enabled() and backends.is_flash_attention_available()
     return has_flash, major == 9 and backends.cudnn_sdp_enabled() and _is_cudnn_preferred()
@@ -363,12 +363,6 @@ def _kernels_without_cudnn() -> list[SDPBackend]:
     return [kernel for kernel, is_enabled in _IS_ENABLED if is_enabled()]
 
 
-@torch.compiler.assume_constant_result
-def _compute_capability(device: torch.device) -> int:
-    """Its first number. (torch.compile cannot trace the question: it would break the graph.)"""
-    return torch.cuda.get_device_capability(device)[0]
-
-
 def _safe_kernels(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> contextlib.AbstractContextManager[object]:
@@ -379,7 +373,7 @@ def _safe_kernels(
     """
     has_grad = _wants_grad(query, key, value)
     is_bad = has_grad and (mask is not None or query.shape[2] == 1)
-    is_bad = is_bad or (key.shape[1] < 8 and _compute_capability(query.device) == 10)
+    is_bad = is_bad or (key.shape[1] < 8 and compute_capability(query.device)[0] == 10)
     if not is_bad:
         return contextlib.nullcontext()
     kernels = _kernels_without_cudnn()

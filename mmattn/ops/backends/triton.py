@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmattn.ops import masks
-from mmattn.ops.limits import AutoShape, Backend, Limits
+from mmattn.ops.limits import HALVES, HOPPER, AutoShape, Backend, Limits
 from mmattn.ops.request import Request
 from mmattn.ops.same_pass import MapsAsked, SamePassMaps
 from mmattn.ops.triton_missing import triton_missing
@@ -58,8 +58,6 @@ def _masks(request: Request) -> tuple[Tensor | None, Tensor | None]:
 
 
 _MASKS = ("key", "boolean")
-_HALF = (torch.bfloat16, torch.float16)
-_HOPPER = ((9, 0),)
 # U-Nets and PixArt in bfloat16 (float16 has the same instructions); docs/kernels.md has the measurements. Ranges of
 # keys: what the kernels cut as they do 77 and 300, or shorter, but as many blocks of 64 or 128 in torch's kernels.
 _TEXT = (65, 80)
@@ -68,25 +66,25 @@ _LONG_TEXT = (257, 304)
 # one after another are 1.2 times as fast here with gradients and 2 to 3 times without, at batch 2. Larger batches only
 # add to the card's time, by which it is 1.3 to 4 times without gradients and 3 to 16 with them.
 _MASKED = (
-    AutoShape(_HOPPER, _HALF, (40,), _TEXT, queries=(4096,), heads=(16, 1024), with_key_mask=True),
-    AutoShape(_HOPPER, _HALF, (64,), _TEXT, queries=(4096,), heads=(20, 1280), with_key_mask=True),
-    AutoShape(_HOPPER, _HALF, (72,), _LONG_TEXT, queries=(4096,), heads=(32, 2048), with_key_mask=True),
+    AutoShape(HOPPER, HALVES, (40,), _TEXT, queries=(4096,), heads=(16, 1024), with_key_mask=True),
+    AutoShape(HOPPER, HALVES, (64,), _TEXT, queries=(4096,), heads=(20, 1280), with_key_mask=True),
+    AutoShape(HOPPER, HALVES, (72,), _LONG_TEXT, queries=(4096,), heads=(32, 2048), with_key_mask=True),
 )
 # Without a mask a call costs the processor more than sdpa's does: one after another they pay where the card has more
 # to do than that, and more to do than in torch's best kernel.
 _LARGE = (
-    AutoShape(_HOPPER, _HALF, (40,), _TEXT, queries=(4096,), heads=(128, 1024), with_grad=False),
-    AutoShape(_HOPPER, _HALF, (64,), _TEXT, queries=(4096,), heads=(160, 1280)),
+    AutoShape(HOPPER, HALVES, (40,), _TEXT, queries=(4096,), heads=(128, 1024), with_grad=False),
+    AutoShape(HOPPER, HALVES, (64,), _TEXT, queries=(4096,), heads=(160, 1280)),
 )
 # Replayed, all that are at least 1.2 times as fast as torch's best kernel.
 _REPLAYED = (
-    AutoShape(_HOPPER, _HALF, (40,), _TEXT, queries=(4096,), heads=(16, 128), when_replayed_only=True),
-    AutoShape(_HOPPER, _HALF, (80,), _TEXT, queries=(1024,), heads=(16, 32), when_replayed_only=True),
-    AutoShape(_HOPPER, _HALF, (160,), _TEXT, queries=(256,), heads=(16, 32), when_replayed_only=True),
-    AutoShape(_HOPPER, _HALF, (64,), _TEXT, queries=(4096,), heads=(20, 160), when_replayed_only=True),
-    AutoShape(_HOPPER, _HALF, (64,), _TEXT, queries=(1024,), heads=(40, 80), when_replayed_only=True),
-    AutoShape(_HOPPER, _HALF, (160,), _TEXT, queries=(256,), heads=(32, 128), with_grad=True, when_replayed_only=True),
-    AutoShape(_HOPPER, _HALF, (64,), _TEXT, queries=(1024,), heads=(80, 320), with_grad=True, when_replayed_only=True),
+    AutoShape(HOPPER, HALVES, (40,), _TEXT, queries=(4096,), heads=(16, 128), when_replayed_only=True),
+    AutoShape(HOPPER, HALVES, (80,), _TEXT, queries=(1024,), heads=(16, 32), when_replayed_only=True),
+    AutoShape(HOPPER, HALVES, (160,), _TEXT, queries=(256,), heads=(16, 32), when_replayed_only=True),
+    AutoShape(HOPPER, HALVES, (64,), _TEXT, queries=(4096,), heads=(20, 160), when_replayed_only=True),
+    AutoShape(HOPPER, HALVES, (64,), _TEXT, queries=(1024,), heads=(40, 80), when_replayed_only=True),
+    AutoShape(HOPPER, HALVES, (160,), _TEXT, queries=(256,), heads=(32, 128), with_grad=True, when_replayed_only=True),
+    AutoShape(HOPPER, HALVES, (64,), _TEXT, queries=(1024,), heads=(80, 320), with_grad=True, when_replayed_only=True),
 )
 
 BACKEND = Backend(
@@ -95,7 +93,7 @@ BACKEND = Backend(
     run_with_maps=run_with_maps,
     limits=Limits(
         # Triton's interpreter has no bfloat16.
-        dtypes={"cuda": (torch.float32, *_HALF), "cpu": (torch.float32, torch.float16)},
+        dtypes={"cuda": (torch.float32, *HALVES), "cpu": (torch.float32, torch.float16)},
         grad_devices=("cuda", "cpu"),
         masks={"cuda": _MASKS, "cpu": _MASKS},
         has_mask_grad=False,

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from mmattn.ops.limits import AutoShape, Backend, Limits
+from mmattn.ops.limits import HALVES, HOPPER, AutoShape, Backend, Limits
 from mmattn.ops.request import Request
 from mmattn.ops.triton_missing import triton_missing
 
@@ -39,11 +39,10 @@ def _masks(request: Request) -> tuple[Tensor | None, Tensor | None]:
 
 
 _MASKS = ("causal", "key", "boolean")
-_HALF = (torch.bfloat16, torch.float16)
 # On an H200 (docs/kernels.md): under a mask sdpa first sets keys and values that are not used to zero, all of them, and
 # these kernels do not even read them; without one, several queries a head are what torch's kernels have no split for.
 _MEASURED = functools.partial(
-    AutoShape, ((9, 0),), _HALF, (64, 80, 128), (1, 1 << 20), heads=(1, 1 << 20), with_grad=False
+    AutoShape, HOPPER, HALVES, (64, 80, 128), (1, 1 << 20), heads=(1, 1 << 20), with_grad=False
 )
 _FEW = tuple(range(1, 9))
 _MASKED = (

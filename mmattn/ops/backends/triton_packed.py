@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmattn.ops.limits import Backend, Limits, compute_capability
+from mmattn.ops.limits import HALVES, HOPPER, Backend, Limits, compute_capability
 from mmattn.ops.request import Request
 from mmattn.ops.segments import PackedRequest
 from mmattn.ops.triton_missing import triton_missing
@@ -65,8 +65,8 @@ def _attend_rows(rows: Rows) -> Tensor:
 
 def _auto_mean_keys(request: PackedRequest) -> int:
     key = request.key
-    is_measured = key.is_cuda and key.dtype in (torch.bfloat16, torch.float16) and key.shape[2] <= 64
-    if is_measured and compute_capability(key.device) == (9, 0):
+    is_measured = key.is_cuda and key.dtype in HALVES and key.shape[2] <= 64
+    if is_measured and compute_capability(key.device) in HOPPER:
         return AUTO_PACKED_MEAN_KEYS_MEASURED
     return AUTO_PACKED_MEAN_KEYS
 

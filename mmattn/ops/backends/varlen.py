@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmattn.ops.limits import AutoShape, Backend, Limits, ampere_missing
+from mmattn.ops.limits import HALVES, HOPPER, AutoShape, Backend, Limits, ampere_missing
 from mmattn.ops.request import Request
 from mmattn.ops.segments import PackedRequest
 from mmattn.ops.unpadded import Rows, attend_unpadded, packed_rows
@@ -65,15 +65,14 @@ def _takes_flag(function: Callable[..., Any]) -> bool:
     return "enable_gqa" in inspect.signature(function).parameters
 
 
-_HOPPER, _HALF = ((9, 0),), (torch.bfloat16, torch.float16)
 _PIXART, _LONG_TEXT = (257, 304), (449, 512)
-# On an H200, with 120 of 300 and 128 of 512 keys at most, and with all of them (docs/kernels.md): 1.04 to 1.45 times as
-# fast as triton, and 2.6 to 3.5 times as fast as sdpa. Cutting padding off costs the processor 350 to 600 us, which the
-# card has to be busy for.
+# On an H200, with texts of up to 120 of 300 and 128 of 512 keys, and of up to all (docs/kernels.md): 1.04 to 1.45 times
+# as fast as triton, and 2.6 to 3.5 times as fast as sdpa. Cutting padding off costs the processor 350 to 600 us, for
+# which the card has to be busy.
 _PADDED = (
-    AutoShape(_HOPPER, _HALF, (72,), _PIXART, (4096,), (64, 2048), with_key_mask=True, when_replayed_only=True),
-    AutoShape(_HOPPER, _HALF, (72,), _PIXART, (4096,), (256, 2048), with_key_mask=True, with_grad=True),
-    AutoShape(_HOPPER, _HALF, (128,), _LONG_TEXT, (4096,), (48, 1536), with_key_mask=True, with_grad=True),
+    AutoShape(HOPPER, HALVES, (72,), _PIXART, (4096,), (64, 2048), with_key_mask=True, when_replayed_only=True),
+    AutoShape(HOPPER, HALVES, (72,), _PIXART, (4096,), (256, 2048), with_key_mask=True, with_grad=True),
+    AutoShape(HOPPER, HALVES, (128,), _LONG_TEXT, (4096,), (48, 1536), with_key_mask=True, with_grad=True),
 )
 
 BACKEND = Backend(
@@ -81,7 +80,7 @@ BACKEND = Backend(
     run=run,
     run_packed=run_packed,
     limits=Limits(
-        dtypes={"cuda": _HALF},
+        dtypes={"cuda": HALVES},
         grad_devices=("cuda",),
         masks={"cuda": ("causal", "key")},
         has_causal_key_mask=False,
