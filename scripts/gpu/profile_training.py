@@ -5,9 +5,10 @@ is; of those, three are timed as they are, and three by torch.profiler. Nothing 
 
 A job's name is a recipe's with what is changed of it: `compiled` (training.torch_compile), `looked` (the loss and the
 norm are looked at before the optimiser is asked to step), `uncast` (every product casts its input for itself), `nhwc`
-(every convolution in channels-last), `levels` (of the U-Net whole levels are compiled, each for its own size of
-picture), `forced` (pictures of compiled levels are laid out in channels-last, which inductor does not do in all of
-them), `benchmark` (cuDNN tries its convolutions).
+(every convolution in channels-last), `norms` (all of the U-Net in channels-last, its norms by the kernels of
+experiments/group_norm_silu.py; where compiled, only transformer layers are), `levels` (of the U-Net whole levels are
+compiled, each for its own size of picture), `forced` (pictures of compiled levels are laid out in channels-last, which
+inductor does not do in all of them), `benchmark` (cuDNN tries its convolutions).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from channels_last import compile_all_but_resnets, fuse_norms, to_channels_last
 from measure import Options, read_options, wait
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from training import SIZES, overrides
 
@@ -40,6 +41,7 @@ JOBS = (
     *(f"diffusion-{change}" for change in ("nhwc", "benchmark", "nhwc-benchmark")),
     *(f"diffusion-{COMPILED}-{change}" for change in ("nhwc", "benchmark", "nhwc-benchmark")),
     *(f"diffusion-{COMPILED}-levels{change}" for change in ("", "-nhwc", "-forced")),
+    *(f"diffusion{change}-norms" for change in ("", f"-{COMPILED}")),
 )
 TOP = 40
 # The first that is found in a kernel's name is its class.
@@ -117,15 +119,6 @@ class Watch:
         self._turn.close()
 
 
-def to_channels_last() -> None:
-    """Let every convolution take and give pictures in channels-last; weights stay as they are."""
-
-    def forward(self: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(x.contiguous(memory_format=torch.channels_last), self.weight, self.bias)
-
-    nn.Conv2d.forward = forward
-
-
 def compile_levels() -> None:
     """Compile every level of the U-Net as one."""
     from diffusers.models.unets import unet_2d_blocks as blocks
@@ -158,6 +151,12 @@ def force_layout() -> None:
     inductor.force_layout_optimization = True
 
 
+def fuse_and_compile_the_rest() -> None:
+    """Everything in channels-last, with norms of our own."""
+    fuse_norms()
+    compile_all_but_resnets()
+
+
 def look_first() -> None:
     """Let the loop look at every step before it is taken."""
     from mmattn.training import ahead
@@ -180,6 +179,7 @@ def try_convolutions() -> None:
 CHANGES: dict[str, Callable[[], None]] = {
     COMPILED: lambda: None,
     "nhwc": to_channels_last,
+    "norms": fuse_and_compile_the_rest,
     "levels": compile_levels,
     "forced": force_layout,
     "looked": look_first,

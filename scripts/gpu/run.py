@@ -51,6 +51,7 @@ class Part:
 EXPERIMENTS = (
     "norm_projection",
     "residual_norm",
+    "group_norm_silu",
     "context_8bit",
     "folded_queries",
 )
@@ -58,6 +59,8 @@ EXPERIMENTS = (
 PROFILED_CHANGES = (
     "diffusion-compiled-nhwc",
     "diffusion-compiled-levels-forced",
+    "diffusion-compiled-norms",
+    "diffusion-norms",
     "diffusion-compiled-nhwc-benchmark",
     "translate-compiled-looked",
     "diffusion-nhwc",

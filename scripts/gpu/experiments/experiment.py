@@ -122,8 +122,26 @@ def dtype_of(options: Options) -> torch.dtype:
     return torch.bfloat16 if options.device == "cuda" else torch.float16
 
 
+@dataclass(frozen=True)
+class WithGradients:
+    """A `Run` that asks for gradients, which torch.compile does not take: what it compiles is the forward.
+
+    Attributes:
+        forward: of one variant.
+        run: given that and inputs, what a `Run` gives.
+    """
+
+    forward: Callable[..., Any]
+    run: Callable[[Callable[..., Any], Any], Any]
+
+    def __call__(self, inputs: Any) -> Any:
+        return self.run(self.forward, inputs)
+
+
 def compiled(function: Callable[..., Any], options: Options, how: Mapping[str, Any]) -> Callable[..., Any]:
     """By torch.compile, for one size each and in one piece; by no compiler where the script is only tried."""
+    if isinstance(function, WithGradients):
+        return WithGradients(compiled(function.forward, options, how), function.run)
     return torch.compile(function, fullgraph=True, dynamic=False, **({"backend": "eager"} if options.tiny else how))
 
 

@@ -1,0 +1,150 @@
+"""GroupNorm, with the time embedding before it and SiLU after it, by Triton kernels beside torch: training.
+
+What a ResNet of a U-Net does before its second convolution, on pictures in channels-last. torch's GroupNorm lays
+pictures out in rows of pixels on a card, and under autocast it and SiLU run in float32: "autocast" is what training
+does without a compiler. Forward and backward together, bfloat16, at U-Nets' sizes, microseconds of the card: variants
+replayed in turn as CUDA graphs over inputs larger than its cache, medians. The floor is what cannot be helped: pictures
+read twice and written once, and with the gradient the same again and the gradient twice. Every variant is held to
+float64 by the tolerance rule before it is timed.
+
+    python scripts/gpu/experiments/group_norm_silu.py [--rows FILE] [--resources] [--tiny --device cpu]
+
+About two minutes on an H100. A verdict for each shape: a gain over what torch.compile makes of it, or none.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import experiment
+import torch
+from attention import Shape
+from channels_last_norm import channels_last_group_norm
+from group_norm_kernels import CONFIGS, Config, Plan, backward_launches, forward_launches
+from torch import Tensor
+from torch.nn.functional import group_norm, silu
+
+from mmattn.kernels.launch import Launch
+
+SHAPES = [shape for shape in experiment.BLOCKS if shape.name.startswith("SD")]
+TINY = [Shape("tiny", 2, 9, 3, 16)]
+GROUPS, TINY_GROUPS = 32, 4
+EPS = 1e-5
+
+
+class Inputs(NamedTuple):
+    """Of one call: pictures [B, C, H, W] in channels-last, parameters [C] in float32, time embeddings [B, C], and the
+    gradient of the output."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    shift: Tensor
+    grad: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.x.nbytes + self.grad.nbytes
+
+    @property
+    def groups(self) -> int:
+        return GROUPS if self.x.shape[1] % GROUPS == 0 else TINY_GROUPS
+
+
+def make(shape: Shape, batch: int, device: str, dtype: torch.dtype) -> Inputs:
+    """Random ones; pictures have a mean, as a residual has."""
+    width, side = experiment.width(shape), math.isqrt(shape.queries)
+
+    def picture() -> Tensor:
+        return (torch.randn(batch, side, side, width, device=device) + 0.5).to(dtype).permute(0, 3, 1, 2)
+
+    weight, bias = (torch.randn(width, device=device).requires_grad_() for _ in range(2))
+    shift = torch.randn(batch, width, device=device, dtype=dtype).requires_grad_()
+    return Inputs(picture().requires_grad_(), weight, bias, shift, picture())
+
+
+Norm = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+def with_gradients(norm: Norm, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The output of one kind of norm, and all gradients."""
+    leaves = inputs[:4]
+    out = norm(*leaves, inputs.groups)
+    return (out.detach(), *torch.autograd.grad(out, leaves, inputs.grad))
+
+
+def autocast_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, groups: int) -> Tensor:
+    """As autocast has it: in float32, rounded for the convolution that comes."""
+    x = x + shift[:, :, None, None]
+    return silu(group_norm(x.float(), groups, weight, bias, EPS)).to(x.dtype)
+
+
+def our_norm(config: Config, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, groups: int) -> Tensor:
+    """Our kernels."""
+    return channels_last_group_norm(x, weight, bias, groups, EPS, shift=shift, config=config)
+
+
+def exact(inputs: Inputs) -> tuple[Tensor, ...]:
+    """In float64."""
+    doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    return with_gradients(double_norm, Inputs(*doubles))
+
+
+def double_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, groups: int) -> Tensor:
+    """The definition."""
+    return silu(group_norm(x + shift[:, :, None, None], groups, weight, bias, EPS))
+
+
+def name_of(config: Config) -> str:
+    """As a line has it."""
+    return f"{config.rows} pixels x {config.columns}, warps {config.num_warps}"
+
+
+def variants(_: Shape) -> dict[str, dict[str, experiment.Run]]:
+    """Our kernels in every configuration."""
+    norms = {name_of(config): functools.partial(our_norm, config) for config in CONFIGS}
+    return {"ours": {name: functools.partial(with_gradients, norm) for name, norm in norms.items()}}
+
+
+def cost(shape: Shape, batch: int) -> tuple[float, float]:
+    """Read twice and written, and the same with the gradient, which is read twice as well; next to no arithmetic."""
+    return 8 * 2.0 * batch * shape.queries * experiment.width(shape), 0.0
+
+
+EXPERIMENT = experiment.Experiment(
+    "GroupNorm and SiLU, forward + backward, µs",
+    make=make,
+    stock={"autocast": experiment.WithGradients(autocast_norm, with_gradients)},
+    ours=variants,
+    cost=cost,
+    exact=exact,
+)
+
+
+def launches() -> Iterator[tuple[str, Launch]]:
+    """For each width and configuration, on tensors that are only compiled for."""
+    for width in dict.fromkeys(map(experiment.width, SHAPES)):
+        x = torch.empty(2, 1024, width, dtype=torch.bfloat16)
+        weight, shift = torch.empty(width), torch.empty(2, width, dtype=torch.bfloat16)
+        norms, totals = torch.empty(2, 3, width), torch.empty(2, 2, width)
+        for config in CONFIGS:
+            plan = Plan.of(x, GROUPS, config)
+            made = forward_launches(plan, x, weight, weight, shift, EPS, True, x, norms)
+            made += backward_launches(plan, x, weight, weight, norms, x, True, x, totals, shift)
+            for launch in made:
+                yield f"{width} channels, {name_of(config)}", launch
+
+
+def main() -> int:
+    """All shapes."""
+    options = experiment.start(__doc__, launches)
+    experiment.compile_launches(launches, options)
+    return experiment.run_experiment(EXPERIMENT, experiment.cases(options, TINY, SHAPES), options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
