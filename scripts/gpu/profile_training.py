@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from channels_last import compile_all_but_resnets, fuse_norms, to_channels_last
+from channels_last import fuse_norms, to_channels_last
 from measure import Options, read_options, wait
 from torch.profiler import ProfilerActivity, profile
 from training import SIZES, overrides
@@ -151,10 +151,30 @@ def force_layout() -> None:
     inductor.force_layout_optimization = True
 
 
+def change_unet(change: Callable[[Any], None]) -> None:
+    """Change the U-Net of a run before anything is made of it."""
+    from mmattn.inference.diffusion.task import DiffusionTask
+    from mmattn.models.unet import UNet
+
+    begin = DiffusionTask.__init__
+
+    def changed(self: Any, *arguments: Any, **options: Any) -> None:
+        begin(self, *arguments, **options)
+        for module in self.model.modules():
+            if isinstance(module, UNet):
+                change(module)
+
+    DiffusionTask.__init__ = changed
+
+
 def fuse_and_compile_the_rest() -> None:
-    """Everything in channels-last, with norms of our own."""
-    fuse_norms()
-    compile_all_but_resnets()
+    """Everything in channels-last, with norms of our own; what calls these is not compiled."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    from mmattn.inference.diffusion.task import DiffusionTask
+
+    DiffusionTask.repeated_layers = tuple(each for each in DiffusionTask.repeated_layers if each is not ResnetBlock2D)
+    change_unet(fuse_norms)
 
 
 def look_first() -> None:
@@ -178,7 +198,7 @@ def try_convolutions() -> None:
 
 CHANGES: dict[str, Callable[[], None]] = {
     COMPILED: lambda: None,
-    "nhwc": to_channels_last,
+    "nhwc": lambda: change_unet(functools.partial(to_channels_last, with_weights=False)),
     "norms": fuse_and_compile_the_rest,
     "levels": compile_levels,
     "forced": force_layout,

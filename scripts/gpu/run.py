@@ -52,6 +52,7 @@ EXPERIMENTS = (
     "norm_projection",
     "residual_norm",
     "group_norm_silu",
+    "channels_last_unet",
     "context_8bit",
     "folded_queries",
 )

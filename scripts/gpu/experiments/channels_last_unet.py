@@ -1,0 +1,94 @@
+"""A denoising step of Stable Diffusion's U-Net as a CUDA graph, in channels-last with our norms, beside what it is now.
+
+Random weights, float16, 64 x 64, both halves of guidance for one picture; the text's keys and values are there already.
+Stock is diffusers'; "graphed" is what `TextToImage.compile` does: transformer blocks compiled, everything replayed;
+"channels-last" the same with convolutions and their weights laid out so; "norms" with the kernels of
+group_norm_silu.py too. Milliseconds a step, variants in turn, medians.
+
+    python scripts/gpu/experiments/channels_last_unet.py [--rows FILE] [--tiny --device cpu]
+
+About two minutes on an H100. A verdict: a gain over the step as it is, or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import experiment
+import torch
+from channels_last import fuse_norms, to_channels_last
+from diffusers import UNet2DConditionModel
+from diffusion import SD15, SMALL, Step, made, unet_step
+from measure import Options, median_and_spread, wall_ms
+from torch import Tensor
+
+from mmattn.inference.diffusion.context_once import context_projected_once
+from mmattn.models.unet import CompiledUNet, UNet
+
+TABLE = "A denoising step in channels-last, ms"
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "graphed": lambda _: None,
+    "channels-last": to_channels_last,
+    "norms": fuse_norms,
+}
+# Of the largest number; stock's own kernels are as far from each other in half types.
+FURTHEST = 5e-3
+
+
+@contextlib.contextmanager
+def compiled_variants(stock: Any, options: Options) -> Iterator[dict[str, Callable[[Step], Tensor]]]:
+    """Each change of our U-Net by its name: what runs a step of it."""
+    with contextlib.ExitStack() as until:
+        runs = {}
+        for name, change in CHANGES.items():
+            unet = UNet.from_stock(copy.deepcopy(stock))
+            change(unet)
+            until.enter_context(context_projected_once(unet))
+            steps = CompiledUNet(unet, backend="eager" if options.tiny else "inductor")
+            until.enter_context(steps.installed())
+            runs[name] = partial(run_step, unet)
+        yield runs
+
+
+def run_step(unet: Any, step: Step) -> Tensor:
+    """A step of that U-Net."""
+    return step(unet)
+
+
+@torch.no_grad()
+def main() -> int:
+    """One row."""
+    options = experiment.start(__doc__)
+    stock = made(UNet2DConditionModel, SD15 | (SMALL if options.tiny else {}), options).eval()
+    step, problems = unet_step(stock), list[str]()
+    with compiled_variants(stock, options) as variants:
+        runs = {"stock": partial(run_step, stock, step)} | {name: partial(run, step) for name, run in variants.items()}
+        outputs: dict[str, Tensor] = {}
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            outputs[name] = run().double()
+            print(f"  {name}: first step {time.perf_counter() - begin:.1f} s", flush=True)
+        largest = outputs["stock"].abs().max().item()
+        for name, output in outputs.items():
+            apart = (output - outputs["stock"]).abs().max().item() / largest
+            if not apart <= FURTHEST:
+                problems.append(f"{name}: {apart:.1e} of the largest number from stock")
+        with options.turn():
+            times = wall_ms(runs, 1 if options.tiny else 2 + 3 * options.repeats, options.device)
+    found = {name: median_and_spread(times[name]) for name in runs}
+    middles = {name: middle for name, (middle, _) in found.items()}
+    said = experiment.verdict("SD 1.5", middles, ["channels-last", "norms"], ["graphed"], options.device, "graphed")
+    shown = {name: f"{middle:.2f} ±{spread:.0%}" for name, (middle, spread) in found.items()}
+    options.add(TABLE, step="SD 1.5 U-Net, float16, 64 x 64, batch 2", **shown, verdict=said)
+    print("\n".join(problems) or "all values right", flush=True)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
