@@ -44,6 +44,16 @@ class _ResNet(ResnetBlock2D):
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + hidden
 
 
+class _CompiledResNet(ResnetBlock2D):
+    """By torch.compile, for each size by itself."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _compiled_resnet(self, input_tensor, temb)
+
+
+_compiled_resnet = torch.compile(ResnetBlock2D.forward, fullgraph=True, dynamic=False)
+
+
 class _Transformer(Transformer2DModel):
     """What comes out of its layers stays as it lies in memory."""
 
@@ -65,10 +75,21 @@ def _normed(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, *, has_s
 def to_channels_last(unet: nn.Module, *, with_weights: bool = True) -> None:
     """Let every convolution take and give pictures in channels-last; without weights, those stay as they are."""
     for module in unet.modules():
-        if type(module) is nn.Conv2d:
-            module.__class__ = _Conv
-            if with_weights:
-                module.weight.data = channels_last(module.weight.data)
+        if with_weights and type(module) is nn.Conv2d:
+            module.weight.data = channels_last(module.weight.data)
+    _become(unet, {nn.Conv2d: _Conv})
+
+
+def compile_resnets(unet: nn.Module) -> None:
+    """Convolutions in channels-last, and every ResNet compiled."""
+    to_channels_last(unet)
+    _become(unet, {ResnetBlock2D: _CompiledResNet})
+
+
+def _become(unet: nn.Module, kinds: dict[type[nn.Module], type[nn.Module]]) -> None:
+    for module in unet.modules():
+        if type(module) in kinds:
+            module.__class__ = kinds[type(module)]
 
 
 def fuse_norms(unet: nn.Module) -> None:
@@ -86,7 +107,4 @@ def fuse_norms(unet: nn.Module) -> None:
                 raise RuntimeError("a ResNet that samples up or down, or takes the time embedding in another way")
             if module.output_scale_factor != 1.0 or type(module.nonlinearity) is not nn.SiLU:
                 raise RuntimeError("a ResNet that scales its output, or has another activation than SiLU")
-    for kind, ours in ((ResnetBlock2D, _ResNet), (Transformer2DModel, _Transformer), (nn.GroupNorm, _Norm)):
-        for module in unet.modules():
-            if type(module) is kind:
-                module.__class__ = ours
+    _become(unet, {ResnetBlock2D: _ResNet, Transformer2DModel: _Transformer, nn.GroupNorm: _Norm})

@@ -2,12 +2,12 @@
 
 Random weights, float16, 64 x 64, both halves of guidance for one picture; the text's keys and values are there already.
 Stock is diffusers'; "graphed" is what `TextToImage.compile` does: transformer blocks compiled, everything replayed;
-"channels-last" the same with convolutions and their weights laid out so; "norms" with the kernels of
-group_norm_silu.py too. Milliseconds a step, variants in turn, medians.
+"channels-last" the same with convolutions and their weights laid out so; then ResNets compiled too, or with the
+kernels of group_norm_silu.py ("norms"). Milliseconds a step, variants in turn, medians.
 
     python scripts/gpu/experiments/channels_last_unet.py [--rows FILE] [--tiny --device cpu]
 
-About two minutes on an H100. A verdict: a gain over the step as it is, or none.
+About two minutes on an H100. A verdict: a gain over what torch.compile makes of ResNets, or none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import experiment
 import torch
-from channels_last import fuse_norms, to_channels_last
+from channels_last import compile_resnets, fuse_norms, to_channels_last
 from diffusers import UNet2DConditionModel
 from diffusion import SD15, SMALL, Step, made, unet_step
 from measure import Options, median_and_spread, wall_ms
@@ -35,6 +35,7 @@ TABLE = "A denoising step in channels-last, ms"
 CHANGES: dict[str, Callable[[Any], None]] = {
     "graphed": lambda _: None,
     "channels-last": to_channels_last,
+    f"ResNets by {experiment.COMPILED}": compile_resnets,
     "norms": fuse_norms,
 }
 # Of the largest number; stock's own kernels are as far from each other in half types.
@@ -83,7 +84,9 @@ def main() -> int:
             times = wall_ms(runs, 1 if options.tiny else 2 + 3 * options.repeats, options.device)
     found = {name: median_and_spread(times[name]) for name in runs}
     middles = {name: middle for name, (middle, _) in found.items()}
-    said = experiment.verdict("SD 1.5", middles, ["channels-last", "norms"], ["graphed"], options.device, "graphed")
+    said = experiment.verdict(
+        "SD 1.5", middles, ["norms"], [name for name in CHANGES if name != "norms"], options.device
+    )
     shown = {name: f"{middle:.2f} ±{spread:.0%}" for name, (middle, spread) in found.items()}
     options.add(TABLE, step="SD 1.5 U-Net, float16, 64 x 64, batch 2", **shown, verdict=said)
     print("\n".join(problems) or "all values right", flush=True)

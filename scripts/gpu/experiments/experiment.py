@@ -360,23 +360,15 @@ def run_cases(
     return 1 if failed or not all(each.is_right for each in prepared) else 0
 
 
-def verdict(
-    where: str,
-    times: Mapping[str, float],
-    ours: Sequence[str],
-    theirs: Sequence[str],
-    device: str,
-    required: str = COMPILED,
-) -> str:
+def verdict(where: str, times: Mapping[str, float], ours: Sequence[str], theirs: Sequence[str], device: str) -> str:
     """Whether the best of our variants gains over the best of torch's: a cell, and a line of its own.
 
     Args:
         where: the shape and batch.
         times: microseconds of every variant by its name, infinite where there is no figure.
         ours: names of our variants.
-        theirs: names of torch's, or of what is there now.
+        theirs: names of torch's; those that torch.compile made say so, and without them there is no verdict.
         device: "cuda", or what was only tried.
-        required: what some of their names say; without figures of those there is no verdict.
     """
 
     def best_of(names: Sequence[str]) -> str | None:
@@ -386,10 +378,10 @@ def verdict(
     best, rival = best_of(ours), best_of(theirs)
     if device != "cuda":
         said = "none: not a card"
-    elif best is None or rival is None or best_of([name for name in theirs if required in name]) is None:
-        said = f"none: no figure of {'ours' if best is None else required}"
+    elif best is None or rival is None or best_of([name for name in theirs if COMPILED in name]) is None:
+        said = f"none: no figure of {'ours' if best is None else COMPILED}"
     else:
         ratio = times[rival] / times[best]
-        said = f"{'GAIN' if ratio >= GAIN else 'no gain'} over {required}: {ratio:.2f} ({rival} / {best})"
+        said = f"{'GAIN' if ratio >= GAIN else 'no gain'} over torch.compile: {ratio:.2f} ({rival} / {best})"
     print(f"verdict, {where}: {said}", flush=True)
     return said
