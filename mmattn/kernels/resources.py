@@ -22,14 +22,17 @@ _WARP_SIZE = 32
 
 @dataclass(frozen=True)
 class Resources:
-    """Attributes: registers a thread, bytes of shared memory a program, bytes spilt a thread (local memory), and how
-    many warp-group matrix instructions (compute capability 9.0) and older ones there are."""
+    """Attributes: registers a thread, bytes of shared memory a program, bytes spilt a thread (local memory), how many
+    warp-group matrix instructions (compute capability 9.0) and older ones there are, and newer ones (10), with the
+    columns of tensor memory (512 at most) that these take."""
 
     registers: int
     shared_bytes: int
     spilled_bytes: int
     warp_group_products: int
     warp_products: int
+    tensor_memory_products: int
+    tensor_memory_columns: int
 
 
 class _NoDevice:
@@ -51,8 +54,8 @@ class _NoDevice:
 
 @contextlib.contextmanager
 def compiling_for(capability: int, processors: int = 132) -> Iterator[None]:
-    """Within the block launches for tensors on a CPU are configured for a card of this compute capability (80, 90),
-    and `Launch.compile` compiles for it; Triton's driver is out of use in the whole process meanwhile."""
+    """Within the block launches for tensors on a CPU are configured for a card of this compute capability (80, 90,
+    100), and `Launch.compile` compiles for it; Triton's driver is out of use in the whole process meanwhile."""
     driver: Any = triton.runtime.driver
     before = driver._active
     token = STAND_IN.set(Card((capability // 10, capability % 10), processors))
@@ -77,6 +80,8 @@ def resources_of(launch: Launch) -> Resources:
         spilled_bytes=numbers["STACK"] + numbers["LOCAL"],
         warp_group_products=ptx.count("wgmma.mma_async"),
         warp_products=len(re.findall(r"\bmma\.sync", ptx)),
+        tensor_memory_products=len(re.findall(r"\btcgen05\.mma\.", ptx)),
+        tensor_memory_columns=compiled.metadata.tmem_size,
     )
 
 

@@ -2,9 +2,11 @@
 
 import re
 from collections import Counter
+from importlib.metadata import version
 
 import pytest
 import torch
+from packaging.version import Version
 
 pytest.importorskip("triton")
 
@@ -15,7 +17,10 @@ from scripts.gpu.kernel_resources import launches
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(is_interpreted(), reason="nothing is compiled there")]
 
 # What one program may have of a processor, see CUDA's table of compute capabilities.
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Where `mmattn.ops.triton_missing` lets them be used.
+NEEDS_TRITON = {100: Version("3.9")}
+TENSOR_MEMORY_COLUMNS = 512
 # A backward that holds the gradients of all keys wants more registers than there are (docs/kernels.md): the most that
 # was found, so that it does not get worse unseen.
 SPILLED_BYTES = {
@@ -44,10 +49,13 @@ _FLOAT_INSTRUCTION = re.compile(r"^\s*(?:@\S+ )?(fma|mul|add|sub|max|ex2|lg2|div
         (80, 160, 77, HALF),
         (80, 160, 512, HALF),
         (80, 160, 77, SINGLE),
+        (100, 64, 77, HALF),
+        (100, 160, 512, HALF),
     ],
     ids=str,
 )
 def test_resources_are_bounded(capability, head_dim, keys, dtype):
+    skip_where_refused(capability)
     with compiling_for(capability):
         for launch in launches(head_dim, keys, dtype):
             name, found = launch.kernel.__name__, resources_of(launch)
@@ -55,10 +63,17 @@ def test_resources_are_bounded(capability, head_dim, keys, dtype):
             # float32 is there to be right, not fast.
             assert dtype is SINGLE or found.spilled_bytes <= SPILLED_BYTES.get(name, 0), where
             assert found.shared_bytes <= SHARED_BYTES[capability], where
+            assert found.tensor_memory_columns <= TENSOR_MEMORY_COLUMNS, where
             # The products are matrix instructions, of the widest kind that the processor has.
             if name != "sum_partials_kernel":
-                is_group = capability == 90 and dtype is HALF
-                assert found.warp_group_products if is_group else found.warp_products, where
+                widest = {90: found.warp_group_products, 100: found.tensor_memory_products} if dtype is HALF else {}
+                assert widest.get(capability, found.warp_products), where
+
+
+def skip_where_refused(capability):
+    own = version("triton")
+    if Version(own) < NEEDS_TRITON.get(capability, Version("0")):
+        pytest.skip(f"refused there with triton {own}")
 
 
 @pytest.mark.parametrize("keys", [77, 300])

@@ -12,13 +12,14 @@ from torch import Tensor
 from mmattn.ops.limits import HALVES, HOPPER, Backend, Limits, compute_capability
 from mmattn.ops.request import Request
 from mmattn.ops.segments import PackedRequest
-from mmattn.ops.triton_missing import triton_missing
+from mmattn.ops.triton_missing import TENSOR_MEMORY, triton_missing
 from mmattn.ops.unpadded import Rows, attend_unpadded
 
 # "auto" leaves packed sequences of more keys than this on the average to kernels for long ones; 0 switches these off.
 # Varlen's time goes with the number of sequences, that of these kernels hardly. Measured on an H200, heads of 64, in
 # bfloat16: at 11 keys 9 times as fast as varlen forward and 11 times with the backward, at 64 keys 2.1 and 2.5 times,
-# at 200 still 1.6 times. Elsewhere an estimate.
+# at 200 still 1.6 times. Elsewhere an estimate, and nothing where products go through tensor memory (capability 10 and
+# 11, B200): such code has never run.
 AUTO_PACKED_MEAN_KEYS = 48
 AUTO_PACKED_MEAN_KEYS_MEASURED = 200
 
@@ -65,8 +66,10 @@ def _attend_rows(rows: Rows) -> Tensor:
 
 def _auto_mean_keys(request: PackedRequest) -> int:
     key = request.key
-    is_measured = key.is_cuda and key.dtype in HALVES and key.shape[2] <= 64
-    if is_measured and compute_capability(key.device) in HOPPER:
+    capability = compute_capability(key.device) if key.is_cuda else None
+    if capability is not None and capability[0] in TENSOR_MEMORY:
+        return 0
+    if capability in HOPPER and key.dtype in HALVES and key.shape[2] <= 64:
         return AUTO_PACKED_MEAN_KEYS_MEASURED
     return AUTO_PACKED_MEAN_KEYS
 
