@@ -7,12 +7,13 @@
 #   scripts/gpu_check.sh [--quick] [--output FILE] [--part PART]... [--seconds N] [--at-once N] [--keep FOLDER]
 #                        [--join KEPT]...
 #
-# In two runs, of parts named, each kept; then the page of both, which needs no card. What both lack is taken from the
-# page as it is. (Starting takes up to half a minute more than --seconds, and ending 5 s.)
+# In two runs, of parts named, each kept in a folder of its own; then the page of both, which needs no card. What both
+# lack is taken from the page as it is; which part comes from which run is said. (Starting takes up to half a minute more
+# than --seconds, and ending 5 s.)
 #
-#   scripts/gpu_check.sh --part training --part training_compiled --part decode --part varlen --part maps \
-#                        --part attention --seconds 530 --keep one
-#   scripts/gpu_check.sh --part tests --part compiled --part packed ... --seconds 200 --keep two
+#   scripts/gpu_check.sh --part tests --part training_compiled --part attention --part translator --part diffusion \
+#                        --seconds 560 --keep one
+#   scripts/gpu_check.sh --part short_keys --part decode --part varlen --part maps --seconds 200 --keep two
 #   scripts/gpu_check.sh --join one --join two --join docs/gpu.json
 #
 # Run only where they are named: `--part experiments`, kernels that are not in the package (docs/kernels.md); `--part

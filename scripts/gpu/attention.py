@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from measure import Ceilings, Options, card_us, host_us, measure_ceilings, read_options, tell
+from measure import Ceilings, Options, Status, card_us, host_us, measure_ceilings, read_options, tell
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,7 +35,7 @@ NAMES = {kernel: name for name, kernel in PINNED.items()}
 CACHE_BYTES = 150e6
 MATH_BYTES = 1e9
 FURTHEST = 0.02  # of the norm: bfloat16 rounding is a tenth of it
-SECONDS = 70  # of its turn, after which only shapes of U-Nets are begun
+SECONDS = 90  # of its turn, after which only shapes of U-Nets are begun
 BATCHES = (2, 4, 16)
 
 
@@ -277,7 +277,7 @@ def cudnn_nan_row(options: Options) -> None:
 
 def main() -> int:
     """All rows, those of U-Nets first; each of FlexAttention when it is compiled."""
-    options = read_options(__doc__)
+    options, status = read_options(__doc__), Status()
     shapes = TINY if options.tiny else SHAPES
     calls = [(shape, batch) for shape in shapes for batch in BATCHES]
     for shape, batch in calls:
@@ -294,13 +294,15 @@ def main() -> int:
         cudnn_nan_row(options)
         for shape, batch in calls:
             if time.perf_counter() - begin > SECONDS and shape.keys != 77:
-                print(f"out of time: {shape.name}, batch {batch} not measured", flush=True)
+                status.skip(f"{shape.name}, batch {batch}")
                 continue
-            rows_of(shape, batch, ceilings, options)
+            with status.row(f"{shape.name}, batch {batch}"):
+                rows_of(shape, batch, ceilings, options)
     for shape in shapes:
         if shape.has_flex and options.device in mmattn.backends()["flex"].usable_on:
-            flex_rows(shape, 4, options)
-    return 0
+            with status.row(f"{shape.name}, FlexAttention"):
+                flex_rows(shape, 4, options)
+    return status.code
 
 
 if __name__ == "__main__":

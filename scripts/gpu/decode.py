@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from attention import CACHE_BYTES, FURTHEST, MATH_BYTES, PINNED
-from measure import Ceilings, Options, card_us, host_us, measure_ceilings, read_options, tell
+from measure import Ceilings, Options, Status, card_us, host_us, measure_ceilings, read_options, tell
 from processes import usable_cores
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,7 +36,7 @@ from mmattn.kernels.resources import compiling_for
 from mmattn.ops.replay import replayed
 
 # Of its turn; after so many no other configurations are tried.
-SECONDS = 40
+SECONDS = 60
 FOLDED = ("cuDNN", "flash", "efficient")
 
 
@@ -356,7 +356,7 @@ def _launch_row(inputs: Inputs, mask: str, attends: dict[str, Attend], options: 
 
 def main() -> int:
     """All rows, the most telling first."""
-    options = read_options(__doc__)
+    options, status = read_options(__doc__), Status()
     shapes = TINY if options.tiny else SHAPES
     tuned = [] if options.tiny else TUNED
     has_flex = not options.tiny and options.device in mmattn.backends()["flex"].usable_on
@@ -365,16 +365,19 @@ def main() -> int:
     with options.turn() as begin:
         ceilings = measure_ceilings(options)
         for shape in shapes:
-            row_of(shape, ceilings, options)
+            with status.row(shape.name):
+                row_of(shape, ceilings, options)
         launch_row(options)
         for shape in tuned:
             if time.perf_counter() - begin > SECONDS:
-                print(f"out of time: other configurations of {shape.name} not tried", flush=True)
+                status.skip(f"other configurations of {shape.name}")
                 continue
-            tuning_row(shape, options)
+            with status.row(f"other configurations of {shape.name}"):
+                tuning_row(shape, options)
     if has_flex:
-        flex_row(shapes[0], options)
-    return 0
+        with status.row("FlexAttention"):
+            flex_row(shapes[0], options)
+    return status.code
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
-from measure import Options, median_and_spread, read_options, wall_ms
+from measure import Options, Status, median_and_spread, read_options, wall_ms
 from torch import Tensor
 
 import mmattn
@@ -91,19 +91,21 @@ def pixart_step(model: Any, real: int) -> Step:
 
 
 @torch.no_grad()
-def rows_of(name: str, step: Step, variants: dict[str, Any], options: Options) -> None:
-    """Time models that compute the same, alternating; "stock" is the one that they are compared with."""
+def rows_of(name: str, step: Step, variants: dict[str, Any], options: Options, status: Status) -> None:
+    """Time models that compute the same, alternating; "stock" is the one that they are compared with. One that fails
+    costs its own row only."""
     outputs = {}
     for variant, model in variants.items():
-        begin = time.perf_counter()
-        outputs[variant] = step(model)
-        print(f"  {name}, {variant}: first step {time.perf_counter() - begin:.1f} s", flush=True)
+        with status.row(f"{name}, {variant}"):
+            begin = time.perf_counter()
+            outputs[variant] = step(model)
+            print(f"  {name}, {variant}: first step {time.perf_counter() - begin:.1f} s", flush=True)
     stock = outputs["stock"].double()
-    runs = {key: lambda model=model: step(model) for key, model in variants.items()}
+    runs = {key: lambda model=variants[key]: step(model) for key in outputs}
     with options.turn():
         times = wall_ms(runs, 2 + 3 * options.repeats, options.device)
     base = median_and_spread(times["stock"])[0]
-    for variant in variants:
+    for variant in outputs:
         middle, spread = median_and_spread(times[variant])
         apart = (outputs[variant].double() - stock).abs().max().item() / stock.abs().max().item()
         options.add(
@@ -134,21 +136,21 @@ def unet(name: str, options: Options) -> Any:
     return made(UNet2DConditionModel, UNETS[name] | (SMALL if options.tiny else {}), options)
 
 
-def unets(options: Options) -> None:
+def unets(options: Options, status: Status) -> None:
     """SD 1.5 and SDXL."""
     for name in UNETS:
         model = unet(name, options)
-        rows_of(name, unet_step(model), {"stock": model, "swapped": swapped(model)}, options)
+        rows_of(name, unet_step(model), {"stock": model, "swapped": swapped(model)}, options, status)
 
 
-def compiled_unet(name: str, options: Options) -> None:
+def compiled_unet(name: str, options: Options, status: Status) -> None:
     """The same, compiled."""
     model = unet(name, options)
     variants = {"stock": model, "compiled": compiled(model), "swapped, compiled": compiled(swapped(model))}
-    rows_of(f"{name}, compiled", unet_step(model), variants, options)
+    rows_of(f"{name}, compiled", unet_step(model), variants, options, status)
 
 
-def pixart(options: Options) -> None:
+def pixart(options: Options, status: Status) -> None:
     """The text's padding kept and dropped."""
     config = TINY_PIXART if options.tiny else PIXART
     config = config | {"sample_size": 16 if options.tiny else 128, "caption_channels": 64 if options.tiny else 4096}
@@ -159,10 +161,10 @@ def pixart(options: Options) -> None:
         "swapped, padding kept": swapped(model, drop_padding=False),
     }
     for real in (20, 120):
-        rows_of(f"PixArt, 128 x 128, {real} of 300 text tokens", pixart_step(model, real), variants, options)
+        rows_of(f"PixArt, 128 x 128, {real} of 300 text tokens", pixart_step(model, real), variants, options, status)
 
 
-JOBS: dict[str, Callable[[Options], None]] = {
+JOBS: dict[str, Callable[[Options, Status], None]] = {
     "pixart": pixart,
     "unets": unets,
     **{f"compiled-{number}": functools.partial(compiled_unet, name) for number, name in enumerate(UNETS, start=1)},
@@ -171,10 +173,11 @@ JOBS: dict[str, Callable[[Options], None]] = {
 
 def main() -> int:
     """PixArt, then the U-Nets; compiled last, so that a full table is there early."""
-    options = read_options(__doc__, list(JOBS))
+    options, status = read_options(__doc__, list(JOBS)), Status()
     for name in JOBS if options.only is None else [options.only]:
-        JOBS[name](options)
-    return 0
+        with status.row(name):
+            JOBS[name](options, status)
+    return status.code
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     scripts/gpu/kernel_resources.py [--capability 80 90] [--head-dim 40 64] [--keys 77 257] [--dtype float32]
 
 Registers a thread (255 at most), bytes of shared memory a program, bytes spilt a thread, matrix instructions: of a warp
-group (only compute capability 9.0 has them) and of a warp. Triton brings compiler and reader.
+group (only compute capability 9.0 has them), of a warp, and through tensor memory (from 10.0 on, 100 here). Triton
+brings compiler and reader.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def packed_launches_of(head_dim: int, dtype: torch.dtype, is_causal: bool = True
     return (forward, *backward)
 
 
-TAKEN = ("kernel", "warps", "registers", "shared", "spilt", "group, warp products")
+TAKEN = ("kernel", "warps", "registers", "shared", "spilt", "group, warp, tensor memory products")
 
 
 def head(*where: str) -> str:
@@ -84,7 +85,7 @@ def row(launch: Launch, *where: object) -> str:
     """A line of the table."""
     found = resources_of(launch)
     name = launch.kernel.__name__.removesuffix("_kernel")
-    products = f"{found.warp_group_products}, {found.warp_products}"
+    products = f"{found.warp_group_products}, {found.warp_products}, {found.tensor_memory_products}"
     numbers = (launch.num_warps, found.registers, found.shared_bytes, found.spilled_bytes, products)
     return f"| {' | '.join(map(str, (*where, name, *numbers)))} |"
 

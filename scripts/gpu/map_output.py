@@ -25,7 +25,7 @@ if "cpu" in sys.argv:  # Triton decides when a kernel is defined whether its int
 
 import torch
 from attention import CACHE_BYTES, PINNED, SHAPES, Shape
-from measure import Options, card_us, measure_ceilings, read_options, tell, wait
+from measure import Options, Status, card_us, measure_ceilings, read_options, tell, wait
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
@@ -210,18 +210,19 @@ def main() -> int:
         except Exception as error:
             problems[batch, shape] = [f"{type(error).__name__}: {str(error)[:200]}"]
         print(f"  {shape.name}, batch {batch}: {'; '.join(problems[batch, shape]) or 'right'}", flush=True)
+    status = Status()
     with options.turn() as begin:
-        rows(problems, begin, options)
-    return 1 if any(problems.values()) else 0
+        rows(problems, begin, options, status)
+    return 1 if any(problems.values()) else status.code
 
 
-def rows(problems: dict[tuple[int, Shape], list[str]], begin: float, options: Options) -> None:
+def rows(problems: dict[tuple[int, Shape], list[str]], begin: float, options: Options, status: Status) -> None:
     """A row for each case, until `SECONDS` after `begin`."""
     ceilings = measure_ceilings(options)
     options.add("Ceilings beside maps", copy=f"{ceilings.bytes_per_s / 1e12:.2f} TB/s")
     for (batch, shape), wrong in problems.items():
         if time.perf_counter() - begin > SECONDS:
-            print(f"out of time: {shape.name}, batch {batch} not measured", flush=True)
+            status.skip(f"{shape.name}, batch {batch}")
             continue
         try:
             row = measure_shape(shape, batch, wrong, options)

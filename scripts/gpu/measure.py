@@ -13,13 +13,14 @@ import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import ASK, GIVE_BACK, TURN
+from side_by_side import ASK, GIVE_BACK, OUT_OF_TIME, TURN
 
 ROOT = Path(__file__).resolve().parents[2]
 for folder in (ROOT, ROOT / "scripts" / "bench"):
@@ -69,8 +70,10 @@ class Options:
             yield time.perf_counter()
         finally:
             if self.turns is not None:
-                wait(self.device)
-                os.write(self.turns[1], GIVE_BACK)
+                try:
+                    wait(self.device)
+                finally:
+                    os.write(self.turns[1], GIVE_BACK)
 
 
 def read_options(description: str | None, jobs: Sequence[str] = (), has_resources: bool = False) -> Options:
@@ -111,6 +114,37 @@ def tell(problem: Exception) -> None:
     """One line of why there is no figure."""
     first = (str(problem).splitlines() or [""])[0]
     print(f"    {type(problem).__name__}: {first[:150]}", flush=True)
+
+
+@dataclass
+class Status:
+    """What a part's exit status is made of: it is only well where no row is wanting."""
+
+    has_failed: bool = False
+    was_late: bool = False
+
+    def skip(self, what: str) -> None:
+        """There is no time for a row."""
+        print(f"out of time: {what} not measured", flush=True)
+        self.was_late = True
+
+    @contextlib.contextmanager
+    def row(self, what: str) -> Iterator[None]:
+        """What fails inside is told, and costs the others nothing."""
+        try:
+            yield
+        except Exception:
+            traceback.print_exc()
+            print(f"failed: {what}", flush=True)
+            self.has_failed = True
+            if torch.cuda.is_initialized():
+                with contextlib.suppress(RuntimeError):  # what failed on the card may fail all that comes after
+                    torch.cuda.empty_cache()
+
+    @property
+    def code(self) -> int:
+        """0, 1 where something has failed, else `OUT_OF_TIME` where something was left out."""
+        return 1 if self.has_failed else OUT_OF_TIME if self.was_late else 0
 
 
 def wait(device: str) -> None:

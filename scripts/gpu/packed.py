@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 from attention import PASSES
-from measure import Options, card_us, measure_ceilings, read_options, tell
+from measure import Options, Status, card_us, measure_ceilings, read_options, tell
 from torch import Tensor
 
 import mmattn
@@ -28,7 +28,7 @@ TINY = (149, 2, 16)
 # Of the norm, against float32: what two roundings to bfloat16 cannot make.
 FURTHEST = 0.02
 # Configurations beside the one in force are tried until this process has computed so long; they compile meanwhile.
-BUDGET_S = 50.0
+BUDGET_S = 80.0
 # Rows that are computed in float32 too.
 LAST_ROWS = 2048
 BACKENDS = ("triton_packed", "varlen", "sdpa")
@@ -145,7 +145,7 @@ def ratio(cells: dict[str, str], one: str, other: str) -> str:
     return f"{numbers[0] / numbers[1]:.2f}" if len(numbers) == 2 else "-"
 
 
-def configurations(batch: Batch, kind: str, options: Options) -> None:
+def configurations(batch: Batch, kind: str, options: Options, status: Status) -> None:
     """Other block sizes, all kernels with the same."""
     from mmattn.kernels import packed_rows, packed_rows_backward, packed_rows_forward
     from mmattn.kernels.packed_rows_blocks import RowsConfig
@@ -153,7 +153,7 @@ def configurations(batch: Batch, kind: str, options: Options) -> None:
     tried = ((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3), (32, 32, 4, 2), (128, 32, 8, 2), (64, 16, 4, 2))
     for config in [RowsConfig(*numbers) for numbers in tried]:
         if time.process_time() > BUDGET_S:
-            print("    no time for other configurations", flush=True)
+            status.skip("other configurations")
             return
         with contextlib.ExitStack() as patches:
             for plans in (packed_rows._FORWARD, packed_rows._BACKWARD):
@@ -174,7 +174,7 @@ def configurations(batch: Batch, kind: str, options: Options) -> None:
 
 def main() -> int:
     """The most important rows first; values before times."""
-    options = read_options(__doc__)
+    options, status = read_options(__doc__), Status()
     names = usable(options)
     with options.turn():
         rate = measure_ceilings(options).bytes_per_s
@@ -191,12 +191,12 @@ def main() -> int:
             for has_gradients in (False, True):
                 measured_row(kind, batch, has_gradients, names, rate, options)
     if "triton_packed" in names:
-        configurations(first, KINDS[0], options)
+        configurations(first, KINDS[0], options, status)
         print(f"packed kernel: WRONG, off by {wrong}" if wrong else "packed kernel: right")
     else:
         reason = mmattn.backends()["triton_packed"].reasons.get(options.device)
         print(f"packed kernel: {'WRONG, ' if options.device == 'cuda' else ''}cannot be used here: {reason}")
-    return 1 if wrong or (options.device == "cuda" and "triton_packed" not in names) else 0
+    return 1 if wrong or (options.device == "cuda" and "triton_packed" not in names) else status.code
 
 
 if __name__ == "__main__":

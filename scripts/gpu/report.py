@@ -142,11 +142,11 @@ def read_rows(files: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
 
 def chosen(runs: list[Run], parts: list[str]) -> dict[str, tuple[int, Outcome]]:
     """For each part that was run the number of the run which the page takes it from, from 1: the latest in which all
-    was well, else the latest that has rows, else the latest."""
+    was well, else the one that has most rows, the latest of those that have as many."""
     kept: dict[str, tuple[int, Outcome]] = {}
     for part in parts:
         found = [
-            ((outcome.error is None, bool(run.tables[part]), run.begun), number, outcome)
+            ((outcome.error is None, _num_rows(run, outcome), run.begun), number, outcome)
             for number, run in enumerate(runs, start=1)
             for outcome in run.outcomes
             if outcome.part == part
@@ -157,11 +157,42 @@ def chosen(runs: list[Run], parts: list[str]) -> dict[str, tuple[int, Outcome]]:
     return kept
 
 
+def _num_rows(run: Run, outcome: Outcome) -> int:
+    """Of a part that is not complete; all that are complete count alike."""
+    return 0 if outcome.error is None else sum(map(len, run.tables[outcome.part].values()))
+
+
 def shown(runs: list[Run], parts: list[str]) -> tuple[list[Run], dict[str, tuple[int, Outcome]]]:
     """Those of the runs that a part is taken from, and `chosen` of them."""
     used = {number for number, _ in chosen(runs, parts).values()}
     runs = [run for number, run in enumerate(runs, start=1) if number in used]
     return runs, chosen(runs, parts)
+
+
+def sources(candidates: list[Run], runs: list[Run], kept: dict[str, tuple[int, Outcome]]) -> list[str]:
+    """A line for each run of a page, with the parts that come from it; and one for each part of which a later run of
+    the `candidates` is left out, because in that not all was well."""
+    lines = []
+    for number, run in enumerate(runs, start=1):
+        parts = [
+            part if outcome.error is None else f"{part} (not complete)"
+            for part, (of, outcome) in kept.items()
+            if of == number
+        ]
+        lines.append(f"run {number}, {_minute(run)}, {run.card}: {', '.join(parts)}")
+    for part, (number, _) in kept.items():
+        later = [
+            (run, outcome)
+            for run in candidates
+            for outcome in run.outcomes
+            if outcome.part == part and run.begun > runs[number - 1].begun
+        ]
+        lines += [f"left out: {part} of {_minute(run)}, {outcome.result}" for run, outcome in later]
+    return lines
+
+
+def _minute(run: Run) -> str:
+    return run.begun[:16].replace("T", " ")
 
 
 def page(runs: list[Run], kept: dict[str, tuple[int, Outcome]]) -> str:
@@ -208,7 +239,7 @@ def machines(runs: list[Run]) -> list[dict[str, str]]:
     """A row for each fact, a column for each run."""
     names = list(dict.fromkeys(name for run in runs for name in run.machine))
     heads = [f"run {number}" for number in range(1, len(runs) + 1)]
-    rows = [("begun, UTC", [run.begun[:16].replace("T", " ") for run in runs])]
+    rows = [("begun, UTC", [_minute(run) for run in runs])]
     rows.append(("seconds, all its parts", [f"{run.seconds:.0f}" if run.seconds else "-" for run in runs]))
     rows += [(name, [run.machine.get(name, "-") for run in runs]) for name in names]
     return [{"": name, **dict(zip(heads, values, strict=True))} for name, values in rows]

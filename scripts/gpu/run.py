@@ -21,7 +21,21 @@ from pathlib import Path
 
 import torch
 from processes import usable_cores
-from report import FILE, ROOT, Outcome, Run, machine, now, page, read_run, read_runs, row_files, shown, table_data
+from report import (
+    FILE,
+    ROOT,
+    Outcome,
+    Run,
+    machine,
+    now,
+    page,
+    read_run,
+    read_runs,
+    row_files,
+    shown,
+    sources,
+    table_data,
+)
 from side_by_side import Ended, Job, SideBySide
 
 HERE = Path(__file__).parent
@@ -35,16 +49,22 @@ class Part:
     Attributes:
         script: in this folder; "pytest" for the tests; or a folder, which has a script for each job.
         seconds: each of its processes may run so long, generously: all together have `TOTAL`.
-        jobs: what each of its processes does, "" where it is one.
-        gib: of the card's memory, for each.
+        jobs: what each of its processes does, "" where it is one; in this order they begin.
+        gib: of the card's memory, for each job, or for all of them alike.
         is_extra: run only where it is named, and not wanting where it is not in the page.
     """
 
     script: str
     seconds: float
     jobs: tuple[str, ...] = ("",)
-    gib: float = 8.0
+    gib: float | tuple[float, ...] = 8.0
     is_extra: bool = False
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Of the card, in GiB, for each job."""
+        each = self.gib if isinstance(self.gib, tuple) else (self.gib,) * len(self.jobs)
+        return dict(zip(self.jobs, each, strict=True))
 
 
 # Scripts of the folder `experiments`: kernels that get into the package only where a card shows a gain.
@@ -56,6 +76,7 @@ EXPERIMENTS = (
     "context_8bit",
     "folded_queries",
 )
+PROFILED = (*RECIPES, *(f"{name}-compiled" for name in RECIPES))
 # What the steps were like before, and what they might be like: the longest to compile first.
 PROFILED_CHANGES = (
     "diffusion-compiled-nhwc",
@@ -69,30 +90,33 @@ PROFILED_CHANGES = (
     "translate-looked-uncast",
     "vlm-looked-uncast",
 )
-# The most important first: a page that is cut off lacks the last.
+# The most important first: a page that is cut off lacks the last. Training has what it was measured to allocate
+# (docs/gpu.json), a tenth more for what torch keeps besides, and 1 GiB for the process: a card of 80 GB prepares three
+# or four at a time. Others have estimates: of their weights, in float32 where they are drawn, and of their inputs.
 PARTS = {
-    "tests": Part("pytest", 280, gib=24),
-    "training": Part("training.py", 300, RECIPES, gib=40),
-    # The one that compiles longest begins first.
-    "training_compiled": Part("training_compiled.py", 310, ("diffusion", "translate", "vlm"), gib=34),
+    "tests": Part("pytest", 280, gib=16),
+    "training": Part("training.py", 300, RECIPES, gib=(24, 20, 22)),
+    "training_compiled": Part("training_compiled.py", 310, ("diffusion", "translate", "vlm"), gib=(37, 23, 30)),
     "short_keys": Part("short_keys.py", 140),
-    "compiled": Part("compiled.py", 260, ("translator", "unet", "vlm"), gib=12),
+    "compiled": Part("compiled.py", 260, ("translator", "unet", "vlm"), gib=(8, 12, 8)),
     "decode": Part("decode.py", 150, gib=4),
     "packed": Part("packed.py", 150, gib=16),
     "varlen": Part("varlen.py", 120, gib=4),
     "maps": Part("map_output.py", 120),
     "attention": Part("attention.py", 270, gib=16),
-    "translator": Part("translator.py", 150),
+    "translator": Part("translator.py", 200),
     "vlm": Part("vlm.py", 130),
-    "diffusion": Part("diffusion.py", 240, ("pixart", "unets", "compiled-1", "compiled-2"), gib=24),
+    "diffusion": Part("diffusion.py", 240, ("compiled-2", "compiled-1", "unets", "pixart"), gib=(24, 12, 20, 12)),
     "experiments": Part("experiments", 270, EXPERIMENTS, gib=10, is_extra=True),
-    "profile": Part(
-        "profile_training.py", 280, (*RECIPES, *(f"{name}-compiled" for name in RECIPES)), 26, is_extra=True
+    "profile": Part("profile_training.py", 280, PROFILED, gib=(24, 20, 22, 23, 30, 37), is_extra=True),
+    "profile_changes": Part(
+        "profile_training.py", 280, PROFILED_CHANGES, gib=(37, 37, 37, 23, 22, 22, 24, 20), is_extra=True
     ),
-    "profile_changes": Part("profile_training.py", 280, PROFILED_CHANGES, 26, is_extra=True),
 }
 TOTAL = 885
 CARD_SHARE = 0.9
+# No turn to measure takes half of it, and while one holds its turn all others stand still.
+LONGEST_TURN = 120
 PAGE = ROOT / "docs" / "gpu.md"
 
 
@@ -125,8 +149,8 @@ def arguments() -> argparse.Namespace:
         default=[],
         metavar="KEPT",
         help="a folder that an earlier run kept, or the JSON file of an earlier page: the page gets its parts too, of "
-        "each part the latest in which all was well (may be repeated). Without --part nothing is run, and no card is "
-        "needed",
+        "each part the latest in which all was well, else the one with most rows (may be repeated). Without --part "
+        "nothing is run, and no card is needed",
     )
     # To see on a CPU that every script runs: sizes that mean nothing.
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
@@ -134,10 +158,24 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.at_once < 1:
         parser.error(f"--at-once {options.at_once}: it has to be at least 1")
+    if options.keep is not None and (lost := lost_in(options.keep, parts_of(options))):
+        parser.error(f"--keep {options.keep}: an earlier run is kept there, whose {', '.join(lost)} would be lost")
     for kept in options.join:
         if not (kept / FILE if kept.suffix != ".json" else kept).is_file():
             parser.error(f"--join {kept}: no {FILE} there; give a folder that --keep has filled, or a page's JSON file")
     return options
+
+
+def parts_of(options: argparse.Namespace) -> list[str]:
+    """What is run."""
+    return list(dict.fromkeys(options.part or ())) or (["tests"] if options.quick else [] if options.join else whole())
+
+
+def lost_in(folder: Path, parts: list[str]) -> list[str]:
+    """Parts of the run that a folder keeps which a run of these parts would take the place of."""
+    if not parts or not (folder / FILE).is_file():
+        return []
+    return [outcome.part for outcome in read_run(folder).outcomes if outcome.part not in parts]
 
 
 def whole() -> list[str]:
@@ -202,7 +240,7 @@ def jobs_of(parts: list[str], options: argparse.Namespace, folder: Path, caches:
             stem = f"{part}.{number}-{name}" if name else part
             words, log = command(part, name, options, folder / f"{stem}.jsonl"), folder / f"{stem}.log"
             log.unlink(missing_ok=True)
-            own = (PARTS[part].seconds, PARTS[part].gib)
+            own = (PARTS[part].seconds, PARTS[part].memory[name])
             jobs.append(Job(part, name, words, environment(part, options, caches), log, *own))
     return jobs
 
@@ -275,6 +313,7 @@ def run_parts(parts: list[str], options: argparse.Namespace, folder: Path) -> Ru
             end=begin + options.seconds,
             at_once=options.at_once,
             gib=card_gib(options.device),
+            longest_turn=LONGEST_TURN if options.device == "cuda" else math.inf,
             cwd=ROOT,
             on_end=on_end,
         )
@@ -285,17 +324,20 @@ def run_parts(parts: list[str], options: argparse.Namespace, folder: Path) -> Ru
 def main() -> int:
     """Every part, then the page."""
     options = arguments()
-    parts: list[str] = list(dict.fromkeys(options.part or ())) or (
-        ["tests"] if options.quick else [] if options.join else whole()
-    )
+    parts = parts_of(options)
     if parts and options.device == "cuda" and not torch.cuda.is_available():
         print(f"gpu_check.sh: no CUDA card here (torch {torch.__version__} sees none): nothing was checked")
         return 2
+    # Before anything is run: what cannot be read would cost the page of it.
+    try:
+        joined = [run for each in options.join for run in read_runs(each)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"gpu_check.sh: --join: what is there was not written by this script ({type(error).__name__}: {error})")
+        return 1
     with tempfile.TemporaryDirectory() as name:
         folder = options.keep or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         own = [run_parts(parts, options, folder)] if parts else []
-        joined = [run for each in options.join for run in read_runs(each)]
         runs, kept = shown([*joined, *(read_run(folder) for _ in own)], list(PARTS))
         missing = [part for part in whole() if part not in kept]
         output = options.output or (None if missing else PAGE)
@@ -304,6 +346,7 @@ def main() -> int:
             output.write_text(page(runs, kept), encoding="utf-8")
             output.with_suffix(".json").write_text(table_data(runs, kept), encoding="utf-8")
             print(f"written: {output} and {output.with_suffix('.json')}")
+            print("\n".join(sources([*joined, *own], runs, kept)))
         elif not options.quick:
             print(
                 f"no page: without {', '.join(missing)} it would not be whole "

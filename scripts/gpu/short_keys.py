@@ -28,7 +28,7 @@ if "cpu" in sys.argv:  # Triton decides when a kernel is defined whether its int
 import attention as pinned_attention
 import torch
 from attention import CACHE_BYTES, PASSES, PINNED, SHAPES, Attend, Shape, floor, measured, ours, pinned, stock
-from measure import Ceilings, Options, host_us, measure_ceilings, read_options, tell, wait
+from measure import Ceilings, Options, Status, host_us, measure_ceilings, read_options, tell, wait
 from processes import usable_cores
 from torch import Tensor
 
@@ -40,7 +40,7 @@ from mmattn.kernels.short_keys_forward import forward_launch
 from mmattn.ops.registry import explain
 from mmattn.ops.replay import replayed
 
-SECONDS = 52  # of its turn, after which no further shape is begun
+SECONDS = 75  # of its turn, after which no further shape is begun
 BATCHES = (2, 4, 16)
 UNMASKED = [
     replace(shape, name=shape.name.removesuffix(", text mask"), real=None) for shape in SHAPES if shape.keys <= MAX_KEYS
@@ -138,7 +138,8 @@ def compile_all() -> None:
         for batch, shape in itertools.product(BATCHES, (*MASKED, *UNMASKED, SMALL, replace(SMALL, real=None)))
         if is_new(job := (shape, batch, *card), seen)
     ]
-    with multiprocessing.get_context("spawn").Pool(min(len(jobs), max(1, usable_cores() - 2))) as pool:
+    # Importing takes each of them as long as several kernels, beside all that the other parts import and compile.
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), 6, max(1, usable_cores() - 2))) as pool:
         for problem in pool.imap_unordered(compile_job, jobs):
             if problem:
                 print(f"  not compiled: {problem}", flush=True)
@@ -282,28 +283,24 @@ def _cost(call: Callable[[], object], count: int, options: Options) -> str:
 
 def main() -> int:
     """The processor's time first, then the shapes."""
-    options = read_options(__doc__)
+    options, status = read_options(__doc__), Status()
     if options.device == "cuda":
         compile_all()
     with options.turn() as begin:
-        rows(begin, options)
-    return 0
+        rows(begin, options, status)
+    return status.code
 
 
-def rows(begin: float, options: Options) -> None:
+def rows(begin: float, options: Options, status: Status) -> None:
     """All rows, shapes until `SECONDS` after `begin`."""
     processor_rows(options)
     ceilings = measure_ceilings(options)
     for shape, batch in [(shape, 2) for shape in (*TINY, *TINY_MASKED)] if options.tiny else in_order():
         if time.perf_counter() - begin > SECONDS:
-            print(f"out of time: {shape.name}, batch {batch} not measured", flush=True)
+            status.skip(f"{shape.name}, batch {batch}")
             continue
-        try:
+        with status.row(f"{shape.name}, batch {batch}"):
             measure_shape(shape, batch, ceilings, options)
-        except Exception as error:  # the rows of other shapes are wanted all the same
-            print(f"  {shape.name}, batch {batch}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-            if options.device == "cuda":
-                torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

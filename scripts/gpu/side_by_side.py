@@ -8,6 +8,7 @@ and does nothing. `measure.Options.turn` is the other end.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -68,8 +69,11 @@ class Ended:
     is_out_of_time: bool = False
 
     @classmethod
-    def of(cls, job: Job, seconds: float, code: int | None) -> Ended:
-        """By its exit status: None for one that was ended here, `OUT_OF_TIME` for one that ended itself in time."""
+    def of(cls, job: Job, seconds: float, code: int | None, turn: float | None = None) -> Ended:
+        """By its exit status: None for one that was ended here, for its `turn` if that took too many seconds;
+        `OUT_OF_TIME` for one that ended itself in time."""
+        if turn is not None and code is None:
+            return cls(job, seconds, f"had its turn for {turn:.0f} s, all others waiting", is_out_of_time=True)
         if code is None or code == OUT_OF_TIME:
             return cls(job, seconds, f"not done in {seconds:.0f} s", is_out_of_time=True)
         return cls(job, seconds, f"exit status {code}" if code else None)
@@ -82,6 +86,7 @@ class _Active:
     reads: int
     writes: int
     spent: float = 0.0
+    in_turn: float = 0.0
     asks: bool = False
     is_open: bool = True
     stopped: list[psutil.Process] = field(default_factory=list)
@@ -96,6 +101,8 @@ class SideBySide:
         end: by `time.monotonic`; what is not done then is ended.
         at_once: processes at most.
         gib: memory of the card that they may take together. (A job that needs more by itself runs beside none.)
+        longest_turn: seconds; one that has its turn for longer is ended: a call that hangs would cost all others
+            theirs.
         cwd: where they run.
         on_end: is told of each job, when it ends.
     """
@@ -109,9 +116,10 @@ class SideBySide:
         gib: float,
         cwd: Path,
         on_end: Callable[[Ended], None],
+        longest_turn: float = math.inf,
     ) -> None:
         self._queue, self._end, self._at_once, self._gib = list(jobs), end, at_once, gib
-        self._cwd, self._on_end = cwd, on_end
+        self._cwd, self._on_end, self._longest_turn = cwd, on_end, longest_turn
         self._active: list[_Active] = []
         self._holder: _Active | None = None
 
@@ -125,6 +133,8 @@ class SideBySide:
                 now = time.monotonic()
                 for each in self._active:
                     each.spent += now - before if self._may_run(each) else 0.0
+                if self._holder is not None:
+                    self._holder.in_turn += now - before
                 before = now
                 self._look(now)
                 self._grant()
@@ -203,7 +213,7 @@ class SideBySide:
             each.stopped = freeze(each.process.pid)
         if others:
             time.sleep(_SETTLE_S)
-        first.asks = False
+        first.asks, first.in_turn = False, 0.0
         with contextlib.suppress(BrokenPipeError):  # it has ended, which is seen next
             os.write(first.writes, GRANT)
 
@@ -218,15 +228,19 @@ class SideBySide:
     def _look(self, now: float) -> None:
         """Which have ended, and which have to."""
         is_over = now >= self._end
-        late = [each for each in self._active if is_over or each.spent > each.job.seconds]
+        late = [each for each in self._active if is_over or each.spent > each.job.seconds or self._has_long_turn(each)]
         ended = [each for each in self._active if each.process.poll() is not None or each in late]
         codes = [each.process.returncode for each in ended]
         self._stop(ended)
         for each, code in zip(ended, codes, strict=True):
             self._active.remove(each)
+            turn = each.in_turn if self._has_long_turn(each) else None
             if each is self._holder:
                 self._release()
-            self._on_end(Ended.of(each.job, each.spent, code))
+            self._on_end(Ended.of(each.job, each.spent, code, turn))
+
+    def _has_long_turn(self, each: _Active) -> bool:
+        return each is self._holder and each.in_turn > self._longest_turn
 
     def _stop(self, ending: Sequence[_Active]) -> None:
         """An interrupt, on which pytest says what has failed and Python where it was; then the end of all processes."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 from attention import CACHE_BYTES, FURTHEST, PASSES, PINNED, Attend, Inputs, Shape, measured, ours, pinned, run_once
-from measure import Ceilings, Options, card_us, host_us, measure_ceilings, read_options, tell
+from measure import Ceilings, Options, Status, card_us, host_us, measure_ceilings, read_options, tell
 
 import mmattn
 from mmattn.ops.packed import packed_attention
@@ -168,7 +168,7 @@ def value_errors(options: Options) -> dict[str, float]:
 
 def main() -> int:
     """The most important rows first."""
-    options = read_options(__doc__)
+    options, status = read_options(__doc__), Status()
     errors = value_errors(options)
     print(f"with gaps and an empty row, off by {errors}" if errors else "neither varlen nor flash can be used here")
     calls = TINY if options.tiny else MASKED
@@ -179,12 +179,15 @@ def main() -> int:
         ceilings = measure_ceilings(options)
         for shape, batch in calls:
             for has_gradients in (False, True):
-                masked_rows(shape, batch, has_gradients, ceilings, options)
-        launch_row(options)
-        packed_rows(options)
+                with status.row(f"{shape.name}, batch {batch}"):
+                    masked_rows(shape, batch, has_gradients, ceilings, options)
+        with status.row("launching"):
+            launch_row(options)
+        with status.row("packed sentences"):
+            packed_rows(options)
     wrong = [name for name, error in errors.items() if not error < FURTHEST]
     print(f"wrong values: {', '.join(wrong)}" if wrong else "done")
-    return 1 if wrong else 0
+    return 1 if wrong else status.code
 
 
 if __name__ == "__main__":

@@ -122,6 +122,72 @@ def test_a_page_keeps_what_a_later_run_has_not_done(runner, monkeypatch, tmp_pat
     assert [each["begun"] for each in json.loads(whole.read_text())["runs"]] == ["2026-01-03"]
 
 
+def keep(folder, day, **parts):
+    """A run as a folder keeps it: of each part its error, and how many rows it has."""
+    report = sys.modules["report"]
+    folder.mkdir()
+    outcomes = [
+        report.Outcome(part, 3.0, error, "", is_out_of_time=bool(error) and "not done" in error)
+        for part, (error, _) in parts.items()
+    ]
+    report.Run(f"2026-01-0{day}T10:00:00+00:00", {"card": f"card {day}, 1 GiB"}, outcomes, 9.0).write(folder)
+    for part, (_, number) in parts.items():
+        rows = [json.dumps({"table": "T", "cells": {"day": day, "row": row}}) + "\n" for row in range(number)]
+        (folder / f"{part}.jsonl").write_text("".join(rows))
+
+
+def test_of_each_part_the_newest_whole_run_is_taken_and_said(runner, monkeypatch, tmp_path, capsys):
+    late, wrong = "not done in 9 s", "exit status 1"
+    keep(tmp_path / "1", 1, tests=(None, 0), attention=(None, 3), translator=(late, 5), vlm=(wrong, 2))
+    keep(tmp_path / "2", 2, tests=(wrong, 0), attention=(late, 9), translator=(late, 4), vlm=(late, 2))
+    keep(tmp_path / "3", 3, attention=(None, 2))
+    page = tmp_path / "page.md"
+    assert run(runner, monkeypatch, "--join", tmp_path / "2", "--join", tmp_path / "1", "--output", page) == 0
+    capsys.readouterr()
+    joined = ("--join", tmp_path / "3", "--join", page.with_suffix(".json"))
+    assert run(runner, monkeypatch, *joined, "--output", tmp_path / "new.md") == 0
+    data = json.loads((tmp_path / "new.json").read_text())
+    days = {part: data["runs"][facts["run"] - 1]["begun"][9:10] for part, facts in data["parts"].items()}
+    # The newest that is whole, though it has fewer rows; of two that are not, that with more rows, or the newer.
+    assert days == {"tests": "1", "attention": "3", "translator": "1", "vlm": "2"}
+    assert [row["day"] for row in data["tables"]["translator"]["T"]] == [1] * 5
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if line.startswith("run ")] == [
+        "run 1, 2026-01-03 10:00, card 3: attention",
+        "run 2, 2026-01-02 10:00, card 2: vlm (not complete)",
+        "run 3, 2026-01-01 10:00, card 1: tests, translator (not complete)",
+    ]
+
+
+def test_that_a_later_run_was_not_whole_is_said_where_an_earlier_one_is_shown(runner, monkeypatch, tmp_path, capsys):
+    keep(tmp_path / "1", 1, tests=(None, 0))
+    keep(tmp_path / "2", 2, tests=("exit status 1", 0))
+    joined = ("--join", tmp_path / "1", "--join", tmp_path / "2", "--output", tmp_path / "page.md")
+    assert run(runner, monkeypatch, *joined) == 0
+    said = capsys.readouterr().out
+    assert "run 1, 2026-01-01 10:00, card 1: tests\n" in said
+    assert "left out: tests of 2026-01-02 10:00, failed: exit status 1\n" in said
+
+
+def test_what_cannot_be_joined_is_said_before_anything_is_run(runner, monkeypatch, tmp_path, capsys):
+    (tmp_path / "page.json").write_text('{"runs": []}')
+    assert run(runner, monkeypatch, "--part", "vlm", "--join", tmp_path / "page.json") == 1
+    assert capsys.readouterr().out == (
+        "gpu_check.sh: --join: what is there was not written by this script (KeyError: 'parts')\n"
+    )
+
+
+def test_a_kept_run_is_not_lost_to_one_of_other_parts(runner, monkeypatch, tmp_path, capsys):
+    keep(tmp_path / "one", 1, tests=(None, 0), vlm=(None, 1))
+    with pytest.raises(SystemExit) as caught:
+        run(runner, monkeypatch, "--part", "vlm", "--keep", tmp_path / "one")
+    assert caught.value.code == 2
+    assert "one: an earlier run is kept there, whose tests would be lost" in capsys.readouterr().err
+    assert (tmp_path / "one" / "vlm.jsonl").stat().st_size
+    # The same again, and more, takes its place.
+    assert run(runner, monkeypatch, "--part", "vlm", "--part", "tests", "--keep", tmp_path / "one") == 0
+
+
 def test_a_folder_without_a_run_is_refused(runner, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         run(runner, monkeypatch, "--join", tmp_path)
@@ -177,7 +243,21 @@ def test_every_part_has_its_script(unchanged):
         for job in part.jobs:
             assert name == "tests" or unchanged.script_of(name, job).is_file(), (name, job)
         assert part.seconds < unchanged.TOTAL
+        assert list(part.memory) == list(part.jobs)
     assert unchanged.TOTAL + sys.modules["side_by_side"].LAST_WORDS_S < 15 * 60
+
+
+def test_training_has_the_memory_that_it_was_measured_to_take(unchanged):
+    tables = json.loads((ROOT / "docs" / "gpu.json").read_text(encoding="utf-8"))["tables"]
+    for name in ("training", "training_compiled"):
+        rows = [row for table in tables[name].values() for row in table]
+        assert {row["recipe"] for row in rows} == set(unchanged.RECIPES)
+        for row in rows:
+            peak = float(next(cell for column, cell in row.items() if column.startswith("peak memory")).split()[0])
+            assert 1.05 * peak + 1 <= unchanged.PARTS[name].memory[row["recipe"]] <= 1.2 * peak + 1, row
+    # Beside the tests two recipes are prepared on a card of 80 GB.
+    memory = unchanged.PARTS["training"].memory
+    assert unchanged.PARTS["tests"].memory[""] + memory["translate"] + memory["vlm"] < unchanged.CARD_SHARE * 78
 
 
 def test_an_experiment_is_run_only_where_it_is_named(unchanged, tmp_path):

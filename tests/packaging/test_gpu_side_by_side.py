@@ -72,7 +72,7 @@ def crew(scripts, tmp_path):
     """Run jobs of (name, words, settings): what each said, [(what, when)], and how each ended."""
     side_by_side = scripts("side_by_side")
 
-    def run(*plays, seconds=60.0, at_once=3, gib=100.0):
+    def run(*plays, seconds=60.0, at_once=3, gib=100.0, longest_turn=math.inf):
         jobs, ended = [], {}
         for name, words, settings in plays:
             command = [sys.executable, "-c", PLAYER, words, TICKS]
@@ -82,6 +82,7 @@ def crew(scripts, tmp_path):
             end=time.monotonic() + seconds,
             at_once=at_once,
             gib=gib,
+            longest_turn=longest_turn,
             cwd=tmp_path,
             on_end=lambda each: ended.__setitem__(each.job.part, each),
         ).run()
@@ -124,6 +125,15 @@ def test_one_that_takes_too_long_is_ended_and_its_turn_given_to_the_next(crew):
     said, ended = crew(("first", "turn 30 back", {"seconds": 1.0}), ("second", "0.1 turn 0.1 back", {}))
     assert (ended["first"].error, ended["first"].is_out_of_time) == ("not done in 1 s", True)
     assert (ended["second"].error, ended["second"].is_out_of_time) == (None, False)
+    assert when(said["second"], "end")
+
+
+def test_a_turn_that_does_not_end_costs_the_others_no_more_than_the_longest_may_take(crew):
+    plays = (("first", "turn 30 back", {}), ("second", "0.1 turn 0.1 back turn 0.1 back", {}))
+    said, ended = crew(*plays, longest_turn=1.0)
+    assert (ended["first"].error, ended["first"].is_out_of_time) == ("had its turn for 1 s, all others waiting", True)
+    # Turns are counted one by one.
+    assert ended["second"].error is None
     assert when(said["second"], "end")
 
 
@@ -188,6 +198,40 @@ def test_options_ask_for_the_turn_and_give_it_back(scripts, monkeypatch):
     os.close(ours_out)  # the check has ended
     with pytest.raises(SystemExit, match="has ended"), options.turn():
         pass
+
+
+def test_a_turn_is_given_back_though_the_card_fails(scripts, monkeypatch):
+    measure = scripts("measure")
+    reads, writes = os.pipe()
+    os.write(writes, b"!")
+    theirs_in, theirs_out = os.pipe()
+    options = measure.Options("cuda", True, None, turns=(reads, theirs_out))
+    waits = iter((None, RuntimeError("an illegal memory access")))
+
+    def wait(device):
+        if (problem := next(waits)) is not None:
+            raise problem
+
+    monkeypatch.setattr(measure, "wait", wait)
+    with pytest.raises(RuntimeError, match="illegal"), options.turn():
+        pass
+    assert os.read(theirs_in, 9) == b"+-"
+
+
+def test_a_row_that_fails_or_is_left_out_costs_no_other_and_is_in_the_status(scripts, capsys):
+    measure = scripts("measure")
+    status = measure.Status()
+    with status.row("one"):
+        pass
+    assert status.code == 0
+    status.skip("two")
+    assert status.code == sys.modules["side_by_side"].OUT_OF_TIME
+    with status.row("three"):
+        raise ValueError("no kernel")
+    assert status.code == 1
+    printed = capsys.readouterr()
+    assert "out of time: two not measured\nfailed: three\n" in printed.out
+    assert "ValueError: no kernel" in printed.err
 
 
 def test_a_call_that_cannot_be_captured_is_timed_with_its_launches_and_leaves_no_trace(scripts, monkeypatch):
