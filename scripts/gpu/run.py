@@ -115,7 +115,7 @@ PARTS = {
 }
 TOTAL = 885
 CARD_SHARE = 0.9
-# No turn to measure takes half of it, and while one holds its turn all others stand still.
+# While one has its turn all others stand still. Those that measure for long begin nothing new after 90 s.
 LONGEST_TURN = 120
 PAGE = ROOT / "docs" / "gpu.md"
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from attention import CACHE_BYTES, SHAPES, Shape
 from kernel_resources import head, row
-from measure import Ceilings, Options, alternating_us, measure_ceilings, read_options
+from measure import Ceilings, Options, Status, alternating_us, measure_ceilings, read_options
 from processes import usable_cores
 from report import machine
 from torch import Tensor
@@ -325,7 +325,8 @@ def run_experiment(experiment: Experiment, wanted: Sequence[Case], options: Opti
 def run_cases(
     wanted: Sequence[tuple[str, T]], make: Callable[[T], Measured], options: Options, seconds: float = SECONDS
 ) -> int:
-    """Prepare every case, tune as many as time allows, and measure them in turn; 1 if one is not right or fails.
+    """Prepare every case, tune as many as time allows, and measure them in turn. The exit status: 1 if one is not right
+    or fails, else `Status`'s.
 
     Args:
         wanted: each case with its name.
@@ -333,7 +334,7 @@ def run_cases(
         options: the script's.
         seconds: of its turn, after which no further case is begun.
     """
-    begin, prepared, failed = time.perf_counter(), list[Measured](), 0
+    begin, prepared, failed, status = time.perf_counter(), list[Measured](), 0, Status()
     for name, each in wanted:
         try:
             prepared.append(make(each))
@@ -350,14 +351,14 @@ def run_cases(
         ceilings = measure_ceilings(options)
         for each in prepared:
             if time.perf_counter() - begin > seconds:
-                print(f"out of time: {each.where} not measured", flush=True)
+                status.skip(each.where)
                 continue
             try:
                 each.measure(ceilings)
             except Exception as error:
                 print(f"  {each.where}: {_said(error)}", flush=True)
                 failed += 1
-    return 1 if failed or not all(each.is_right for each in prepared) else 0
+    return 1 if failed or not all(each.is_right for each in prepared) else status.code
 
 
 def verdict(where: str, times: Mapping[str, float], ours: Sequence[str], theirs: Sequence[str], device: str) -> str:

@@ -29,7 +29,7 @@ import experiment
 import torch
 from attention import CACHE_BYTES, Shape
 from folded import Folded, Projections, attend_folded, attend_projected, fold, unavoidable
-from measure import Ceilings, Options, alternating_us, measure_ceilings, median_and_spread, tell, wall_ms
+from measure import Ceilings, Options, Status, alternating_us, measure_ceilings, median_and_spread, tell, wall_ms
 from torch import Tensor
 
 import mmattn
@@ -230,6 +230,7 @@ def main() -> int:
     """Every case; 1 if a value is not what it has to be."""
     options = experiment.start(__doc__)
     problems: list[str] = []
+    status = Status()
     runs, ready = variants(options), []
     for case in all_cases(options):
         ready.append((case, able(runs, Inputs(case, options))))
@@ -240,14 +241,14 @@ def main() -> int:
         ceilings = None if is_by_the_clock(options) else measure_ceilings(options)
         for case, usable in ready:
             if time.perf_counter() - begin > SECONDS:
-                print(f"out of time: {case.where} not measured", flush=True)
+                status.skip(case.where)
                 continue
             try:
                 row_of(case, usable, problems, ceilings, options)
             except Exception as error:  # other shapes' rows are wanted all the same
                 problems.append(f"{case.where}: {type(error).__name__}: {str(error)[:200]}")
     print("\n".join(problems) or "all values right", flush=True)
-    return 1 if problems else 0
+    return 1 if problems else status.code
 
 
 if __name__ == "__main__":
