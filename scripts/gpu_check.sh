@@ -7,9 +7,10 @@
 #   scripts/gpu_check.sh [--quick] [--output FILE] [--part PART]... [--seconds N] [--at-once N] [--keep FOLDER]
 #                        [--join KEPT]...
 #
-# In two runs, of parts named, each kept in a folder of its own; then the page of both, which needs no card. What both
-# lack is taken from the page as it is; which part comes from which run is said. (Starting takes up to half a minute more
-# than --seconds, and ending 5 s.)
+# Of 80 GB fewer parts are prepared at a time than of 140, and the last may not be reached. Then, or where no run may
+# take so long: in two runs, of parts named, each kept in a folder of its own; then the page of both, which needs no
+# card. What both lack is taken from the page as it is, and which part comes from which run is said. (Starting takes up
+# to half a minute more than --seconds, and ending 5 s.)
 #
 #   scripts/gpu_check.sh --part tests --part training_compiled --part attention --part translator --part diffusion \
 #                        --seconds 560 --keep one

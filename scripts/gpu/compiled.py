@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 import transformers
 from diffusers import UNet2DConditionModel
 from diffusion import SD15, SMALL, made, unet_step
-from measure import Ceilings, Options, measure_ceilings, median_and_spread, read_options, wait, wall_ms
+from measure import Ceilings, Options, Status, measure_ceilings, median_and_spread, read_options, wait, wall_ms
 from opus_mt import TINY, VOCAB, decoder_bytes, our_texts, random_opus_mt, stock_texts
 from torch import nn
 from transformers import BlipForConditionalGeneration
@@ -78,7 +77,7 @@ def add(what: str, runs: dict[str, Run], per: int, floor_ms: float, options: Opt
     options.add(TABLE, what=what, **columns, **ratios, **{"floor": f"{floor_ms:.3f}"}, **cells)
 
 
-def translator_rows(options: Options, ceilings: Ceilings) -> None:
+def translator_rows(options: Options, ceilings: Ceilings, status: Status) -> None:
     """Texts of a forced length from 32 source tokens."""
     device, new_tokens = torch.device(options.device), 4 if options.tiny else 64
     with tempfile.TemporaryDirectory() as name:
@@ -91,23 +90,24 @@ def translator_rows(options: Options, ceilings: Ceilings) -> None:
     floor_ms = 1000 * decoder_bytes(network) / ceilings.bytes_per_s
     generator = torch.Generator().manual_seed(1)
     for batch, beams, with_plain in CELLS:
-        sources = torch.randint(1, VOCAB - 1, (batch, SOURCE_LENGTH), generator=generator).to(device)
         what = f"translator, bfloat16, batch {batch}, {'greedy' if beams == 1 else f'{beams} beams'}"
-        networks: dict[str, Any] = {"eager": network, "graphed": Steps(network, graphed, beams)}
-        if with_plain:
-            networks["compiled"] = Steps(network, plain, beams)
-        runs: dict[str, Run] = {
-            key: lambda each=each, sources=sources, beams=beams: our_texts(each, sources, beams, new_tokens)[0]
-            for key, each in networks.items()
-        }
-        runs["stock"] = lambda sources=sources, beams=beams: stock_texts(stock, sources, beams, new_tokens)[0]
-        texts = {key: first(f"{what}, {key}", run, options) for key, run in runs.items()}
-        same = sum(one == other for one, other in zip(texts["eager"], texts["graphed"], strict=True))
-        add(what, runs, new_tokens, floor_ms, options, agree=f"{same} of {batch} texts with eager")
+        with status.row(what):
+            sources = torch.randint(1, VOCAB - 1, (batch, SOURCE_LENGTH), generator=generator).to(device)
+            networks: dict[str, Any] = {"eager": network, "graphed": Steps(network, graphed, beams)}
+            if with_plain:
+                networks["compiled"] = Steps(network, plain, beams)
+            runs: dict[str, Run] = {
+                key: lambda each=each, sources=sources, beams=beams: our_texts(each, sources, beams, new_tokens)[0]
+                for key, each in networks.items()
+            }
+            runs["stock"] = lambda sources=sources, beams=beams: stock_texts(stock, sources, beams, new_tokens)[0]
+            texts = {key: first(f"{what}, {key}", run, options) for key, run in runs.items()}
+            same = sum(one == other for one, other in zip(texts["eager"], texts["graphed"], strict=True))
+            add(what, runs, new_tokens, floor_ms, options, agree=f"{same} of {batch} texts with eager")
 
 
 @torch.no_grad()
-def unet_rows(options: Options, ceilings: Ceilings) -> None:
+def unet_rows(options: Options, ceilings: Ceilings, status: Status) -> None:
     """One denoising step; the text's keys and values are there already, as in every step after the first."""
     config = SD15 | (SMALL if options.tiny else {})
     stock = made(UNet2DConditionModel, config, options).eval()
@@ -145,7 +145,7 @@ def _unet_flops(step: Callable[[Any], Any], unet: nn.Module) -> float:
     return float(counter.get_total_flops())
 
 
-def vlm_rows(options: Options, ceilings: Ceilings) -> None:
+def vlm_rows(options: Options, ceilings: Ceilings, status: Status) -> None:
     """Captions of a forced length on a picture that is encoded already."""
     place, tokens = Place(options.device, torch.bfloat16), 4 if options.tiny else 20
     with tempfile.TemporaryDirectory() as name:
@@ -159,33 +159,34 @@ def vlm_rows(options: Options, ceilings: Ceilings) -> None:
     weights = [p for name, p in ours.network.decoder.named_parameters() if not any(part in name for part in skipped)]
     floor_ms = 1000 * sum(each.nbytes for each in weights) / ceilings.bytes_per_s
     for beams in (1, 3):
-        images = ours.encode(pictures(1))
-        arguments = {"num_beams": beams, **fixed_length(tokens)}
-        features = images.features
-        prompt = torch.tensor([[text.bos_token_id]], device=ours.device)
-
-        def theirs(
-            prompt: Any = prompt, features: Any = features, arguments: dict[str, int] = arguments
-        ) -> torch.Tensor:
-            with torch.no_grad():
-                return stock.text_decoder.generate(
-                    input_ids=prompt,
-                    eos_token_id=text.sep_token_id,
-                    pad_token_id=text.pad_token_id,
-                    encoder_hidden_states=features,
-                    encoder_attention_mask=prompt.new_ones(features.shape[:2]),
-                    **arguments,
-                )
-
-        runs: dict[str, Run] = {
-            "stock": theirs,
-            "eager": lambda images=images, arguments=arguments: ours.caption(images, **arguments),
-            "graphed": lambda images=images, arguments=arguments: compiled.caption(images, **arguments),
-        }
         what = f"BLIP caption, bfloat16, {'greedy' if beams == 1 else f'{beams} beams'}"
-        found = {key: first(f"{what}, {key}", run, options) for key, run in runs.items()}
-        same = "yes" if found["eager"] == found["graphed"] else "no (near ties of random weights)"
-        add(what, runs, tokens, floor_ms, options, agree=f"same text as eager: {same}")
+        with status.row(what):
+            images = ours.encode(pictures(1))
+            arguments = {"num_beams": beams, **fixed_length(tokens)}
+            features = images.features
+            prompt = torch.tensor([[text.bos_token_id]], device=ours.device)
+
+            def theirs(
+                prompt: Any = prompt, features: Any = features, arguments: dict[str, int] = arguments
+            ) -> torch.Tensor:
+                with torch.no_grad():
+                    return stock.text_decoder.generate(
+                        input_ids=prompt,
+                        eos_token_id=text.sep_token_id,
+                        pad_token_id=text.pad_token_id,
+                        encoder_hidden_states=features,
+                        encoder_attention_mask=prompt.new_ones(features.shape[:2]),
+                        **arguments,
+                    )
+
+            runs: dict[str, Run] = {
+                "stock": theirs,
+                "eager": lambda images=images, arguments=arguments: ours.caption(images, **arguments),
+                "graphed": lambda images=images, arguments=arguments: compiled.caption(images, **arguments),
+            }
+            found = {key: first(f"{what}, {key}", run, options) for key, run in runs.items()}
+            same = "yes" if found["eager"] == found["graphed"] else "no (near ties of random weights)"
+            add(what, runs, tokens, floor_ms, options, agree=f"same text as eager: {same}")
 
 
 MODELS = {"translator": translator_rows, "unet": unet_rows, "vlm": vlm_rows}
@@ -193,21 +194,17 @@ MODELS = {"translator": translator_rows, "unet": unet_rows, "vlm": vlm_rows}
 
 def main() -> int:
     """The three models, the translator first; one that fails costs its own rows only."""
-    options = read_options(__doc__, list(MODELS))
+    options, status = read_options(__doc__, list(MODELS)), Status()
     transformers.logging.set_verbosity_error()
     with options.turn():
         ceilings = measure_ceilings(options)
-    failed = []
     for name in MODELS if options.only is None else [options.only]:
-        try:
-            MODELS[name](options, ceilings)
-        except Exception:
-            traceback.print_exc()
-            failed.append(name)
+        with status.row(name):
+            MODELS[name](options, ceilings, status)
         if options.device == "cuda":
             torch.cuda.empty_cache()
-    print(f"failed: {', '.join(failed)}" if failed else "done", flush=True)
-    return 1 if failed else 0
+    print("failed" if status.code else "done", flush=True)
+    return status.code
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 import transformers
-from measure import Options, read_options
+from measure import Options, Status, read_options
 from vlm_inference import Place, Row, caption_rows, compare, question_rows
 
 
@@ -26,7 +26,7 @@ def add(row: Row, options: Options) -> None:
 
 def main() -> int:
     """Captions, then questions; each comparison in its turn, and its row as soon as it is there."""
-    options = read_options(__doc__)
+    options, status = read_options(__doc__), Status()
     transformers.logging.set_verbosity_error()
     size, place = "tiny" if options.tiny else "base", Place(options.device, torch.bfloat16)
 
@@ -37,9 +37,11 @@ def main() -> int:
         return row
 
     with mock.patch("vlm_inference.compare", in_turn):
-        caption_rows(size, options.repeats, 20, place)
-        question_rows(size, options.repeats, 10, place)
-    return 0
+        with status.row("captions"):
+            caption_rows(size, options.repeats, 20, place)
+        with status.row("questions"):
+            question_rows(size, options.repeats, 10, place)
+    return status.code
 
 
 if __name__ == "__main__":
