@@ -181,17 +181,19 @@ def main() -> int:
     wrong: dict[str, float] = {}
     first = Batch(KINDS[0], options)
     for kind in KINDS:
-        batch = first if kind == KINDS[0] else Batch(kind, options)
-        found = errors(batch, names)
-        print(f"{kind}: off by {found}", flush=True)
-        for what in ("triton_packed", "ours of varlen"):
-            if what in found and not found[what] < FURTHEST:
-                wrong[f"{kind}, {what}"] = found[what]
-        with options.turn():
-            for has_gradients in (False, True):
-                measured_row(kind, batch, has_gradients, names, rate, options)
+        with status.row(kind):
+            batch = first if kind == KINDS[0] else Batch(kind, options)
+            found = errors(batch, names)
+            print(f"{kind}: off by {found}", flush=True)
+            for what in ("triton_packed", "ours of varlen"):
+                if what in found and not found[what] < FURTHEST:
+                    wrong[f"{kind}, {what}"] = found[what]
+            with options.turn():
+                for has_gradients in (False, True):
+                    measured_row(kind, batch, has_gradients, names, rate, options)
     if "triton_packed" in names:
-        configurations(first, KINDS[0], options, status)
+        with status.row("other configurations"):
+            configurations(first, KINDS[0], options, status)
         print(f"packed kernel: WRONG, off by {wrong}" if wrong else "packed kernel: right")
     else:
         reason = mmattn.backends()["triton_packed"].reasons.get(options.device)
