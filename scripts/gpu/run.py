@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,13 +91,34 @@ PROFILED_CHANGES = (
     "translate-looked-uncast",
     "vlm-looked-uncast",
 )
-# The most important first: a page that is cut off lacks the last. Training has what it was measured to allocate
-# (docs/gpu.json), a tenth more for what torch keeps besides, and 1 GiB for the process: a card of 80 GB prepares three
-# or four at a time. Others have estimates: of their weights, in float32 where they are drawn, and of their inputs.
+# What was measured to be allocated (docs/gpu.json), a tenth more for what torch keeps besides, and 1 GiB for the
+# process: a card of 80 GB prepares three or four parts at a time.
+TRAINING_GIB = {
+    "translate": 24.0,
+    "vlm": 20.0,
+    "diffusion": 22.0,
+    "translate-compiled": 23.0,
+    "vlm-compiled": 30.0,
+    "diffusion-compiled": 37.0,
+}
+
+
+def training_gib(jobs: Iterable[str]) -> tuple[float, ...]:
+    """Of the card's memory, for jobs that are named after a recipe and what is changed of it."""
+    kept = (*RECIPES, "compiled")
+    return tuple(TRAINING_GIB["-".join(word for word in job.split("-") if word in kept)] for job in jobs)
+
+
+# The one that compiles longest begins first.
+COMPILED = ("diffusion", "translate", "vlm")
+# The most important first: a page that is cut off lacks the last. Memory of what does not train is an estimate: of its
+# weights, in float32 where they are drawn, and of its inputs.
 PARTS = {
     "tests": Part("pytest", 280, gib=16),
-    "training": Part("training.py", 300, RECIPES, gib=(24, 20, 22)),
-    "training_compiled": Part("training_compiled.py", 310, ("diffusion", "translate", "vlm"), gib=(37, 23, 30)),
+    "training": Part("training.py", 300, RECIPES, gib=training_gib(RECIPES)),
+    "training_compiled": Part(
+        "training_compiled.py", 310, COMPILED, gib=training_gib(f"{name}-compiled" for name in COMPILED)
+    ),
     "short_keys": Part("short_keys.py", 140),
     "compiled": Part("compiled.py", 260, ("translator", "unet", "vlm"), gib=(6, 12, 6)),
     "decode": Part("decode.py", 150, gib=4),
@@ -108,9 +130,9 @@ PARTS = {
     "vlm": Part("vlm.py", 130, gib=5),
     "diffusion": Part("diffusion.py", 240, ("compiled-2", "compiled-1", "unets", "pixart"), gib=(24, 10, 20, 10)),
     "experiments": Part("experiments", 270, EXPERIMENTS, gib=10, is_extra=True),
-    "profile": Part("profile_training.py", 280, PROFILED, gib=(24, 20, 22, 23, 30, 37), is_extra=True),
+    "profile": Part("profile_training.py", 280, PROFILED, gib=training_gib(PROFILED), is_extra=True),
     "profile_changes": Part(
-        "profile_training.py", 280, PROFILED_CHANGES, gib=(37, 37, 37, 23, 22, 22, 24, 20), is_extra=True
+        "profile_training.py", 280, PROFILED_CHANGES, gib=training_gib(PROFILED_CHANGES), is_extra=True
     ),
 }
 TOTAL = 885
