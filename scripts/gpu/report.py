@@ -23,7 +23,7 @@ PACKAGES = ("torch", "triton", "transformers", "diffusers", "accelerate", "flash
 HOW = """\
 Written by `scripts/gpu_check.sh`. Do not edit: on a machine with a CUDA card run
 
-    scripts/gpu_check.sh                  # tests, training, then every table below: under 15 minutes on an H100 or H200
+    scripts/gpu_check.sh                  # tests, training, then every table below: 15 minutes at most
     scripts/gpu_check.sh --quick          # the tests only; writes nothing
     scripts/gpu_check.sh --part training --part tests --keep one    # some parts only, everything kept in a folder
     scripts/gpu_check.sh --join one --join two                      # this page from kept folders; needs no card
