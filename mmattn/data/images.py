@@ -27,6 +27,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 89_478_485  # Pillow's own warning line: a quarter of a gigabyte as RGB
 
+# Pillow would start Ghostscript on what somebody else has written, or ask Windows.
+_DRAWN_BY_OTHERS = ("EPS", "WMF")
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 
 
@@ -57,6 +59,10 @@ def open_image(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(stream) as image:
+                if image.format in _DRAWN_BY_OTHERS:
+                    raise DataError(
+                        f"{label}: {image.format}, which another program would draw: save it as PNG"
+                    )
                 if image.width * image.height > max_pixels:
                     raise DataError(_too_large(label, f"{image.width} x {image.height}", max_pixels))
                 image.load()
