@@ -60,9 +60,7 @@ def open_image(
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(stream) as image:
                 if image.format in _DRAWN_BY_OTHERS:
-                    raise DataError(
-                        f"{label}: {image.format}, which another program would draw: save it as PNG"
-                    )
+                    raise DataError(f"{label}: {image.format}, which another program would draw: save it as PNG")
                 if image.width * image.height > max_pixels:
                     raise DataError(_too_large(label, f"{image.width} x {image.height}", max_pixels))
                 image.load()
