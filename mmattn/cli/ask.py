@@ -34,6 +34,7 @@ def ask(
     import json
 
     from mmattn.cli.models import open_vlm
+    from mmattn.inference.files import new_file
     from mmattn.maps.record import record_attention
 
     vlm = open_vlm(model, compile=compile)
@@ -43,7 +44,9 @@ def ask(
     for question, answer in zip(questions, answers, strict=True):
         print(json.dumps({"question": question, "answer": answer}) if json_lines else f"{question} {answer}")
     if map_file is not None and maps is not None:
-        maps.heatmap(word).save(map_file)
+        drawn = maps.heatmap(word).draw()
+        with new_file(map_file) as file:
+            drawn.save(file, format="PNG")
         print(f"wrote {map_file}", file=sys.stderr)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -56,9 +57,20 @@ def _unexpected(error: Exception, *, debug: bool) -> str:
             f"this output is written as {sys.stdout.encoding}, which has no {error.object[error.start]!a}: set "
             "PYTHONIOENCODING=utf-8"
         )
+    if _is_out_of_memory(error):
+        reason = f" ({_one_line(error)})" if str(error) else ""
+        return f"out of memory{reason}: take smaller batches or pictures, or a device that has more of it"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of stdout it has no name
+        return f"{error.filename or 'the output'}: cannot be written ({error.strerror}); make room, or write elsewhere"
     return f"{type(error).__name__}: {_one_line(error)}" + (
         "" if debug else " (unexpected; --debug shows the traceback)"
     )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of a card, or of this machine, for which torch has no class."""
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_torchs)
 
 
 def _shown_by(others: Callable[..., None]) -> Callable[..., None]:

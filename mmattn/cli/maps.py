@@ -63,11 +63,13 @@ def maps(
             raise UsageError(f"--score {score}: scores scenes and draws nothing; leave out {', '.join(given)}")
         _print_scores(_scores(model, score), json_lines)
         return
+    from mmattn.inference.files import new_file
+
     output = output or Path(_OUTPUT)
     _check_files(output, save, force)
     kind = kind_of_model(model)
     _check_input(kind, given)
-    chosen: dict[str, Any] = {"layers": [int(one) if one.isdigit() else one for one in layer] if layer else None}
+    chosen: dict[str, Any] = {"layers": [int(one) if one.isdecimal() else one for one in layer] if layer else None}
     chosen |= {"heads": head or None}
     drawing = {"num_inference_steps": steps or _STEPS, "seed": seed or 0}
     languages = {"src_lang": src_lang, "tgt_lang": tgt_lang}
@@ -76,9 +78,11 @@ def maps(
         from mmattn.maps.draw import stacked
 
         # A translation has a part for each line, and for each piece of a line that is too long.
-        stacked([recorded.alignment(number).draw() for number in range(max(1, len(recorded)))]).save(output)
+        drawn = stacked([recorded.alignment(number).draw() for number in range(max(1, len(recorded)))])
     else:
-        recorded.grid(word).save(output)
+        drawn = recorded.grid(word).draw()
+    with new_file(output) as file:
+        drawn.save(file, format="PNG")
     if save is not None:
         recorded.save(save)
     if json_lines:

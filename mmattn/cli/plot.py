@@ -12,7 +12,7 @@ from mmattn.cli.options import ForceOption
 
 
 def plot(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that training wrote.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders that training wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="Where to.")] = Path("metrics.png"),
     metric: Annotated[
         list[str] | None, typer.Option("--metric", help="Draw only this one; repeatable. A wrong name lists all.")

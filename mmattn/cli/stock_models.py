@@ -108,6 +108,8 @@ def _class_of(facts: dict[str, Any], name: str) -> Any:
 
     if "_class_name" in facts:
         return _attribute(diffusers, facts["_class_name"], name)
+    if str(facts.get("model_type")).startswith("mmattn_"):
+        raise UsageError(f"{name}: a network of mmattn's own, whose attention is mmattn's already: nothing to swap")
     if facts.get("architectures"):
         return _attribute(transformers, facts["architectures"][0], name)
     if "model_type" in facts:

@@ -79,6 +79,8 @@ def _check_files(texts: list[str] | None, input_file: Path | None, output: Path 
     if texts and input_file is not None:
         raise UsageError(f"--input {input_file}: texts are given as well; leave one of them out")
     if input_file is not None and not input_file.is_file():
+        if input_file.exists() and not input_file.is_dir():
+            raise UsageError(f"{input_file}: is a pipe or device, not a file: leave --input out and give it as stdin")
         raise UsageError(f"{input_file}: {'is a folder, not a file' if input_file.is_dir() else 'no such file'}")
     if output is not None:
         check_new_file(output)

@@ -169,6 +169,8 @@ def _check_keys(schema: type, values: Mapping[str, Any], where: str, prefix: str
                     f"quotes for truth values: put it in quotes, such as {prefix + key}=\"'no'\""
                 )
             continue
+        if value is None and not is_union(fields[key]) and _sequence(fields[key]) is None:
+            raise ConfigError(f"{where}: {prefix + key!r} is a section, and empty: set its keys, or leave it out")
         if not isinstance(value, Mapping | None) and not (isinstance(value, list) and _sequence(fields[key])):
             example = f"{prefix}{key}.{next(iter(field_types(inner)))}"
             raise ConfigError(f"{where}: {prefix + key!r} is a section, not a value; set its keys, such as {example}")

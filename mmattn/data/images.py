@@ -27,6 +27,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 89_478_485  # Pillow's own warning line: a quarter of a gigabyte as RGB
 
+# Pillow would start Ghostscript on what somebody else has written, or ask Windows.
+_DRAWN_BY_OTHERS = ("EPS", "WMF")
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 
 
@@ -44,6 +46,10 @@ def open_image(
         DataError: it is missing, a folder, no picture, damaged or too large.
     """
     if isinstance(source, Image.Image):
+        try:
+            source.load()  # Pillow has read no more than the head of a file until then
+        except _DECODE_ERRORS as error:
+            raise _damaged(name or "image", error) from error
         return _to_rgb(source, name or "image")
     if isinstance(source, np.ndarray):
         return _to_rgb(_from_array(source, name or "array"), name or "array")
@@ -53,6 +59,8 @@ def open_image(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(stream) as image:
+                if image.format in _DRAWN_BY_OTHERS:
+                    raise DataError(f"{label}: {image.format}, which another program would draw: save it as PNG")
                 if image.width * image.height > max_pixels:
                     raise DataError(_too_large(label, f"{image.width} x {image.height}", max_pixels))
                 image.load()
@@ -68,8 +76,12 @@ def open_image(
     except UnidentifiedImageError as error:
         raise DataError(f"{label}: not a picture, or of a kind that Pillow cannot read") from error
     except _DECODE_ERRORS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{label}: damaged picture ({reason})") from error
+        raise _damaged(label, error) from error
+
+
+def _damaged(label: str, error: Exception) -> DataError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DataError(f"{label}: damaged picture ({reason})")
 
 
 def _too_large(label: str, size: str, max_pixels: int) -> str:
@@ -162,14 +174,16 @@ class PixelTransform:
             np.take(self._table[:, channel], pixels[..., channel], out=batch[:, channel])
         return torch.from_numpy(batch)
 
+    def fitted(self, image: Image.Image) -> Image.Image:
+        """An RGB picture squeezed to the square: all of it that a network sees. Fitted again it stays as it is."""
+        return image if image.size == (self.size, self.size) else image.resize((self.size, self.size), self.resample)
+
     def _resized(self, image: np.ndarray | Image.Image) -> np.ndarray:
         if isinstance(image, np.ndarray):
             if image.shape == (self.size, self.size, 3):
                 return image
             image = Image.fromarray(image)
-        if image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), self.resample)
-        return np.asarray(image)
+        return np.asarray(self.fitted(image))
 
 
 @dataclass(frozen=True)

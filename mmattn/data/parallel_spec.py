@@ -123,6 +123,12 @@ class ParallelPart(StreamSettings):
         _require_least("max_words", self.max_words, self.min_words or 1)
         _require_least("max_ratio", self.max_ratio, 1)
         _require_least("max_bad", self.max_bad, 0)
+        if self.path is not None and self.kind in ("scenes", "parts"):
+            what = "sentences on them are made" if self.kind == "scenes" else "each part has a path of its own"
+            raise ConfigError(
+                f"data.path is {self.path}, but data.kind is {self.kind}: {what}; set data.kind, to files say, or "
+                "leave the path out"
+            )
         if self.eval_path is not None and self.kind not in ("files", "gettext"):
             raise ConfigError(f"data.eval_path is for kinds files and gettext, not {self.kind}")
         self._check_aligned()

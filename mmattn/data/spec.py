@@ -93,6 +93,11 @@ class DataConfig(StreamSettings):
             raise ConfigError(f"data.eval_fraction must be at least 0 and below 1, not {self.eval_fraction}")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"data.max_bad_fraction must lie between 0 and 1, not {self.max_bad_fraction}")
+        if self.path is not None and self.kind == "scenes":
+            raise ConfigError(
+                f"data.path is {self.path}, but data.kind is scenes, which are drawn: set data.kind, to files say, or "
+                "leave the path out"
+            )
         if self.eval_path is not None and self.kind not in ("files", "imagefolder"):
             raise ConfigError(f"data.eval_path is for kinds files and imagefolder, not {self.kind}")
         if self.limit is not None and self.limit < 1:

@@ -81,6 +81,12 @@ class TableSource:
         for role, column in used.items():
             if column is not None and column not in table.column_names:
                 raise DataError(missing_column(name, role, column, table.column_names))
+        for role in ("text", "question", "kind"):
+            if used[role] == self.image_column:
+                raise DataError(
+                    f"{name}: data.columns.{role} names the column of the pictures, {self.image_column!r}: a column is "
+                    "one or the other"
+                )
         if isinstance(table.features[self.image_column], ImageFeature):
             table = table.cast_column(self.image_column, ImageFeature(decode=False))
         self.table = table.select_columns(sorted({column for column in used.values() if column is not None}))

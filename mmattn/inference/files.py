@@ -25,6 +25,22 @@ def check_new_file(path: Path, *, force: bool | None = None) -> None:
         raise UsageError(f"{path}: exists already; nothing was written. Choose another name{way}")
     if not path.parent.is_dir():
         raise UsageError(f"{path}: the folder {path.parent} does not exist; make it first")
+    check_writable(path.parent, path)
+
+
+def check_writable(folder: Path, path: Path) -> None:
+    """Raise `UsageError` where nothing can be made in a folder, before the work for `path` is done in vain.
+
+    Args:
+        folder: where the file goes; of one that is not there yet, the nearest above it that is.
+        path: what is to be made, for the message.
+    """
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UsageError(f"{path}: cannot be made, {folder} is a file; choose another name")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{path}: the folder {folder} cannot be written to; choose another")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -20,12 +20,15 @@ from mmattn.ops.cache import ContextKV
 ImageInput: TypeAlias = Image.Image | str | Path | bytes | np.ndarray
 
 
-def open_images(images: ImageInput | Sequence[ImageInput]) -> tuple[list[Image.Image], bool]:
+def open_images(
+    images: ImageInput | Sequence[ImageInput], *, keep: Callable[[Image.Image], Image.Image] | None = None
+) -> tuple[list[Image.Image], bool]:
     """RGB pictures, and whether a single one was given rather than a list of them.
 
     Args:
         images: a Pillow picture, a file's path or bytes, or a uint8 array `[H, W]`, `[H, W, 3]` or `[H, W, 4]`;
             or a list of these; or an array `[N, H, W, 3]`.
+        keep: what of a picture shall stay in memory, made before the next one is opened; None: all of it.
 
     Raises:
         DataError: a picture that is missing, damaged or too large (named).
@@ -36,12 +39,15 @@ def open_images(images: ImageInput | Sequence[ImageInput]) -> tuple[list[Image.I
     if isinstance(images, list | tuple):
         if not images:
             raise UsageError("no pictures were given: the list is empty")
-        return [_open(image, f"picture {index}") for index, image in enumerate(images)], False
-    return [_open(images, "the picture")], True  # type: ignore[arg-type]
+        opened = (_open(image, f"picture {index}") for index, image in enumerate(images))
+        return [image if keep is None else keep(image) for image in opened], False
+    image = _open(images, "the picture")  # type: ignore[arg-type]
+    return [image if keep is None else keep(image)], True
 
 
 def _open(image: ImageInput, name: str) -> Image.Image:
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
+    # Of a path one of the two strokes is left.
+    if isinstance(image, str | Path) and str(image).startswith(("http:/", "https:/")):
         raise UsageError(f"{name} is a URL, {image}: download it and pass the file")
     if isinstance(image, str | Path):
         return open_image(image)

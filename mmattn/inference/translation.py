@@ -175,10 +175,13 @@ class TargetSide:
         """Prompts `[B, L]`, how many of their tokens are forced, and settings that do not force them again."""
         start = self.start_id
         device = next(self.network.parameters()).device
-        if any(target is None for target in targets):
-            return torch.full((len(targets), 1), start, device=device), 0, self.settings
+        settings = replace(self.settings, forced_bos_token_id=None)
+        # As in transformers, an end that is forced comes before a language where there is room for one of them.
+        is_end = settings.forced_eos_token_id is not None and settings.total_length(1) == 2
+        if is_end or any(target is None for target in targets):
+            return torch.full((len(targets), 1), start, device=device), 0, settings
         prompt = torch.tensor([[start, target] for target in targets], device=device)
-        return prompt, 1, replace(self.settings, forced_bos_token_id=None)
+        return prompt, 1, settings
 
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()

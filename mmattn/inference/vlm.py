@@ -22,6 +22,7 @@ from mmattn.inference.pictures import ImageInput, Pictures, join, open_images
 from mmattn.inference.text_side import TextSide
 from mmattn.inference.texts import Pairing, pair_texts
 from mmattn.inference.traced_products import trace_products
+from mmattn.maps.record import recorders_of
 from mmattn.models.sources import find_folder
 from mmattn.models.vlm import (
     CaptioningNetwork,
@@ -313,7 +314,11 @@ class VisionLanguageModel(NetworkFacade[VisionLanguageNetwork]):
         """Call `run` on batch after batch of encoded pictures, each with its texts."""
         if isinstance(images, Pictures):
             self._check_encoded("pictures", images.contexts, images.origin)
-        opened, is_single = (None, images.is_single) if isinstance(images, Pictures) else open_images(images)
+            opened, is_single = None, images.is_single
+        else:
+            # Photographs by the thousand, all checked before the first is worked on: only maps are drawn on them whole.
+            keep = None if recorders_of(self) else self._transform.fitted
+            opened, is_single = open_images(images, keep=keep)
         count = len(images) if opened is None else len(opened)  # type: ignore[arg-type]
         pairing: Pairing = pair_texts(texts, count, is_single=is_single, name=name)
         results: list[list[Any]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ def save_maps(path: str | Path, texts: Sequence[Recorded], role: str, layer_name
     names = {str(number): name for number, name in layer_names.items()}
     about = {"role": role, "layers": names, "texts": [recorded.about() for recorded in texts]}
     arrays["about"] = np.array(json.dumps(about, ensure_ascii=False))
+    part = path.with_name(f"{path.name}.part")
     try:
-        np.savez_compressed(path, **arrays)
+        with part.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(part, path)  # what has this name is complete
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error

@@ -144,6 +144,7 @@ class TrainingConfig:
                 (value is not None and value < 1, f"{key} must be at least 1 or null, not {value}")
                 for key, value in ((key, getattr(self, key)) for key in optional_counts)
             ],
+            (self.seed >= 2**63, f"seed must be below 2**63, is {self.seed}"),
             (not self.learning_rate > 0, f"learning_rate must be positive, not {self.learning_rate}"),
             (
                 len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmattn.cli.guard import run_guarded, split_debug
 from mmattn.cli.main import main
@@ -82,6 +84,32 @@ def test_an_output_that_cannot_hold_a_text_is_named(monkeypatch, capsys):
     assert run_guarded(lambda: print("Kätzchen"), debug=False) == 1
     message = "mmattn: this output is written as ascii, which has no '\\xe4': set PYTHONIOENCODING=utf-8\n"
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), "the output: cannot be written (No space left); make room, or"),
+        (OSError(errno.ENOSPC, "No space left", "a/b"), "a/b: cannot be written (No space left); make room, or write"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            "out of memory (CUDA out of memory. Tried): take smaller",
+        ),
+        (
+            RuntimeError("[x] can't allocate memory: 9 bytes"),
+            "out of memory ([x] can't allocate memory: 9 bytes): take",
+        ),
+        (MemoryError(), "out of memory: take smaller batches or pictures"),
+    ],
+)
+def test_no_room_is_nothing_unexpected(capsys, error: Exception, message: str):
+    def fail() -> None:
+        raise error
+
+    assert run_guarded(fail, debug=False) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"mmattn: {message}")
+    assert "unexpected" not in said
 
 
 def test_no_reader_is_no_traceback():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from PIL import Image
 
 from mmattn import __version__
 from mmattn.cli.main import main
+from mmattn.errors import UsageError
 from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
+from mmattn.inference.files import check_new_file
 from mmattn.inference.text_to_image import TextToImage
 from mmattn.models.unet import UNet
 from mmattn.models.unet.kv_file import save_cross_attention_kv
@@ -126,13 +129,24 @@ def test_keys_and_values_of_a_run(command, run, tmp_path):
         (["a", "--grid", "grid.gif"], "--grid grid.gif: must end in .png"),
         (["a", "-o", "a.png", "--grid", "./a.png"], "--grid a.png: is the file of a picture; choose another name"),
         (["a", "--grid", "no/grid.png"], "--grid no/grid.png: the folder no does not exist; make it first"),
+        (["a", "-o", "prompts.txt/deeper/still"], "a-seed0.png: cannot be made, prompts.txt is a file; choose another"),
         (["a", "--lora", "x=1.2.3"], "--lora x=1.2.3: the scale after = is no number"),
     ],
 )
 def test_refused_before_a_model_is_opened(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a\n")
     assert main(["generate", "--model", "nowhere", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_a_model_is_opened(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    for output in ("new/a.png", "new"):
+        assert main(["generate", "a", "--model", "nowhere", "-o", str(tmp_path / output)]) == 2
+        assert f"the folder {tmp_path} cannot be written to; choose another" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="cannot be written to"):
+        check_new_file(tmp_path / "maps.png")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from pathlib import Path
 
@@ -74,8 +75,11 @@ def test_ask_draws_a_map(model: FakeModel, capsys, monkeypatch: pytest.MonkeyPat
             assert chosen == word
             return self
 
-        def save(self, path):
-            Path(path).write_text("drawn")
+        def draw(self):
+            return self
+
+        def save(self, file, format):
+            file.write(f"drawn as {format}".encode())
 
     @contextlib.contextmanager
     def record_attention(target):
@@ -87,7 +91,7 @@ def test_ask_draws_a_map(model: FakeModel, capsys, monkeypatch: pytest.MonkeyPat
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"question": "is it red?", "answer": "yes"}
     assert printed.err == "wrote m.png\n"
-    assert Path("m.png").read_text() == "drawn"
+    assert Path("m.png").read_text() == "drawn as PNG"
     Path("m.png").write_text("mine")
     asked = ["ask", "a.png", "is it red?", "-m", "folder", "--map", "m.png", *options]
     assert main(asked) == 2
@@ -95,7 +99,25 @@ def test_ask_draws_a_map(model: FakeModel, capsys, monkeypatch: pytest.MonkeyPat
     assert capsys.readouterr().err == expected
     assert Path("m.png").read_text() == "mine"
     assert main([*asked, "--force"]) == 0
-    assert Path("m.png").read_text() == "drawn"
+    assert Path("m.png").read_text() == "drawn as PNG"
+
+
+def test_a_full_disk_leaves_no_half_map(model: FakeModel, capsys, monkeypatch: pytest.MonkeyPatch):
+    class Maps:
+        def heatmap(self, chosen):
+            return self
+
+        def draw(self):
+            return self
+
+        def save(self, file, format):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(mmattn.maps.record, "record_attention", lambda target: contextlib.nullcontext(Maps()))
+    assert main(["ask", "a.png", "is it red?", "-m", "folder", "--map", "m.png"]) == 1
+    said = "mmattn: m.png: not complete (No space left on device); what is done is in m.png.part\n"
+    assert capsys.readouterr().err == said
+    assert not Path("m.png").exists()
 
 
 def test_a_folder_without_a_model(tmp_path: Path, capsys):

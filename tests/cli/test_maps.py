@@ -63,6 +63,7 @@ def test_a_picture_for_every_kind_of_model(folders, image, tmp_path, capsys):
         ("translator", ["a", "--tgt-lang", "de"], "this model translates one pair of languages, leave tgt_lang out"),
         ("translator", ["a", "-o", "maps.jpg"], "--output maps.jpg: must end in .png"),
         ("translator", ["a", "--save", "maps.txt"], "--save maps.txt: must end in .npz"),
+        ("translator", ["a", "--layer", "²"], "layers has '²'; these layers go by number, 0 to"),
         ("diffusion", ["a", "--score", "4", "-w", "a"], "leave out TEXT, --word"),
         ("diffusion", ["--score", "4", "--seed", "0", "--steps", "2"], "leave out --steps, --seed"),
         ("vlm", ["--score", "4", "-o", "x.png", "--force"], "leave out --output, --force"),

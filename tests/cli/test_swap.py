@@ -152,6 +152,10 @@ def test_wrong_usage_is_found_before_weights_are_read(
     [
         (None, "no model here: neither config.json nor model_index.json nor best/ nor final/"),
         ({}, "its config.json names no class (_class_name, architectures or model_type)"),
+        (
+            {"model_type": "mmattn_vlm", "architectures": ["CaptioningNetwork"]},
+            "a network of mmattn's own, whose attention is mmattn's already: nothing to swap",
+        ),
         ({"_class_name": "UNet9D"}, "has no class UNet9D"),
         ({"architectures": ["NobodyModel"]}, "has no class NobodyModel"),
         ({"model_type": "nobody"}, "cannot be opened: "),

@@ -165,6 +165,7 @@ def test_wrong_files(marian, capsys, tmp_path):
 
     fails("gone.txt: no such file", "--input", str(tmp_path / "gone.txt"))
     fails("is a folder, not a file", "--input", str(tmp_path))
+    fails("/dev/null: is a pipe or device, not a file: leave --input out", "--input", "/dev/null")
     (tmp_path / "in.txt").write_text("A cat.")
     fails("texts are given as well", "--input", str(tmp_path / "in.txt"), "A cat.")
     fails("does not exist; make it first", "--output", str(tmp_path / "none" / "out.txt"), "A cat.")

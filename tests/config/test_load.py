@@ -185,6 +185,7 @@ def test_a_saved_config_may_have_settings_that_there_no_longer_are(write):
         ("words={a: 1}", "'words' is a list, not a single value"),
         ("training.betas=0.9", r"'training\.betas' is a list, not a single value"),
         ("training.betas=[0.9]", r"'training\.betas' takes 2 values, not 1$"),
+        ("training=", r"'training' is a section, and empty: set its keys, or leave it out$"),
         ("training=[1, 2]", r"'training' is a section, not a value; set its keys, such as training\.max_steps$"),
     ],
 )

@@ -125,6 +125,7 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path):
         "cut.jpg": good[: len(good) // 2],
         "cut.png": _bytes(Image.fromarray(_photo()))[:900],
         "page.png": b"<html><body>404</body></html>",
+        "program.jpg": _bytes(Image.fromarray(_photo()), "EPS"),
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -135,6 +136,10 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path):
         open_image(tmp_path / "text.png")
     with pytest.raises(DataError, match=r"cut\.jpg: damaged picture \(image file is truncated"):
         open_image(tmp_path / "cut.jpg")
+    with pytest.raises(DataError, match=r"picture 3: damaged picture \(image file is truncated"):
+        open_image(Image.open(tmp_path / "cut.jpg"), name="picture 3")
+    with pytest.raises(DataError, match=r"program\.jpg: EPS, which another program would draw: save it as PNG"):
+        open_image(tmp_path / "program.jpg")
     with pytest.raises(DataError, match=r"gone\.png: no such file"):
         open_image(tmp_path / "gone.png")
     with pytest.raises(DataError, match=f"{tmp_path.name}: is a folder; give a picture file"):

@@ -359,6 +359,7 @@ def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch, spec, message):
         ({"kind": "files", "max_ratio": 0.5}, "data.max_ratio must be 1 or more, not 0.5"),
         ({"max_words": 3}, "data.max_words is for other people's text, not for kind scenes"),
         ({"limit": 0}, "data.limit must be 1 or more, not 0"),
+        ({"kind": "scenes", "path": "x"}, "data.path is x, but data.kind is scenes: sentences on them are made; set"),
         ({"kind": "hub", "eval_path": "x"}, "data.eval_path is for kinds files and gettext, not hub"),
         ({"source_path": "x"}, "data.source_path is for kind aligned, not scenes"),
         ({"kind": "aligned", "path": "x"}, "data.kind=aligned has two files"),

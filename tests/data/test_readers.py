@@ -274,6 +274,10 @@ def _messages(tmp_path: Path) -> list[tuple[DataConfig, str]]:
             _files(good, columns=ColumnConfig(text="caption", question="q")),
             r"has no column 'q', .*set data\.columns\.question",
         ),
+        (
+            _files(good, columns=ColumnConfig(image="image", text="image")),
+            r"good\.jsonl: data\.columns\.text names the column of the pictures, 'image': a column is one or the other",
+        ),
         (_files(str(tmp_path / "empty.jsonl")), r"empty\.jsonl is empty: no rows"),
         (_files(str(tmp_path / "header.csv")), r"header\.csv is empty: no rows"),
         (_files(blank), r"blank\.jsonl is empty: column 'text' holds no text in any of 1 rows"),
@@ -317,6 +321,7 @@ def test_config_is_checked():
         ("eval_fraction=1.5", "data.eval_fraction must be at least 0 and below 1, not 1.5"),
         ("max_bad_fraction=-1", "data.max_bad_fraction must lie between 0 and 1"),
         ("limit=0", "data.limit must be 1 or more, not 0"),
+        ("path=b.jsonl", "data.path is b.jsonl, but data.kind is scenes, which are drawn: set data.kind"),
         ("eval_path=b.jsonl", "data.eval_path is for kinds files and imagefolder, not scenes"),
         ("columns.txt=a", "txt"),
     ):

@@ -97,6 +97,20 @@ def test_start_and_ends_are_those_of_the_generation_settings(translator_folders,
         assert model.translate(ENGLISH[0], num_beams=num_beams, **languages) == expected
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("length", [{"max_new_tokens": 1}, {"max_length": 2}, {"max_new_tokens": 2}])
+def test_a_forced_end_comes_before_the_language(translator_folders, translators, num_beams, length):
+    stock = AutoModelForSeq2SeqLM.from_pretrained(translator_folders["nllb"])
+    ours, end = translators["nllb"], 17
+    inputs = ours.tokenizer(ENGLISH[0], return_tensors="pt")
+    first = {"forced_bos_token_id": ours.codes.target_token("deu_Latn"), "forced_eos_token_id": end}
+    row = stock.generate(**inputs, num_beams=num_beams, **{"max_length": None, **length}, **first)[0, 1:]
+    expected = ours.tokenizer.decode(row, skip_special_tokens=True).strip()
+    assert expected
+    given = {"num_beams": num_beams, "forced_eos_token_id": end, **length}
+    assert ours.translate(ENGLISH[0], tgt_lang="deu_Latn", **given) == expected
+
+
 @pytest.mark.parametrize("dtype", ["int8", torch.int64, "nothing", 5])
 def test_weights_are_floats(translator_folders, dtype):
     with pytest.raises(UsageError, match="is unknown: use float32, float16, bfloat16 or auto"):

@@ -12,6 +12,7 @@ from transformers import BlipProcessor
 
 from mmattn.errors import CheckpointError, DataError, UsageError
 from mmattn.inference.vlm import VisionLanguageModel
+from mmattn.maps.record import record_attention
 from tests.inference.tiny_models import STOCK, pictures, save_own, save_stock
 
 TASKS = ("captioning", "question_answering", "matching")
@@ -166,6 +167,21 @@ def test_pictures_are_encoded_once(models, monkeypatch):
     model.ask(encoded, QUESTIONS[0])
     model.ask(encoded[:2], [QUESTIONS, QUESTIONS[:1]])
     assert calls == []
+
+
+def test_only_what_the_network_sees_of_pictures_stays_in_memory(models, monkeypatch):
+    model, images = models["own"], pictures(3)
+    sizes, encode = [], model._encode
+    monkeypatch.setattr(model, "_encode", lambda some: sizes.extend(image.size for image in some) or encode(some))
+    captions = model.caption(images, batch_size=2)
+    assert sizes == [(16, 16)] * 3
+    assert model.ask(images[0], QUESTIONS) == model.ask(model.encode(images[0]), QUESTIONS)
+    sizes.clear()
+    assert model.caption(model.encode(images)) == captions
+    with record_attention(model) as maps:
+        assert model.caption(images) == captions
+    assert sizes == [image.size for image in images] * 2  # maps are drawn on whole pictures
+    assert maps.heatmap().image.size == images[0].size
 
 
 def test_pictures_hold_what_they_say(models):

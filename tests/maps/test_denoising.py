@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor, XFormersAttnProc
 from PIL import Image
 
 from mmattn import TextToImage, UNet, record_attention, swap_attention
-from mmattn.errors import UsageError
+from mmattn.errors import RunError, UsageError
 from mmattn.inference.diffusion.pixel_pipeline import PixelPipeline
 from mmattn.maps.recordings import RecordedPicture
 from tests.inference.tiny_pipelines import pixel_parts, stable_diffusion, stable_diffusion_xl
@@ -231,7 +231,7 @@ def test_a_second_prompt_of_xl_and_higher_order_schedulers():
     assert maps.texts[0]._places("red", 0) == [2]
 
 
-def test_pictures_are_drawn_and_saved(pipe, tmp_path):
+def test_pictures_are_drawn_and_saved(pipe, tmp_path, monkeypatch):
     with record_attention(pipe) as maps:
         images = draw(pipe, output_type="pil")
     maps.heatmap("red", image=images[0]).save(tmp_path / "red.png")
@@ -247,6 +247,11 @@ def test_pictures_are_drawn_and_saved(pipe, tmp_path):
     assert '"prompt": "a red circle"' in about
     with pytest.raises(UsageError, match=r"x\.json: maps are saved as NumPy's \.npz"):
         maps.save(tmp_path / "x.json")
+    before = (tmp_path / "maps.npz").read_bytes()
+    monkeypatch.setattr(np, "savez_compressed", lambda file, **arrays: file.write(b"half") and file.read())
+    with pytest.raises(RunError, match=r"maps\.npz: cannot be written"):
+        maps.save(tmp_path / "maps.npz")
+    assert (tmp_path / "maps.npz").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ def test_an_output_dir_that_cannot_be_written_or_locked(tmp_path, monkeypatch, c
 
 def test_settings_that_cannot_be_used_are_all_named():
     config = TrainingConfig(
-        "", max_steps=0, schedule="linear", betas=(0.9, 1.0), trackers=["mlflow"], learning_rate=float("nan")
+        "", 0, schedule="linear", betas=(0.9, 1.0), trackers=["mlflow"], learning_rate=float("nan"), seed=2**63
     )
     with pytest.raises(ConfigError) as caught:
         config.validate()
@@ -276,6 +276,7 @@ def test_settings_that_cannot_be_used_are_all_named():
         "betas must be two numbers in [0, 1), not (0.9, 1.0)",
         "trackers must be one of tensorboard, wandb, trackio, not 'mlflow'",
         "learning_rate must be positive, not nan",
+        "seed must be below 2**63, is 9223372036854775808",
     ):
         assert re.search(re.escape(part), str(caught.value))
 

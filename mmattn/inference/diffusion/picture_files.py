@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mmattn.errors import RunError, UsageError
-from mmattn.inference.files import new_file
+from mmattn.inference.files import check_writable, new_file
 
 _LONGEST = 60  # characters of a prompt in a name
 
@@ -74,6 +74,7 @@ def check_paths(paths: Sequence[Path], *, may_overwrite: bool) -> None:
     for path in paths:
         if path.is_dir():
             raise UsageError(f"{path}: is a folder; choose another name")
+        check_writable(path.parent, path)
 
 
 def save_picture(image: Image.Image, path: Path, facts: Mapping[str, object]) -> None:
