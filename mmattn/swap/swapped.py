@@ -133,8 +133,9 @@ class Swap:
 
     def clear_cache(self) -> None:
         """Forget cached keys and values of texts. Only needed after writing into weights or into a text through
-        `tensor.data` or numpy, which torch's version counters do not see: diffusers' `EMAModel` does so. (LoRA layers
-        that `fuse_lora` merges, and steps of optimizers, are noticed.)"""
+        `tensor.data` or numpy, which torch's version counters do not see: diffusers' `EMAModel` does so, and peft's
+        `hotswap_adapter`. (LoRA layers that `fuse_lora` merges or `load_lora_adapter` exchanges, and steps of
+        optimizers, are noticed.)"""
         for cache in self._plan.caches:
             cache.clear()
 
