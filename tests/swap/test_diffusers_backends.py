@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_stable_audio3 import StableAudio3
 import mmattn
 from mmattn.errors import BackendError, RunError, UsageError
 from mmattn.ops import observe
-from mmattn.swap.diffusers.dispatcher import backend_function
+from mmattn.swap.diffusers.dispatcher import UseBackend, backend_function
 
 from .diffusers_pieces import LAYERS, Picture, a_text, attentions, draw, forget, registries, run_unet, tiny_unet
 from .zoo import FAMILIES
@@ -235,6 +235,19 @@ def test_processors_that_were_exchanged_are_named_and_stay_until_forced(key, is_
         left = swapped.restore(force=True)
     assert left == []
     assert before.differences(Picture(model)) == []
+
+
+def test_a_step_that_fails_leaves_nothing_registered(flux, monkeypatch):
+    before, stock = registries(), Picture(flux)
+
+    def fail(step):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(UseBackend, "do", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        mmattn.swap_attention(flux)
+    assert registries() == before
+    assert stock.differences(Picture(flux)) == []
 
 
 def test_a_later_swap_takes_out_what_a_dropped_handle_has_registered(flux):

@@ -60,7 +60,7 @@ class RegisterBackend:
         """Take it out again when no processor uses it any more, and any other of ours that a swap has left whose handle
         is gone."""
         registry = attention_dispatch._AttentionBackendRegistry
-        for name in [name for name, users in _USERS.items() if not users]:
+        for name in [name for name in {self.name, *_USERS} if not _USERS[name]]:
             del _USERS[name]
             if name not in attention_dispatch.AttentionBackendName._value2member_map_:
                 continue
