@@ -276,7 +276,7 @@ class _Frame(TorchFunctionMode):
         if log_sum_exp is not None and log_sum_exp.shape != query.shape[:3]:
             log_sum_exp = None
         factor: float = head_dim**-0.5 if scale is None else scale
-        return SeenAttention(self._rows or batch, query, key, factor, mask, log_sum_exp)
+        return SeenAttention(_rows_of(self._rows, batch), query, key, factor, mask, log_sum_exp)
 
     def _of_weights(self) -> SeenAttention | None:
         """The first that fit: [R, H, Lq, Lk], or [R * H, Lq, Lk] in any number of slices."""
@@ -318,7 +318,13 @@ def seen_call(
         mask = causal if mask is None else mask & causal
     mask = _both(call.attn_mask, mask)
     own = maps if maps is not None and maps.asked is asked else None
-    return SeenAttention(rows or query.shape[0], query, key, call.scale, mask, lse, maps=own)
+    return SeenAttention(_rows_of(rows, query.shape[0]), query, key, call.scale, mask, lse, maps=own)
+
+
+def _rows_of(rows: int, batch: int) -> int:
+    """Rows of a call: those of the module's input where they share the call's, else the call's own: a module may cut
+    its input into windows."""
+    return rows if rows and batch and rows % batch == 0 else batch
 
 
 class _LogSumExp(TorchDispatchMode):

@@ -38,7 +38,8 @@ from mmattn.ops.same_pass import MapsAsked
 _log = logging.getLogger(__name__)
 _MODELS = ("unet", "transformer")
 _ALL_STEPS = -1
-_OTHER_ORDERS = ("Pix2Pix", "LEdits", "PAG", "LuminaPipeline")  # of the rows in the batch than negative, positive
+# Pipelines whose batches hold other rows than a negative and a positive half, or views of a larger picture.
+_OTHER_ORDERS = ("Pix2Pix", "LEdits", "PAG", "LuminaPipeline", "Panorama")
 _ONE_HALF = ("Flux", "Chroma")  # transformers that get prompts and negative prompts in calls of their own, if at all
 _RISING = ("LuminaNextDiT",)  # models whose times rise from noise to picture
 
@@ -110,6 +111,7 @@ class Drawing:
     _step: int = 0
     _most_steps: int = 0
     _last_time: float = float("inf")
+    _batch: int = 0  # rows of the forward that is under way, and those that are kept
     _rows: range = range(0)
     _size: tuple[int, int] = (0, 0)
     _text: Tensor | None = None  # of the forward that is under way
@@ -118,7 +120,7 @@ class Drawing:
     _latest_text: Tensor | None = None
     _timesteps: Any = None  # of the generation
     _guided_step: int | None = None  # a guider's count of steps, each of which may have several forwards
-    _count: int = 0  # of its rows
+    _count: int = 0  # of rows of the generation's first forward
     _is_aside: bool = False  # the forward that is under way is none of the generation's own
     _unseen: dict[str, str] = field(default_factory=dict)
     _numbers: dict[int, int] = field(default_factory=dict)
@@ -152,6 +154,7 @@ class Drawing:
                 yield
         finally:
             hook.remove()
+        self.maps.warn_of(self._unseen)
         steps = self.maps.wanted.steps
         if steps is not None and self.maps.texts and max(steps) >= self._most_steps:
             _log.warning(
@@ -208,7 +211,7 @@ class Drawing:
         self._is_aside = not is_new and now == self._last_time and is_again
         if self._is_aside:
             return
-        self._rows = self._kept_rows(sample.shape[0])
+        self._batch, self._rows = sample.shape[0], self._kept_rows(sample.shape[0])
         self._size = size
         is_other = not is_new and self._has_other_text(sample.shape[0])
         if is_new or len(self._rows) != len(self.pictures) or (is_other and self.pipeline is None):
@@ -317,7 +320,7 @@ class Drawing:
         if not self.pictures or self._is_aside:  # without pictures, the layer was called by itself
             return
         wanted, number = self.maps.wanted, self._numbers[id(module)]
-        if seen is None:
+        if seen is None or seen.rows != self._batch:  # windows, say
             processor = getattr(module, "processor", None)
             self._unseen[self.maps.layer_names[number]] = type(processor or module).__name__
             return

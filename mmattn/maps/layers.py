@@ -43,7 +43,11 @@ def attending_layers(model: nn.Module, role: Role) -> list[AttendingLayer]:
         UsageError: there are none.
     """
     roles = ("cross", JOINT) if role == "cross" and is_diffusers(model) else (role,)
-    found = [(name, module) for name, module in model.named_modules() if _role(module, name, model) in roles]
+    modules = list(model.named_modules())
+    # What an IP-Adapter makes of its picture is no part of the picture that is drawn.
+    aside = tuple(f"{name}." for name, module in modules if "IPAdapter" in type(module).__name__)
+    named = [(name, module) for name, module in modules if not name.startswith(aside)]
+    found = [(name, module) for name, module in named if _role(module, name, model) in roles]
     if not found:
         raise UsageError(f"record_attention: {type(model).__name__} has no {role}-attention that can be read")
     # A U-Net's middle is made last and runs between the two halves.

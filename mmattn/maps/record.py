@@ -10,7 +10,8 @@ H heads, L tokens of a text, Lk features of a picture or tokens of a source, C c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, get_args
 
@@ -41,6 +42,7 @@ from mmattn.swap.verify import is_verifying
 
 __all__ = ["AttentionMaps", "RecordedText", "TextToRecord", "record_attention", "recorders_of"]
 
+_log = logging.getLogger(__name__)
 _GRID_WORDS = 12  # that a grid shows unless it is told which
 
 
@@ -138,6 +140,14 @@ class AttentionMaps:
         reason = self.why_empty()
         self.why_empty = lambda: reason
         self.target = self.drawing = None
+
+    def warn_of(self, unseen: Mapping[str, str]) -> None:
+        """Say it where layers, by name, are in no map, since their attention could not be seen, while others are."""
+        kept = {number for text in self.texts for number in text.weights} if unseen else set()
+        missing = [name for number, name in self.layer_names.items() if name in unseen and number not in kept]
+        if kept and missing:
+            names, kinds = ", ".join(missing), ", ".join(sorted({unseen[name] for name in missing}))
+            _log.warning("record_attention: in no map, because it cannot be seen how %s attends: %s", kinds, names)
 
     # Used by everybody.
 

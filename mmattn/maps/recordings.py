@@ -261,7 +261,12 @@ class RecordedPair:
     def heatmap(
         self, averaged: Averaged, word: str | None, place: Place, occurrence: int, image: Image.Image | None
     ) -> Heatmap:
-        """Refused: there is no picture."""
+        """Refused: there is no picture, or none whose places are known."""
+        if self.source is None:
+            raise UsageError(
+                "heatmap(): what this text looked at has no words, and is no picture whose rows and columns are known: "
+                "array() gives the weights, a column for each place"
+            )
         raise UsageError("heatmap() is for pictures; of a translation, alignment() shows which words belong together")
 
     def alignment(self, averaged: Averaged) -> Alignment:

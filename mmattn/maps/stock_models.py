@@ -61,6 +61,7 @@ def watching_stock(target: nn.Module, maps: AttentionMaps) -> Iterator[None]:
         stack.callback(_READINGS.reset, _READINGS.set((*_READINGS.get(), reading)))
         stack.callback(reading.forget)
         yield
+    maps.warn_of(reading.unseen)
 
 
 class _Generate:
@@ -121,6 +122,7 @@ class Reading:
         numbers: id of an attention module to the layer's number.
         is_generating: `generate` is under way.
         first: arguments of the first forward of the generation, where the model's own was called.
+        unseen: class of a layer that has run unseen, by the layer's name.
     """
 
     model: Any
@@ -128,10 +130,10 @@ class Reading:
     numbers: dict[int, int]
     is_generating: bool = False
     first: dict[str, Any] | None = None
+    unseen: dict[str, str] = field(default_factory=dict)
     _given: dict[str, Any] | None = None  # the arguments of the forward that is under way
     _layers: dict[int, list[Tensor]] = field(default_factory=dict)
     _num_given: int | None = None
-    _unseen: dict[str, str] = field(default_factory=dict)
     _was_called: bool = False
 
     def wants(self) -> bool:
@@ -163,7 +165,7 @@ class Reading:
         """A layer has run."""
         number = self.numbers[id(module)]
         if seen is None:
-            self._unseen[self.maps.layer_names[number]] = type(module).__name__
+            self.unseen[self.maps.layer_names[number]] = type(module).__name__
             return
         heads = self.maps.wanted.heads
         check_heads(heads, seen.sizes[0], self.maps.layer_names[number])
@@ -203,8 +205,8 @@ class Reading:
 
     def why_empty(self) -> str:
         """Why nothing was recorded."""
-        if self._unseen:
-            name, kind = next(iter(self._unseen.items()))
+        if self.unseen:
+            name, kind = next(iter(self.unseen.items()))
             return f"{name} ({kind}) attended in a way that cannot be seen: {_remedy(self.model, kind)}"
         if self._was_called:
             return f"the model ran, but its {self.maps.role}-attention did not: it got nothing to attend to"

@@ -74,16 +74,20 @@ class Swap:
 
     def check(self) -> list[str]:
         """Whether everything is still in place: a line for each thing that is not, none when all is well. Attention
-        slicing, `set_attn_processor` and IP-Adapter loading replace processors without asking."""
+        slicing, `set_attn_processor` and IP-Adapter loading replace processors without asking, AnimateDiff's
+        `enable_free_noise` replaces whole modules."""
         if self._is_restored:
             return ["this swap was restored"]
         problems = []
         for step in self._plan.shared:
             problem = step.problem()
             problems += [] if problem is None else [problem]
+        there = {id(module) for model in self._parts.values() for module in model.modules()}
         for layer in self._plan.layers:
             if layer.is_swapped and layer.step is not None:
                 problem = layer.step.problem()
+                if id(layer.module) not in there:
+                    problem = "its module is no longer in the model (enable_free_noise puts others in their place)"
                 problems += [] if problem is None else [f"{layer.full_name}: {problem}"]
         return problems
 
@@ -129,8 +133,9 @@ class Swap:
 
     def clear_cache(self) -> None:
         """Forget cached keys and values of texts. Only needed after writing into weights or into a text through
-        `tensor.data` or numpy, which torch's version counters do not see: diffusers' `EMAModel` does so. (LoRA layers
-        that `fuse_lora` merges, and steps of optimizers, are noticed.)"""
+        `tensor.data` or numpy, which torch's version counters do not see: diffusers' `EMAModel` does so, and peft's
+        `hotswap_adapter`. (LoRA layers that `fuse_lora` merges or `load_lora_adapter` exchanges, and steps of
+        optimizers, are noticed.)"""
         for cache in self._plan.caches:
             cache.clear()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from mmattn.errors import RunError
+from mmattn.errors import MmattnError, RunError
 from mmattn.ops.tolerance import FORWARD_FACTOR, Deviation, deviation
 from mmattn.swap.attend import computing_reference
 from mmattn.swap.layers import Layer
@@ -24,6 +24,18 @@ _VERIFYING: ContextVar[bool] = ContextVar("mmattn_verifying", default=False)
 
 class ProbeError(RunError):
     """Raised by a whole model's probe: the model does not take the inputs that were made from its config."""
+
+
+@contextlib.contextmanager
+def probing() -> Iterator[None]:
+    """Within the block, whatever a model raises for the inputs that were made from its config is a `ProbeError`."""
+    try:
+        yield
+    except MmattnError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        raise ProbeError(f"it does not take the probe made from its config: {reason}") from error
 
 
 @dataclass(frozen=True)

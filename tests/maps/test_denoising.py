@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 
 import numpy as np
@@ -18,6 +19,8 @@ from mmattn.maps.recordings import RecordedPicture
 from tests.inference.tiny_pipelines import pixel_parts, stable_diffusion, stable_diffusion_xl
 from tests.maps.oracle import eager_weights
 from tests.swap import zoo_sd, zoo_unets
+from tests.swap.diffusers_pieces import draw as embeddings
+from tests.swap.diffusers_pieces import run_tiny, tiny_pipeline
 from tests.swap.zoo_base import quiet
 from tests.tolerance import check_within
 
@@ -354,6 +357,39 @@ def test_attention_that_cannot_be_seen_is_named(pipe, monkeypatch):
         pipe.unet.set_attn_processor(made)
     with pytest.raises(UsageError, match=r"ran under Unseen, whose attention cannot be seen"):
         maps.array()
+
+
+def test_a_layer_that_cannot_be_seen_beside_others_is_said_to_be_missing(pipe, caplog):
+    class Unseen(XFormersAttnProcessor):
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            return hidden_states
+
+    made = pipe.unet.attn_processors
+    name = next(name for name in made if "attn2" in name)
+    pipe.unet.set_attn_processor(made | {name: Unseen()})
+    try:
+        with caplog.at_level(logging.WARNING), record_attention(pipe) as maps:
+            draw(pipe)
+    finally:
+        pipe.unet.set_attn_processor(made)
+    number = next(number for number, layer in maps.layer_names.items() if name.startswith(layer))
+    assert set(maps.texts[0].weights) == set(maps.layer_names) - {number}
+    assert caplog.messages == [
+        "record_attention: in no map, because it cannot be seen how Unseen attends: " + maps.layer_names[number]
+    ]
+
+
+def test_layers_of_an_ip_adapter_itself_are_none_of_the_pictures():
+    """Those of the richer kind attend, too, over the tokens that they make of its picture."""
+    plain, pipe = tiny_pipeline(), tiny_pipeline()
+    with record_attention(plain, role="self") as maps:
+        run_tiny(plain, steps=1)
+    names, images = maps.layer_names, [embeddings(2, 1, 17, 52)]
+    zoo_sd.load_adapters(pipe, [zoo_sd.plus_projection()], [0.5])
+    with record_attention(pipe, role="self") as maps:
+        run_tiny(pipe, steps=1, ip_adapter_image_embeds=images)
+    assert maps.layer_names == names
+    assert maps.array(layer=0).shape == (8, 8, 64)
 
 
 def test_self_attention(pipe):

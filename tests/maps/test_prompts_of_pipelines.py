@@ -8,7 +8,13 @@ import logging
 import numpy as np
 import pytest
 import torch
-from diffusers import AudioLDM2UNet2DConditionModel, DPMSolverMultistepScheduler, PixArtAlphaPipeline
+from diffusers import (
+    AudioLDM2UNet2DConditionModel,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    StableDiffusionPanoramaPipeline,
+)
 from diffusers.guiders import SkipLayerGuidance
 from diffusers.hooks import LayerSkipConfig
 from diffusers.modular_pipelines.stable_diffusion_xl import StableDiffusionXLAutoBlocks
@@ -127,6 +133,15 @@ def test_another_text_on_the_way_is_said(caplog):
     assert len(maps) == 1
     (message,) = caplog.messages
     assert "from step 2 on a picture is drawn from another text: its maps go by the words of the first" in message
+
+
+def test_views_of_a_panorama_are_not_taken_for_pictures():
+    """Several views a batch come as negative, positive, negative, positive; and each is a part of the picture."""
+    parts = build("sd").components | {"scheduler": DDIMScheduler()}
+    pipe = StableDiffusionPanoramaPipeline(**parts, requires_safety_checker=False)
+    refused = pytest.raises(UsageError, match="which rows of StableDiffusionPanoramaPipeline follow the prompt is not")
+    with refused, mmattn.record_attention(pipe):
+        pass
 
 
 def test_modular_pipelines():

@@ -168,6 +168,8 @@ def test_sound_of_whisper_and_tiles_of_mllama():
     alignment = maps.alignment()
     assert len(alignment.source) == 75
     assert len(alignment.pairs()) == len(alignment.target)
+    with pytest.raises(UsageError, match="has no words, and is no picture whose rows and columns are known"):
+        maps.heatmap("1")
     with record_attention(model) as maps, pytest.raises(UsageError, match="301 frames are generated from window by"):
         model.generate(Draw(model).normal(1, 20, 301))
     model = build("mllama")

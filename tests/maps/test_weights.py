@@ -184,3 +184,23 @@ def test_recomputation_in_the_backward_pass_is_not_seen_again(use_reentrant):
         checkpoint(module, query, key, use_reentrant=use_reentrant).sum().backward()
     assert len(seen) == 1
     assert query.grad is not None
+
+
+@pytest.mark.parametrize("how", ["fused", "softmax"])
+def test_a_module_that_cuts_its_input_into_windows(how):
+    """As picture encoders do: each window is a row of its own."""
+    query, key = inputs(torch.float32)
+    attend = Stock(how)
+
+    class Windows(nn.Module):
+        def forward(self, states):
+            return attend(states.unflatten(2, (-1, 2)).transpose(1, 2).flatten(0, 1), windows)
+
+    windows = torch.cat([key[:, :, :LK]] * (LQ // 2))
+    states = query[:, :, : LQ // 2 * 2]
+    _, (seen,) = watch(Windows(), states)
+    assert seen is not None
+    assert seen.rows == len(windows)
+    for row in range(seen.rows):
+        part = states[:, :, 2 * row : 2 * row + 2]
+        assert torch.allclose(seen.kept(row, None, None, average=False), specification(part, key, None)[0], atol=1e-6)

@@ -16,11 +16,11 @@ from diffusers.models.transformers.transformer_krea2 import Krea2Attention
 from diffusers.models.transformers.transformer_stable_audio3 import StableAudio3SelfAttention
 
 import mmattn
-from mmattn.errors import BackendError, UsageError
+from mmattn.errors import BackendError, RunError, UsageError
 from mmattn.ops import observe
-from mmattn.swap.diffusers.dispatcher import backend_function
+from mmattn.swap.diffusers.dispatcher import UseBackend, backend_function
 
-from .diffusers_pieces import LAYERS, Picture, a_text, attentions, draw, registries, run_unet, tiny_unet
+from .diffusers_pieces import LAYERS, Picture, a_text, attentions, draw, forget, registries, run_unet, tiny_unet
 from .zoo import FAMILIES
 
 REGISTRY = attention_dispatch._AttentionBackendRegistry
@@ -210,6 +210,53 @@ def test_a_choice_of_diffusers_in_between_is_named_and_stays(flux):
     assert {processor._attention_backend.value for processor in flux.attn_processors.values()} == {"_native_math"}
     assert registries() == before
     assert swapped.restore(force=True) == []
+    assert {processor._attention_backend for processor in flux.attn_processors.values()} == {None}
+
+
+@pytest.mark.parametrize("key", ["flux", "wan", "qwenimage"])
+@pytest.mark.parametrize("is_forced", [False, True])
+def test_processors_that_were_exchanged_are_named_and_stay_until_forced(key, is_forced):
+    """As loading an IP-Adapter into FLUX.1 does."""
+    model = FAMILIES[key].build()
+    before, own = Picture(model), list(model.attn_processors.values())
+    swapped = mmattn.swap_attention(model)
+    theirs = type(own[0])()
+    model.set_attn_processor(theirs)
+    replaced = (
+        f"its processor was replaced, by one of {type(theirs).__name__} (IP-Adapter loading and set_attn_processor"
+    )
+    assert [replaced in line for line in swapped.check()] == [True] * len(own)
+    with pytest.raises(RunError, match="the swap is not in place: model"):
+        swapped.verify()
+    left = swapped.restore(force=is_forced)
+    if not is_forced:
+        assert [replaced in line and line.endswith("; left as it is") for line in left] == [True] * len(own)
+        assert set(model.attn_processors.values()) == {theirs}
+        left = swapped.restore(force=True)
+    assert left == []
+    assert before.differences(Picture(model)) == []
+
+
+def test_a_step_that_fails_leaves_nothing_registered(flux, monkeypatch):
+    before, stock = registries(), Picture(flux)
+
+    def fail(step):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(UseBackend, "do", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        mmattn.swap_attention(flux)
+    assert registries() == before
+    assert stock.differences(Picture(flux)) == []
+
+
+def test_a_later_swap_takes_out_what_a_dropped_handle_has_registered(flux):
+    before = registries()
+    mmattn.swap_attention(flux, backend="sdpa")
+    forget()
+    with mmattn.swap_attention(flux, backend="eager"):
+        assert registries() != before
+    assert registries() == before
     assert {processor._attention_backend for processor in flux.attn_processors.values()} == {None}
 
 

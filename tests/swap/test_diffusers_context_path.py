@@ -189,7 +189,7 @@ def test_a_later_swap_takes_over_what_no_handle_takes_care_of(model, leave):
     swapped.clear_cache()
     changed = run(model, text)
     assert swapped.restore() == []
-    assert not vars(model).keys() & set(context_path.MERGING) | vars(projection(model)).keys() & {"forward"}
+    assert not vars(model).keys() & set(context_path.WRITING) | vars(projection(model)).keys() & {"forward"}
     assert torch.equal(run(model, text), changed)
     assert not torch.equal(changed, stock)
 

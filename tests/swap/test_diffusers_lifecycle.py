@@ -334,6 +334,20 @@ def test_motion_modules_are_a_part_of_their_own():
     assert before.differences(Picture(pipe.unet)) == []
 
 
+def test_modules_that_are_exchanged_while_swapped_are_noticed():
+    pipe = FAMILIES["animatediff"].build()
+    with mmattn.swap_attention(pipe) as swapped:
+        assert swapped.check() == []
+        pipe.enable_free_noise(context_length=4, context_stride=2)
+        there = set(pipe.unet.modules())
+        gone = [layer.full_name for layer in swapped.layers if layer.part != "vae" and layer.module not in there]
+        assert gone
+        why = "its module is no longer in the model (enable_free_noise puts others in their place)"
+        assert swapped.check() == [f"{name}: {why}" for name in gone]
+        with pytest.raises(RunError, match="the swap is not in place: motion_modules"):
+            swapped.verify()
+
+
 def test_a_motion_model_that_is_made_from_a_swapped_unet():
     """With an IP-Adapter, whose weights diffusers takes over."""
     adapter = FAMILIES["animatediff"].build().motion_adapter

@@ -119,6 +119,14 @@ def change_in_place(unet):
             layer.lora_B["a"].weight.mul_(0.5)
 
 
+def put_another_in_its_place(unet):
+    """Peft copies the other's weights through `data`."""
+    own = get_peft_model_state_dict(unet, adapter_name="a")
+    other = {name: -2 * value if "lora_B" in name else value for name, value in own.items()}
+    metadata = {"r": 4, "lora_alpha": 8, "target_modules": list(TARGETS)}
+    unet.load_lora_adapter(other, adapter_name="a", prefix=None, metadata=metadata, hotswap=True)
+
+
 def merge_by_hand(unet):
     for layer in tuners(unet):
         layer.merge()
@@ -126,7 +134,7 @@ def merge_by_hand(unet):
 
 CHANGES = [
     add_another, set_weights, set_two, set_other, disable, disable_and_enable_another, scale_layers, fuse, fuse_safely,
-    fuse_and_unfuse, fuse_and_unload, unload, delete, change_in_place, merge_by_hand,
+    fuse_and_unfuse, fuse_and_unload, unload, delete, change_in_place, put_another_in_its_place, merge_by_hand,
 ]  # fmt: skip
 THE_SAME_IN_ANOTHER_WAY = [fuse_safely, fuse_and_unfuse, fuse_and_unload, merge_by_hand]
 

@@ -110,6 +110,16 @@ def test_a_known_neighbour_is_still_swapped_and_the_output_stays(unet):
         assert swapped.verify().is_ok
 
 
+def test_a_model_that_takes_no_probe_is_named_and_its_layers_verified(unet):
+    """Some processors of perturbed-attention guidance want a batch in three parts."""
+    next(iter(attentions(unet, "attn1").values())).set_processor(stock.PAGCFGIdentitySelfAttnProcessor2_0())
+    with mmattn.swap_attention(unet) as swapped:
+        found = swapped.verify()
+    assert found.is_ok
+    assert (len(found.layers), found.models) == (LAYERS - 1, [])
+    assert found.unprobed[0].startswith("model (it does not take the probe made from its config: ValueError: not")
+
+
 def test_sana_keeps_its_linear_attention():
     model = FAMILIES["sana"].build()
     with mmattn.swap_attention(model) as swapped:

@@ -2,7 +2,8 @@
 
 Some models project the text before their cross-attention sees it: each step would bring an equal, but new tensor, and
 no layer could tell that its keys and values still hold. There the projected text is kept as one tensor. And merging a
-LoRA writes into weights where no version counter sees it: before that everything kept is forgotten.
+LoRA, or putting another in its place, writes into weights where no version counter sees it: before that everything kept
+is forgotten.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mmattn.swap.layers import Plan, SetAttribute
 
 # Class of the model: its module between the caller's text and the layers. Each takes one tensor, and nothing random.
 PATHS = {"PixArtTransformer2DModel": "caption_projection", "UNet2DConditionModel": "encoder_hid_proj"}
-MERGING = ("fuse_lora", "unfuse_lora")  # through `weight.data`
+WRITING = ("fuse_lora", "unfuse_lora", "load_lora_adapter")  # through `weight.data`; the last with hotswap=True
 
 
 class StandIn:
@@ -145,7 +146,7 @@ def is_left_over(attribute: Any) -> bool:
 def plan_context_path(model: nn.Module, plan: Plan) -> None:
     """Add the steps that a model needs whose layers keep their keys and values of the text."""
     plan.shared.append(WatchOptimizers())
-    for name in MERGING:
+    for name in WRITING:
         if hasattr(type(model), name):
             plan.shared.append(SetStandIn(model, name, Forgetting(model, name)))
     module = getattr(model, PATHS.get(type(model).__name__, ""), None)

@@ -57,10 +57,14 @@ class RegisterBackend:
             registry.register(member)(backend_function(self.role, self.backend))
 
     def undo(self, *, force: bool = False) -> str | None:
-        """Take it out again, when no processor uses it any more."""
-        if not _USERS[self.name] and self.problem() is None:
-            registry = attention_dispatch._AttentionBackendRegistry
-            member = _remove_member(self.name)
+        """Take it out again when no processor uses it any more, and any other of ours that a swap has left whose handle
+        is gone."""
+        registry = attention_dispatch._AttentionBackendRegistry
+        for name in [name for name in {self.name, *_USERS} if not _USERS[name]]:
+            del _USERS[name]
+            if name not in attention_dispatch.AttentionBackendName._value2member_map_:
+                continue
+            member = _remove_member(name)
             for table in (registry._backends, registry._constraints, registry._supported_arg_names):
                 table.pop(member, None)
         return None
@@ -86,9 +90,10 @@ class RegisterBackend:
 
 @dataclass(eq=False)
 class UseBackend:
-    """Lets one processor of a dispatcher model use a registered backend. A copy of the processor, pickled or not, has
-    what was set before: no handle takes care of it, and the backend may go, or be of another process."""
+    """Lets one layer of a dispatcher model use a registered backend, by its processor. A copy of the processor, pickled
+    or not, has what was set before: no handle takes care of it, and the backend may go, or be of another process."""
 
+    attn: Any
     processor: Any
     backend: RegisterBackend
     _before: Any = None
@@ -105,20 +110,35 @@ class UseBackend:
         _USERS[self.backend.name].add(self.processor)
 
     def undo(self, *, force: bool = False) -> str | None:
-        """Put back what was set."""
+        """Put back what was set, and with `force` the processor."""
         _USERS[self.backend.name].discard(self.processor)
         # Another layer with this processor may have put it back.
-        problem = None if self.processor._attention_backend is self._before else self.problem()
-        if problem is not None and not force:
+        other = None if self.processor._attention_backend is self._before else self._other_backend()
+        if other is None or force:
+            if self._was_there:
+                self.processor._attention_backend = self._before
+            else:
+                vars(self.processor).pop("_attention_backend", None)
+        problem = self._other_processor() or other
+        if problem is None or not force:
             return problem
-        if self._was_there:
-            self.processor._attention_backend = self._before
-        else:
-            vars(self.processor).pop("_attention_backend", None)
+        if self.attn.processor is not self.processor:
+            self.attn.set_processor(self.processor)
         return None
 
     def problem(self) -> str | None:
-        """Whether `set_attention_backend` or the like has chosen another since."""
+        """Whether `set_attn_processor` or the like has put in another processor since, or `set_attention_backend` has
+        chosen another backend."""
+        return self._other_processor() or self._other_backend()
+
+    def _other_processor(self) -> str | None:
+        current = self.attn.processor
+        if current is self.processor:
+            return None
+        kind = type(current).__name__
+        return f"its processor was replaced, by one of {kind} (IP-Adapter loading and set_attn_processor do so)"
+
+    def _other_backend(self) -> str | None:
         current = self.processor._attention_backend
         if getattr(current, "value", None) == self.backend.name:
             return None

@@ -122,7 +122,7 @@ def plan_model(model: nn.Module, part: str, options: Options) -> Plan:
             continue
         role = layer.role if all(other.role == layer.role for other in sharing) else JOINT
         backend = backends.setdefault(role, RegisterBackend(role, options.backend))
-        layer.step = UseBackend(module.processor, backend)
+        layer.step = UseBackend(module, module.processor, backend)
         is_known = head_count(module) is not None and head_dim(module) is not None
         layer.probe = functools.partial(run_backend, module) if is_known else None
     if any(layer.is_swapped for layer in plan.layers):

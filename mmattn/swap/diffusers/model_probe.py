@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from mmattn.swap.diffusers.probe import place_of
-from mmattn.swap.verify import run_model
+from mmattn.swap.verify import probing, run_model
 
 _BATCH, _TEXT = 2, 7
 Random = Callable[..., Tensor]
 
 
 def model_probe(model: nn.Module) -> Callable[[], Tensor] | None:
-    """A function that runs the model on fixed random inputs and returns its output; None for a class, or a kind of
-    conditioning, whose inputs are not known here."""
+    """A function that runs the model on fixed random inputs and returns its output, and raises `ProbeError` where the
+    model does not take them (processors of perturbed-attention guidance want thirds of a batch); None for a class, or
+    a kind of conditioning, whose inputs are not known here."""
     build = BUILDERS.get(type(model).__name__)
     if build is None or build(model, torch.zeros) is None:
         return None
@@ -32,7 +33,8 @@ def model_probe(model: nn.Module) -> Callable[[], Tensor] | None:
         inputs = build(model, random)
         assert inputs is not None
         placed = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        return run_model(model, placed)
+        with probing():
+            return run_model(model, placed)
 
     return probe
 

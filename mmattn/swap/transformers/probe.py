@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mmattn.errors import BackendError, MmattnError
+from mmattn.errors import BackendError
 from mmattn.swap.transformers.find import code_of
 from mmattn.swap.transformers.inputs import make_inputs
 from mmattn.swap.transformers.settings import MASKS_LIKE_SDPA, implementation_of
-from mmattn.swap.verify import ProbeError
+from mmattn.swap.verify import ProbeError, probing
 
 _BATCH, _QUERIES, _KEYS = 2, 7, 11
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
@@ -121,13 +121,8 @@ def run_model(model: nn.Module) -> Tensor:
     """
     inputs = make_inputs(model)
     assert inputs is not None  # the plan has looked
-    try:
+    with probing():
         outputs = list(_floats(_in_single_precision(model, inputs)))
-    except MmattnError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        raise ProbeError(f"it does not take the probe made from its config: {reason}") from error
     if not outputs:
         raise ProbeError("it returns no float tensor")
     return torch.cat([output.flatten().to(outputs[0].device) for output in outputs])
