@@ -263,7 +263,7 @@ def _kernel(
         output = F.scaled_dot_product_attention(
             query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=is_grouped
         )
-    return output if query.shape == shape else output.reshape(shape)
+    return output if query.shape == shape else _unfold(output, shape)
 
 
 # Kernels compute with float32 numbers, of which those far below this one are zeros.
@@ -336,6 +336,15 @@ def _fold(query: Tensor, mask: Tensor | None, kv_heads: int) -> tuple[Tensor, Te
     else:
         mask = mask.expand(rows, heads, num_queries, num_keys).unflatten(1, (kv_heads, group))
     return folded, mask.flatten(2, 3)
+
+
+def _unfold(output: Tensor, shape: torch.Size) -> Tensor:
+    """An output of folded queries as one of queries of this shape [B, H, Lq, D]."""
+    if not torch.compiler.is_exporting():
+        return output.reshape(shape)
+    # Of the layouts that kernels give their outputs `reshape` asks, of any number of queries, what torch.export cannot
+    # prove.
+    return torch.cat([heads.unflatten(1, (-1, shape[2])) for heads in output.unbind(1)], dim=1)
 
 
 _CUDNN_MASK = KnownBad(
