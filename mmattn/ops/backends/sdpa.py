@@ -26,7 +26,7 @@ from mmattn.kernels.plain import is_eager_call, is_forward_mode, is_plain_call
 from mmattn.ops import masks
 from mmattn.ops.derivatives import forward_mode_refused
 from mmattn.ops.limits import FLOATS, HALVES, Backend, KnownBad, Limits, compute_capability, torch_device_missing
-from mmattn.ops.request import Request
+from mmattn.ops.request import Request, with_positive_scale
 
 # What decides how padding is cut off, measured on that machine in multiplications of a fused product (25 per ns):
 # one more call with its slices, the mask's own cost, a key read though it has few queries, an element looked at.
@@ -253,7 +253,7 @@ def _kernel(
         else:
             is_grouped = True
     dropout_p = request.dropout_p
-    query, scale = _with_positive_scale(query, request.scale)
+    query, scale = with_positive_scale(query, request.scale)
     if query.device.type == "cuda":
         with _safe_kernels(query, key, value, mask):
             output = F.scaled_dot_product_attention(
@@ -264,20 +264,6 @@ def _kernel(
             query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=is_grouped
         )
     return output if query.shape == shape else _unfold(output, shape)
-
-
-# Kernels compute with float32 numbers, of which those far below this one are zeros.
-_LEAST_SCALE = 1e-30
-
-
-def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
-    """Query and scale of the same products. Torch's CPU kernel scales what its causal flag has set to -inf, which makes
-    NaN of a scale that is negative or zero."""
-    if scale >= _LEAST_SCALE:
-        return query, scale
-    if scale <= -_LEAST_SCALE:
-        return -query, -scale
-    return query * scale, 1.0
 
 
 # Of CUDA's kernels flash and cuDNN know groups, and of these only cuDNN a mask, up to this size of a head.
