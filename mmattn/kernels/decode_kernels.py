@@ -51,6 +51,51 @@ def _allowed_keys(
     return allowed, is_key
 
 
+@triton.jit
+def place_of_share(
+    query_ptr, query_strides, num_heads, group, num_queries, num_chunks, num_splits,
+    HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """(batch row, key/value head, share of the keys, rows [M] among the queries of its group, which of them there are,
+    their positions, their heads, the queries) of this program; see `decode_kernel`."""
+    kv_head, part, batch = place(num_heads, num_chunks * num_splits)
+    batch = batch.to(tl.int64)
+    chunk = part % num_chunks
+    split = part // num_chunks
+    rows = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row = rows < group * num_queries
+    positions = rows % num_queries
+    heads = kv_head * group + rows // num_queries
+    query_rows = query_ptr + ((batch * query_strides[0] + heads * query_strides[1]) * UNIT)[:, None]
+    query = load_rows(query_rows, positions, is_row, query_strides, HEAD_DIM, DIM_TILES, UNIT)
+    return batch, kv_head, split, rows, is_row, positions, heads, query
+
+
+@triton.jit
+def finish_share(
+    output, total, row_max, output_ptr, partial_ptr, statistics_ptr, output_strides, partial_strides,
+    batch, kv_head, split, rows, is_row, positions, heads, num_heads, group, num_queries, num_splits, num_rows,
+    HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, UNIT: tl.constexpr, IS_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Write the output, or, if keys are shared out, what `add_splits_kernel` adds up."""
+    if IS_SPLIT:
+        # In memory the rows of a group follow one another.
+        first_row = split.to(tl.int64) * num_rows + (batch * num_heads + kv_head) * group * num_queries
+        store_rows(
+            partial_ptr + first_row * HEAD_DIM, output, rows, is_row, partial_strides, HEAD_DIM, DIM_TILES, 1
+        )  # fmt: skip
+        places = statistics_ptr + first_row + rows
+        tl.store(places, row_max, mask=is_row)
+        tl.store(places + num_splits.to(tl.int64) * num_rows, total, mask=is_row)
+    else:
+        total = tl.where(total == 0.0, 1.0, total)
+        output_rows = output_ptr + ((batch * output_strides[0] + heads * output_strides[1]) * UNIT)[:, None]
+        store_rows(
+            output_rows, scaled_rows(output, 1.0 / total, DIM_TILES), positions, is_row, output_strides,
+            HEAD_DIM, DIM_TILES, UNIT,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=(*SIZES, "blocks_per_split", "num_rows"))
 def decode_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, partial_ptr, statistics_ptr, key_mask_ptr, attn_mask_ptr,
@@ -65,16 +110,10 @@ def decode_kernel(
 
     Writes the output, or, if keys are shared out, partial sums [S, R, D], largest scores and sums of weights [2, S, R].
     """
-    kv_head, part, batch = place(num_heads, num_chunks * num_splits)
-    batch = batch.to(tl.int64)
-    chunk = part % num_chunks
-    split = part // num_chunks
-    rows = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_row = rows < group * num_queries
-    positions = rows % num_queries
-    heads = kv_head * group + rows // num_queries
-    query_rows = query_ptr + ((batch * query_strides[0] + heads * query_strides[1]) * UNIT)[:, None]
-    query = load_rows(query_rows, positions, is_row, query_strides, HEAD_DIM, DIM_TILES, UNIT)
+    batch, kv_head, split, rows, is_row, positions, heads, query = place_of_share(
+        query_ptr, query_strides, num_heads, group, num_queries, num_chunks, num_splits,
+        HEAD_DIM, DIM_TILES, UNIT, BLOCK_M,
+    )  # fmt: skip
     mask_rows = attn_mask_ptr + (batch * attn_mask_strides[0] + heads * attn_mask_strides[1])[:, None]
     key_mask_row = head_of(key_mask_ptr, key_mask_strides, batch, kv_head, 1)
     # Aligned at the last query and the last key.
@@ -101,22 +140,11 @@ def decode_kernel(
         weights, factors, total, row_max = online_softmax(scores, total, row_max)
         output = add_products(scaled_rows(output, factors, DIM_TILES), weights, value, DIM_TILES)
 
-    if IS_SPLIT:
-        # In memory the rows of a group follow one another.
-        first_row = split.to(tl.int64) * num_rows + (batch * num_heads + kv_head) * group * num_queries
-        store_rows(
-            partial_ptr + first_row * HEAD_DIM, output, rows, is_row, partial_strides, HEAD_DIM, DIM_TILES, 1
-        )  # fmt: skip
-        places = statistics_ptr + first_row + rows
-        tl.store(places, row_max, mask=is_row)
-        tl.store(places + num_splits.to(tl.int64) * num_rows, total, mask=is_row)
-    else:
-        total = tl.where(total == 0.0, 1.0, total)
-        output_rows = output_ptr + ((batch * output_strides[0] + heads * output_strides[1]) * UNIT)[:, None]
-        store_rows(
-            output_rows, scaled_rows(output, 1.0 / total, DIM_TILES), positions, is_row, output_strides,
-            HEAD_DIM, DIM_TILES, UNIT,
-        )  # fmt: skip
+    finish_share(
+        output, total, row_max, output_ptr, partial_ptr, statistics_ptr, output_strides, partial_strides,
+        batch, kv_head, split, rows, is_row, positions, heads, num_heads, group, num_queries, num_splits, num_rows,
+        HEAD_DIM, DIM_TILES, UNIT, IS_SPLIT,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=(*SIZES, "num_rows"))

@@ -141,7 +141,7 @@ class CrossAttention(ProjectedAttention):
             query = query.reshape(batch, repeats * length, query.shape[2])
             if isinstance(attn_mask, Tensor):  # else `attention` says what it is
                 num_heads = query.shape[2] // self.head_dim
-                attn_mask = fold_attn_mask(attn_mask, rows, num_heads, length, context.length, repeats)
+                attn_mask = fold_attn_mask(attn_mask, batch, num_heads, length, context.length, repeats)
         query = split_heads(query, self.head_dim)
         if self.q_norm is not None:
             query = self.q_norm(query)
@@ -221,13 +221,13 @@ def _both(context: ContextKV, key_mask: Tensor | None) -> Tensor | None:
 
 
 def fold_attn_mask(
-    attn_mask: Tensor, rows: int, num_heads: int, length: int, context_length: int, repeats: int
+    attn_mask: Tensor, batch: int, num_heads: int, length: int, context_length: int, repeats: int
 ) -> Tensor:
     """The mask of folded rows: `[L, Lk]` to `[n * L, Lk]`, `[B * n, h, L, Lk]` to `[B, h, n * L, Lk]`.
 
     Args:
         attn_mask: Of rank 2, 3 or 4; an axis of size 1 stands for all of its places.
-        rows: B * n.
+        batch: B.
         num_heads: H.
         length: L.
         context_length: Lk.
@@ -236,7 +236,7 @@ def fold_attn_mask(
     Raises:
         UsageError: When an axis is neither 1 nor of these sizes.
     """
-    shape = list(attn_mask.shape)
+    shape, rows = list(attn_mask.shape), batch * repeats
     wanted = {
         2: [length, context_length],
         3: [rows, length, context_length],
@@ -254,7 +254,7 @@ def fold_attn_mask(
         if shape[-2] == 1:
             return attn_mask
         return attn_mask.repeat(*[1] * (len(shape) - 2), repeats, 1)
-    folded = attn_mask.expand(*shape[:-2], length, shape[-1]).unflatten(0, (rows // repeats, repeats))
+    folded = attn_mask.expand(*shape[:-2], length, shape[-1]).unflatten(0, (batch, repeats))
     if len(shape) == 4:
         folded = folded.transpose(1, 2)
     return folded.flatten(-3, -2)

@@ -140,6 +140,20 @@ def check_scale(what: str, scale: object) -> None:
         raise UsageError(f"{what}: scale is {scale}, it must be a finite number")
 
 
+# Kernels compute with float32 numbers, of which those far below this one are zeros.
+_LEAST_SCALE = 1e-30
+
+
+def with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Query and scale of the same products. Fused kernels scale what they have set to -inf (torch's CPU kernel where it
+    is causal, flash attention behind the last key too), which makes NaN of a scale that is negative or zero."""
+    if scale >= _LEAST_SCALE:
+        return query, scale
+    if scale <= -_LEAST_SCALE:
+        return -query, -scale
+    return query * scale, 1.0
+
+
 def traits_of(request: Request) -> Traits:
     """The features of a request that backends' limits speak of."""
     query, key, mask = request.query, request.key, request.attn_mask

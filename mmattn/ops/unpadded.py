@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmattn.ops import masks
-from mmattn.ops.request import Request
+from mmattn.ops.request import Request, with_positive_scale
 from mmattn.ops.segments import PackedRequest
 
 
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
         max_queries: queries of the longest sequence, or more.
         max_keys: keys of the longest sequence, or more.
         is_causal: each sequence is causal, aligned at its last query and key.
-        scale: factor of the scores.
+        scale: factor of the scores, positive.
         dropout_p: probability of dropping a weight.
     """
 
@@ -48,8 +48,9 @@ class Rows(NamedTuple):
 def packed_rows(request: PackedRequest) -> Rows:
     """A packed call is rows already."""
     queries, keys = request.query_segments, request.key_segments
+    query, scale = with_positive_scale(request.query, request.scale)
     return Rows(
-        query=_aligned(request.query),
+        query=_aligned(query),
         key=_aligned(request.key),
         value=_aligned(request.value),
         query_starts=queries.cu_seqlens,
@@ -57,7 +58,7 @@ def packed_rows(request: PackedRequest) -> Rows:
         max_queries=queries.longest_block,
         max_keys=keys.longest_block,
         is_causal=request.is_causal,
-        scale=request.scale,
+        scale=scale,
         dropout_p=request.dropout_p,
     )
 
@@ -78,6 +79,7 @@ def attend_unpadded(request: Request, attend: Callable[[Rows], Tensor]) -> tuple
     else:
         slots, key_starts = _slots(request.key_mask)
         key_rows, value_rows = (cast(Tensor, _KeptRows.apply(tensor, slots)) for tensor in (key, value))
+    query, scale = with_positive_scale(query, request.scale)
     rows = Rows(
         query=_all_rows(query),
         key=key_rows,
@@ -87,7 +89,7 @@ def attend_unpadded(request: Request, attend: Callable[[Rows], Tensor]) -> tuple
         max_queries=num_queries,
         max_keys=num_keys,
         is_causal=request.is_causal,
-        scale=request.scale,
+        scale=scale,
         dropout_p=request.dropout_p,
     )
     return attend(rows).unflatten(0, (batch, num_queries)).transpose(1, 2), None

@@ -49,6 +49,8 @@ def test_kernels_against_float64(case):
     if is_half:
         launches = launches_8bit(query, context, SCALE, query)
         assert (launches[0].kernel, len(launches)) == (kernel, count)
+        for launch in launches:  # the interpreter passes by what a compiled kernel would not take
+            assert launch.arguments.keys() == set(launch.kernel.arg_names)
     eager = attention(query, *context.widened(query.dtype), scale=SCALE, backend="eager")
     reference = attention(query.double(), *context.widened(torch.float64), scale=SCALE, backend="eager")
     check_within(attend_8bit(query, context, SCALE), eager, reference, factor=FORWARD_FACTOR, what="8 bits")

@@ -174,6 +174,12 @@ def test_gradients_reach_the_shared_context(x: Tensor, context: Tensor, context_
 
 
 @torch.no_grad()
+def test_no_rows_of_a_shared_context(x: Tensor, context: Tensor) -> None:
+    mask = torch.ones(0, x.shape[1], context.shape[1], dtype=torch.bool)
+    assert make()(x[:0], context, attn_mask=mask).shape == x[:0].shape
+
+
+@torch.no_grad()
 def test_layer_shares_one_context_among_rows(x: Tensor, context: Tensor, key_mask: Tensor) -> None:
     torch.manual_seed(7)
     layer = TransformerLayer(

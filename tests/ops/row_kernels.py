@@ -59,6 +59,8 @@ def attend_rows(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Attention of each sequence's rows [N, H, D], by the specification."""
+    # What is not there is set to -inf and scaled, as flash attention does.
+    assert scale > 0
     ends = []
     for starts, longest in ((query_starts, max_queries), (key_starts, max_keys)):
         assert starts.dtype is torch.int32

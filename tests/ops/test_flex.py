@@ -59,3 +59,11 @@ def test_nothing_to_do(sizes):
     query, key = torch.randn(batch, 6, queries, 5), torch.randn(batch, 3, keys, 5)
     output = attention(query, key, key, backend="flex")
     assert torch.equal(output, torch.zeros_like(query))
+
+
+def test_one_tensor_in_several_places():
+    """With and without a mask: torch looks for the reason to compile again."""
+    query, key = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 7, 16)
+    for key_mask, scale in ((None, 0.3), (torch.rand(2, 7) < 0.6, 0.3), (None, 0.7)):
+        call = functools.partial(attention, query, key, key, key_mask=key_mask, scale=scale)
+        torch.testing.assert_close(call(backend="flex"), call(backend="eager"))

@@ -118,6 +118,24 @@ def test_a_traced_graph_keeps_no_mask():
     torch.testing.assert_close(graph(other), attention(query, key, value, key_mask=other))
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_grouped_heads_are_exported_for_any_lengths(is_causal):
+    class Attend(torch.nn.Module):
+        def forward(self, query, key):
+            return attention(query, key, key, is_causal=is_causal).transpose(1, 2).flatten(2)
+
+    def draw(batch, queries, keys):
+        # In memory [B, L, H, D], as projections give them.
+        shapes = ((batch, queries, 4, 8), (batch, keys, 2, 8))
+        return tuple(torch.randn(shape).transpose(1, 2) for shape in shapes)
+
+    batch, queries, keys = (torch.export.Dim(name, min=2) for name in ("batch", "queries", "keys"))
+    sizes = ({0: batch, 2: queries}, {0: batch, 2: keys})
+    exported = torch.export.export(Attend(), draw(3, 5, 7), dynamic_shapes=sizes).module()
+    for given in (draw(2, 11, 4), draw(5, 3, 13)):
+        torch.testing.assert_close(exported(*given), Attend()(*given))
+
+
 def test_what_fake_tensors_leave_is_not_kept():
     positions, segments = SinusoidalPositions(6, 11), Segments.of([3, 1, 4])
     rows, places = torch.randn(8, 2, 3), torch.arange(7)

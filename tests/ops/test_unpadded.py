@@ -74,6 +74,19 @@ def test_causal(name, shape):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scale", [-0.7, -1e-35, 0.0])
+@pytest.mark.usefixtures("kernels")
+def test_scales_that_are_not_positive(name, scale):
+    query, key, value = make_inputs(SHAPES[3], F64, generator_for(105))
+    mask = make_key_mask("gaps", SHAPES[3], generator_for(105))
+    for given in ({}, {"key_mask": mask}, {"is_causal": True}):
+        compare(name, query, key, value, scale=scale, **given)
+    rows, segments = query.transpose(1, 2).flatten(0, 1), Segments.equal(*query[:, 0, :, 0].shape)
+    got, want = (packed_attention(rows, rows, rows, segments, scale=scale, backend=each) for each in (name, "eager"))
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_grouped_heads_on_the_oldest_torch(name, monkeypatch):
     calls = install(monkeypatch, is_old_torch=True)
     compare(name, *make_inputs(SHAPES[3], F64, generator_for(107)))

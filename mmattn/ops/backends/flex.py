@@ -39,6 +39,10 @@ def run(request: Request) -> tuple[Tensor, None]:
     if query.numel() == 0 or num_keys == 0:
         return masks.nothing_for(query, key, request.value, request.attn_mask), None
     flex_attention, create_block_mask = _compiled()
+    if query is key or query is value or key is value:
+        # Of one tensor in two places neither the kernel for CPUs (torch 2.11) nor who says why something is compiled
+        # again can make anything.
+        query, key, value = (tensor.view_as(tensor) for tensor in (query, key, value))
     mask_mod, bias = None, None
     if request.attn_mask is not None:
         causal = masks.causal_mask(num_queries, num_keys, device=query.device) if request.is_causal else None

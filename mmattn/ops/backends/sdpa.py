@@ -26,7 +26,7 @@ from mmattn.kernels.plain import is_eager_call, is_forward_mode, is_plain_call
 from mmattn.ops import masks
 from mmattn.ops.derivatives import forward_mode_refused
 from mmattn.ops.limits import FLOATS, HALVES, Backend, KnownBad, Limits, compute_capability, torch_device_missing
-from mmattn.ops.request import Request
+from mmattn.ops.request import Request, with_positive_scale
 
 # What decides how padding is cut off, measured on that machine in multiplications of a fused product (25 per ns):
 # one more call with its slices, the mask's own cost, a key read though it has few queries, an element looked at.
@@ -253,7 +253,7 @@ def _kernel(
         else:
             is_grouped = True
     dropout_p = request.dropout_p
-    query, scale = _with_positive_scale(query, request.scale)
+    query, scale = with_positive_scale(query, request.scale)
     if query.device.type == "cuda":
         with _safe_kernels(query, key, value, mask):
             output = F.scaled_dot_product_attention(
@@ -263,21 +263,7 @@ def _kernel(
         output = F.scaled_dot_product_attention(
             query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=is_grouped
         )
-    return output if query.shape == shape else output.reshape(shape)
-
-
-# Kernels compute with float32 numbers, of which those far below this one are zeros.
-_LEAST_SCALE = 1e-30
-
-
-def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
-    """Query and scale of the same products. Torch's CPU kernel scales what its causal flag has set to -inf, which makes
-    NaN of a scale that is negative or zero."""
-    if scale >= _LEAST_SCALE:
-        return query, scale
-    if scale <= -_LEAST_SCALE:
-        return -query, -scale
-    return query * scale, 1.0
+    return output if query.shape == shape else _unfold(output, shape)
 
 
 # Of CUDA's kernels flash and cuDNN know groups, and of these only cuDNN a mask, up to this size of a head.
@@ -336,6 +322,15 @@ def _fold(query: Tensor, mask: Tensor | None, kv_heads: int) -> tuple[Tensor, Te
     else:
         mask = mask.expand(rows, heads, num_queries, num_keys).unflatten(1, (kv_heads, group))
     return folded, mask.flatten(2, 3)
+
+
+def _unfold(output: Tensor, shape: torch.Size) -> Tensor:
+    """An output of folded queries as one of queries of this shape [B, H, Lq, D]."""
+    if not torch.compiler.is_exporting():
+        return output.reshape(shape)
+    # Of the layouts that kernels give their outputs `reshape` asks, of any number of queries, what torch.export cannot
+    # prove.
+    return torch.cat([heads.unflatten(1, (-1, shape[2])) for heads in output.unbind(1)], dim=1)
 
 
 _CUDNN_MASK = KnownBad(

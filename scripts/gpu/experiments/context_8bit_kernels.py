@@ -24,17 +24,17 @@ from torch import Tensor
 
 from mmattn.kernels.blocks import (
     add_products,
+    begin,
     load_keys,
-    load_rows,
     load_rows_of,
     online_softmax,
     place,
     row_products,
     scaled_rows,
-    store_rows,
     zero_blocks,
 )
 from mmattn.kernels.decode import DecodeConfig, decode_launches
+from mmattn.kernels.decode_kernels import finish_share, place_of_share
 from mmattn.kernels.launch import ACCESS_BYTES, SIZES, Launch, tensor_arguments
 from mmattn.kernels.short_keys_forward import attend_resident, forward_launch, resident_fwd_kernel
 
@@ -131,16 +131,10 @@ def walk_8bit_kernel(
 ):  # fmt: skip
     """As `decode_kernel`: a program has one key/value head of one batch row, a share of its keys, and BLOCK_M of the
     queries of its group. Of a key whole blocks are read in 8 bits."""
-    kv_head, part, batch = place(num_heads, num_chunks * num_splits)
-    batch = batch.to(tl.int64)
-    chunk = part % num_chunks
-    split = part // num_chunks
-    rows = chunk * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_row = rows < group * num_queries
-    positions = rows % num_queries
-    heads = kv_head * group + rows // num_queries
-    query_rows = query_ptr + ((batch * query_strides[0] + heads * query_strides[1]) * UNIT)[:, None]
-    query = load_rows(query_rows, positions, is_row, query_strides, HEAD_DIM, DIM_TILES, UNIT)
+    batch, kv_head, split, rows, is_row, positions, heads, query = place_of_share(
+        query_ptr, query_strides, num_heads, group, num_queries, num_chunks, num_splits,
+        HEAD_DIM, DIM_TILES, UNIT, BLOCK_M,
+    )  # fmt: skip
     place_of_scales = (batch * num_heads + kv_head) * (HEAD_DIM if IS_PER_CHANNEL else num_keys)
     key_scales = key_scales_ptr + place_of_scales
     value_scales = value_scales_ptr + place_of_scales
@@ -170,20 +164,11 @@ def walk_8bit_kernel(
 
     if IS_PER_CHANNEL:
         output = _scaled_columns(output, value_scales, HEAD_DIM, DIM_TILES)
-    if IS_SPLIT:
-        first_row = split.to(tl.int64) * num_rows + (batch * num_heads + kv_head) * group * num_queries
-        store_rows(
-            partial_ptr + first_row * HEAD_DIM, output, rows, is_row, partial_strides, HEAD_DIM, DIM_TILES, 1
-        )  # fmt: skip
-        places = statistics_ptr + first_row + rows
-        tl.store(places, row_max, mask=is_row)
-        tl.store(places + num_splits.to(tl.int64) * num_rows, total, mask=is_row)
-    else:
-        output_rows = output_ptr + ((batch * output_strides[0] + heads * output_strides[1]) * UNIT)[:, None]
-        store_rows(
-            output_rows, scaled_rows(output, 1.0 / total, DIM_TILES), positions, is_row, output_strides,
-            HEAD_DIM, DIM_TILES, UNIT,
-        )  # fmt: skip
+    finish_share(
+        output, total, row_max, output_ptr, partial_ptr, statistics_ptr, output_strides, partial_strides,
+        batch, kv_head, split, rows, is_row, positions, heads, num_heads, group, num_queries, num_splits, num_rows,
+        HEAD_DIM, DIM_TILES, UNIT, IS_SPLIT,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -216,8 +201,10 @@ def resident_8bit_kernel(
     scale, num_heads, group, num_queries, num_keys, num_chunks,
     HEAD_DIM: tl.constexpr, DIM_TILES: tl.constexpr, KEY_TILES: tl.constexpr, UNIT: tl.constexpr,
     KEY_UNIT: tl.constexpr, BLOCK_M: tl.constexpr, ROW_BLOCKS: tl.constexpr, IS_PER_CHANNEL: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """As `resident_fwd_kernel`: a program holds all keys and values of a head, so that it widens them once."""
+    begin(IS_EARLY)
     head, chunk, batch = place(num_heads, num_chunks)
     batch = batch.to(tl.int64)
     kv_head = head // group
