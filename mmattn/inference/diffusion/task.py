@@ -139,6 +139,9 @@ class DiffusionTask(Task):
                 streams=config.data.streaming,
             )
         check_evaluation(self.t2i, config.evaluation)
+        if config.training.eval_every and not is_preview:  # what cannot be opened would end the training
+            for split in config.evaluation.splits:
+                open_image_text(config.data, split)
         self.model = self.trained.network
         self._scored: dict[str, DiffusionData] = {}
         self.best = config.evaluation.best
