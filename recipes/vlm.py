@@ -19,6 +19,7 @@ from mmattn.data.scenes import SceneDataset
 from mmattn.data.skipping import preview
 from mmattn.data.spec import DataConfig
 from mmattn.data.stream_rows import stream_layout
+from mmattn.data.text_kinds import require_drawn_kinds
 from mmattn.data.tokenizer import item_texts
 from mmattn.errors import ConfigError
 from mmattn.inference import showcase
@@ -69,6 +70,7 @@ class VLMTask(Task):
     def __init__(self, config: Config, *, is_preview: bool = False) -> None:
         self.config = config
         self.source = open_image_text(config.data, "train")
+        require_drawn_kinds(self.source, config.examples.kind_weights)
         self.stream = stream_layout(self.source)
         items = sample_items(self.source)
         with torch.random.fork_rng(devices=[]):  # new weights and adapters are a function of the seed

@@ -81,6 +81,17 @@ def test_what_would_end_an_evaluation_is_said_before_the_training(captions, caps
     assert not (folder / "run").exists()
 
 
+def test_a_record_without_a_text_that_is_drawn_is_said_before_the_training(captions, capsys):
+    rows = [{"image": f"{number}.png", "text": "two", "sort": "b" if number == 4 else "a"} for number in range(6)]
+    (captions / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = _train(captions, "data.columns.kind=sort", "data.eval_fraction=0", "evaluation.splits=[]")
+    message = r"kind_weights: record 5 of \S*captions\.jsonl has no text that is ever drawn, only b: give"
+    for verb in ("check", "train"):
+        _fails(capsys, [verb, *settings[1:], "examples.kind_weights={b: 0}"], 2, message)
+    assert not (captions / "run").exists()
+    assert main(["check", *settings[1:], "examples.kind_weights={c: 0}"]) == 0
+
+
 def test_a_missing_file(captions, capsys):
     missing = captions / "gone.jsonl"
     _fails(capsys, _train(captions, f"data.path={missing}"), 2, r"gone\.jsonl")
