@@ -11,6 +11,7 @@ from mmattn.data.counted import counted
 from mmattn.data.readers import open_image_text
 from mmattn.data.skipping import preview
 from mmattn.errors import UsageError
+from mmattn.inference.diffusion.scores import require_scorable
 from mmattn.inference.diffusion.task import DiffusionConfig, DiffusionTask, evaluate_folder
 from mmattn.training import TrainingResult
 from mmattn.training import train as run_loop
@@ -37,6 +38,8 @@ def check(config: Config) -> list[str]:
     """What training with this config would do: data, parameters, memory. Reads data, trains and writes nothing."""
     config.training.validate()
     task = DiffusionTask(config, is_preview=True)
+    if config.training.eval_every:
+        require_scorable(config.data, config.evaluation)
     lines = [task.describe()]
     for split in config.evaluation.splits:
         source = open_image_text(config.data, split)

@@ -20,7 +20,7 @@ from mmattn.errors import ConfigError
 from mmattn.inference.alignment_choice import choose_alignment_heads
 from mmattn.inference.trained import TrainChoice, trained_model
 from mmattn.inference.translator import Translator
-from mmattn.inference.translator_scores import EvalConfig, full_report, sample_pairs, score_splits
+from mmattn.inference.translator_scores import EvalConfig, full_report, require_scorable, sample_pairs, score_splits
 from mmattn.inference.translator_setup import (
     ExampleConfig,
     ModelConfig,
@@ -119,6 +119,8 @@ open_task = TranslateTask  # for `mmattn export`
 def train(config: Config, *, resume: bool | str = False) -> TrainingResult:
     """Train as the config says; the result opens with `Translator.from_pretrained(output_dir / "final")`."""
     task, values = TranslateTask(config), {"recipe": "translate", **dataclasses.asdict(config)}
+    if config.training.eval_every:
+        require_scorable(task.translator, config.data, config.evaluation)
     return run_loop(task, config.training, resume=resume, command=" ".join(sys.argv), resolved_config=values)
 
 
@@ -127,6 +129,8 @@ def check(config: Config) -> list[str]:
     config.training.validate()
     task = TranslateTask(config)
     lines = [task.describe()]
+    if config.training.eval_every:
+        require_scorable(task.translator, config.data, config.evaluation)
     for split in config.evaluation.splits:
         source = open_parallel(config.data, split)
         lines.append(f"{source.name}: {counted(len(source), 'pair')} for scores ({split})")

@@ -19,14 +19,24 @@ from mmattn.data.scenes import SceneDataset
 from mmattn.data.skipping import preview
 from mmattn.data.spec import DataConfig
 from mmattn.data.stream_rows import stream_layout
+from mmattn.data.text_kinds import require_drawn_kinds
 from mmattn.data.tokenizer import item_texts
 from mmattn.errors import ConfigError
 from mmattn.inference import showcase
 from mmattn.inference.trained import TrainChoice, trained_model
 from mmattn.inference.vlm import VisionLanguageModel
 from mmattn.inference.vlm_features import FeatureCacheConfig, open_features
+from mmattn.inference.vlm_score_checks import require_scorable
 from mmattn.inference.vlm_scores import EvalConfig, PictureBlindBaseline, can_answer, sample_items, score_splits
-from mmattn.inference.vlm_setup import ExampleConfig, ModelConfig, choose_trained, make_collator, make_vlm, save_trained
+from mmattn.inference.vlm_setup import (
+    ExampleConfig,
+    ModelConfig,
+    choose_trained,
+    make_collator,
+    make_vlm,
+    require_positions,
+    save_trained,
+)
 from mmattn.nn import GatedCrossAttention, TransformerLayer
 from mmattn.training import Batch, Draw, Loss, Task, TrainingConfig, TrainingResult
 from mmattn.training import train as run_loop
@@ -60,13 +70,17 @@ class VLMTask(Task):
     def __init__(self, config: Config, *, is_preview: bool = False) -> None:
         self.config = config
         self.source = open_image_text(config.data, "train")
+        require_drawn_kinds(self.source, config.examples.kind_weights)
         self.stream = stream_layout(self.source)
         items = sample_items(self.source)
         with torch.random.fork_rng(devices=[]):  # new weights and adapters are a function of the seed
             torch.manual_seed(config.training.seed)
             self.vlm = make_vlm(config.model, item_texts(items))
             _require_askable(self.vlm, config.data)
+            require_positions(self.vlm, config.examples)
             choose_trained(self.vlm.network, config.train_what, config.lora)
+        if not is_preview:  # before anything is encoded, which may take long
+            self.require_scorable()
         self.model = self.vlm.network
         self.baseline = PictureBlindBaseline(items)
         self.best = config.evaluation.best
@@ -74,6 +88,12 @@ class VLMTask(Task):
             self.vlm, self.source, config.cache, config.training, config.examples, is_preview=is_preview
         )
         self._collate = make_collator(self.vlm, config.examples, config.training.seed, self.features.cache)
+
+    def require_scorable(self) -> None:
+        """Raise where an evaluation would end the training."""
+        config = self.config
+        if config.training.eval_every:
+            require_scorable(self.vlm, config.data, config.evaluation, config.examples.prompt)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -92,7 +112,8 @@ class VLMTask(Task):
         return Loss(output.loss_sum, len(output.targets))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        scores = score_splits(self.vlm, self.config.data, self.config.evaluation, self.baseline)
+        config = self.config
+        scores = score_splits(self.vlm, config.data, config.evaluation, self.baseline, config.examples.prompt)
         return {name: value for name, value in scores.items() if not name.endswith("/blind")}
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -126,6 +147,7 @@ def check(config: Config) -> list[str]:
     config.training.validate()
     task = VLMTask(config, is_preview=True)
     lines = [task.describe()]
+    task.require_scorable()
     for split in config.evaluation.splits:
         source = open_image_text(config.data, split)
         lines.append(f"{source.name}: {counted(len(source), 'picture')} for scores")
@@ -137,7 +159,7 @@ def evaluate(folder: str | Path, config: Config) -> dict[str, float]:
     """Scores of a trained folder (its `best/` or else `final/`, or a model folder itself) on the config's data."""
     vlm = VisionLanguageModel.from_pretrained(trained_model(Path(folder)))
     baseline = PictureBlindBaseline(sample_items(open_image_text(config.data, "train")))
-    return score_splits(vlm, config.data, config.evaluation, baseline)
+    return score_splits(vlm, config.data, config.evaluation, baseline, config.examples.prompt)
 
 
 def demo(output_dir: Path) -> None:

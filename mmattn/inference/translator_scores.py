@@ -17,7 +17,7 @@ from mmattn.data.parallel_spec import ParallelConfig
 from mmattn.data.sentence_pairs import ParallelSource, SentencePair, read_pairs, spread
 from mmattn.data.stream_rows import sample_numbers
 from mmattn.data.translation_tokens import PairTokenizer
-from mmattn.errors import UsageError
+from mmattn.errors import ConfigError, UsageError
 from mmattn.inference.alignment_scores import alignment_scores
 from mmattn.inference.files import check_new_file, new_file
 from mmattn.inference.line_translation import no_room
@@ -53,6 +53,38 @@ class EvalConfig:
     bleu_tokenize: str | None = None
     best: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("limit", "num_beams", "max_new_tokens", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"evaluation.{name} must be at least 1 or null, not {value}")
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """The generation arguments that are set."""
+        return {name: value for name in ("num_beams", "max_new_tokens") if (value := getattr(self, name)) is not None}
+
+
+def require_scorable(translator: Translator, data: ParallelConfig, settings: EvalConfig) -> None:
+    """Find what would end an evaluation, before the training that it would end.
+
+    Raises:
+        ConfigError: longer translations are asked for than the model has room for.
+        DataError: a split that is not there.
+        UsageError: no such tokenizer of BLEU, more beams than the model's vocabulary allows.
+        OptionalPackageError: sacrebleu is not installed.
+    """
+    TextScores(settings.bleu_tokenize)
+    config = translator.network.config
+    longest = translator.settings.updated(**settings.generation).for_vocabulary(config.output_size).total_length(1)
+    if longest > config.max_positions:
+        raise ConfigError(
+            f"translations of up to {longest:,} tokens are to be scored, their start counted, more than the model's "
+            f"{config.max_positions:,} positions: set evaluation.max_new_tokens to {config.max_positions - 1} or less"
+        )
+    for split in settings.splits:
+        open_parallel(data, split)
+
 
 def sample_pairs(source: ParallelSource) -> list[SentencePair]:
     """The pairs of a source, or 40,000 evenly spread ones when it has more; of a streamed one runs of pairs."""
@@ -86,9 +118,6 @@ def translate_pairs(
     Raises:
         DataError: a language that the model does not know.
     """
-    generation: dict[str, Any] = {
-        name: value for name in ("num_beams", "max_new_tokens") if (value := getattr(settings, name)) is not None
-    }
     limit = translator.network.config.max_positions
     lengths = [row.lengths[0] for row in tokenizer(pairs)]
     groups: dict[tuple[str | None, str | None], list[int]] = defaultdict(list)
@@ -107,7 +136,7 @@ def translate_pairs(
             tgt_lang=tgt_lang,
             batch_tokens=settings.batch_tokens,
             progress=False,
-            **generation,
+            **settings.generation,
         )
         for place, text in zip(places, found, strict=True):
             texts[place] = text

@@ -15,7 +15,7 @@ from mmattn.data.readers import open_image_text
 from mmattn.data.records import ImageTextRecord, ImageTextSource, TextItem, read_records, read_texts
 from mmattn.data.spec import DataConfig
 from mmattn.data.stream_rows import sample_numbers
-from mmattn.errors import UsageError
+from mmattn.errors import ConfigError, UsageError
 from mmattn.inference.pictures import Pictures
 from mmattn.inference.vlm import VisionLanguageModel
 from mmattn.models.vlm import CaptioningNetwork, QuestionAnsweringNetwork
@@ -43,6 +43,10 @@ class EvalConfig:
     num_beams: int = 1
     retrieval: bool = False
     best: Optional[str] = None  # noqa: UP045
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"evaluation.limit must be at least 1 or null, not {self.limit}")
 
 
 def sample_items(source: ImageTextSource) -> list[TextItem]:
@@ -106,6 +110,7 @@ def score_texts(
     limit: int | None = None,
     batch_size: int = 64,
     num_beams: int = 1,
+    prompt: str = "",
 ) -> dict[str, KindScore]:
     """Caption and ask about every picture of a source, and compare exactly (case and outer spaces aside).
 
@@ -116,6 +121,7 @@ def score_texts(
         limit: use only the first so many pictures.
         batch_size: pictures at a time.
         num_beams: beams of the decoding.
+        prompt: what the model has learned to begin captions with; it is not compared.
 
     Returns:
         A score for each kind of text; a picture with several captions counts once per kind, right when the caption
@@ -126,7 +132,7 @@ def score_texts(
     for first in range(0, count, batch_size):
         records = read_records(source, range(first, min(first + batch_size, count)))
         pictures = vlm.encode([record.image for record in records], batch_size=batch_size, progress=False)
-        _score_captions(vlm, pictures, records, baseline, scores, num_beams)
+        _score_captions(vlm, pictures, records, baseline, scores, num_beams, prompt)
         _score_answers(vlm, pictures, records, baseline, scores, num_beams)
     return dict(scores)
 
@@ -138,11 +144,15 @@ def _score_captions(
     baseline: PictureBlindBaseline,
     scores: dict[str, KindScore],
     num_beams: int,
+    prompt: str,
 ) -> None:
     with_caption = [i for i, record in enumerate(records) if any(item.question is None for item in record.texts)]
     if not with_caption or not isinstance(vlm.network, CaptioningNetwork):
         return
-    captions = vlm.caption(pictures[with_caption], num_beams=num_beams, batch_size=len(with_caption), progress=False)
+    captions = vlm.caption(
+        pictures[with_caption], prompt or None, num_beams=num_beams, batch_size=len(with_caption), progress=False
+    )
+    given = _normal(str(vlm.tokenizer.decode(prompt_ids(vlm, prompt), skip_special_tokens=True)))
     for index, caption in zip(with_caption, captions, strict=True):
         record = records[index]
         kinds: dict[str, list[TextItem]] = defaultdict(list)
@@ -151,7 +161,11 @@ def _score_captions(
                 kinds[kind_label(record, item)].append(item)
         for kind, items in kinds.items():
             truths = {_normal(item.text) for item in items}
-            _count(scores[kind], _normal(caption) in truths, _normal(baseline.guess(items[0])) in truths)
+            _count(
+                scores[kind],
+                _normal(_normal(caption).removeprefix(given)) in truths,
+                _normal(baseline.guess(items[0])) in truths,
+            )
 
 
 def _score_answers(
@@ -180,6 +194,11 @@ def _count(score: KindScore, is_right: bool, is_baseline_right: bool) -> None:
     score.num_baseline_right += is_baseline_right
 
 
+def prompt_ids(vlm: VisionLanguageModel, prompt: str) -> list[int]:
+    """The tokens of what stands before captions."""
+    return list(vlm.tokenizer(prompt, add_special_tokens=False).input_ids) if prompt else []
+
+
 def _normal(text: str) -> str:
     return text.strip().lower()
 
@@ -199,16 +218,23 @@ def summary(scores: dict[str, KindScore], prefix: str = "") -> dict[str, float]:
 
 
 def score_splits(
-    vlm: VisionLanguageModel, data: DataConfig, settings: EvalConfig, baseline: PictureBlindBaseline
+    vlm: VisionLanguageModel,
+    data: DataConfig,
+    settings: EvalConfig,
+    baseline: PictureBlindBaseline,
+    prompt: str = "",
 ) -> dict[str, float]:
-    """Scores of every split of `settings`, named `split/kind`; `split/kind/blind` is the baseline's."""
+    """Scores of every split of `settings`, named `split/kind`; `split/kind/blind` is the baseline's.
+
+    Captions begin with `prompt`, which is not scored.
+    """
     flat: dict[str, float] = {}
     for split in settings.splits:
         source = open_image_text(data, split)
-        scores = score_texts(vlm, source, baseline, limit=settings.limit, num_beams=settings.num_beams)
+        scores = score_texts(vlm, source, baseline, limit=settings.limit, num_beams=settings.num_beams, prompt=prompt)
         flat |= summary(scores, f"{split}/")
         if settings.retrieval:
-            ranks = retrieval(vlm, source, limit=settings.limit)
+            ranks = retrieval(vlm, source, limit=settings.limit, prompt=prompt)
             flat |= {f"{split}/{name}": value for name, value in ranks.items()}
     return flat
 
@@ -222,7 +248,12 @@ def can_answer(vlm: VisionLanguageModel) -> bool:
 
 
 def retrieval(
-    vlm: VisionLanguageModel, source: ImageTextSource, *, limit: int | None = None, batch_size: int = 16
+    vlm: VisionLanguageModel,
+    source: ImageTextSource,
+    *,
+    limit: int | None = None,
+    batch_size: int = 16,
+    prompt: str = "",
 ) -> dict[str, float]:
     """How high the true caption ranks among all captions of the set, by how much more likely the picture makes it.
 
@@ -236,6 +267,7 @@ def retrieval(
             be read, in whose place another picture comes.
         limit: use only the first so many pictures.
         batch_size: pictures at a time.
+        prompt: what the model has learned to begin captions with; it is not scored.
 
     Returns:
         `recall_at_1`, `recall_at_5` (share of pictures) and, as `/blind`, what a random order gives; nothing where no
@@ -249,7 +281,7 @@ def retrieval(
         return {}
     hits, num_scored = {1: 0.0, 5: 0.0}, 0
     blank = np.full((32, 32, 3), 128, dtype=np.uint8)
-    unconditional = caption_likelihoods(vlm, vlm.encode([blank], progress=False), texts)
+    unconditional = caption_likelihoods(vlm, vlm.encode([blank], progress=False), texts, prompt=prompt)
     for first in range(0, len(numbers), batch_size):
         batch = numbers[first : first + batch_size]
         read = zip(read_records(source, batch), [captions[number] for number in batch], strict=True)
@@ -257,7 +289,7 @@ def retrieval(
         if not pairs:
             continue
         pictures = vlm.encode([image for image, _ in pairs], progress=False)
-        scores = caption_likelihoods(vlm, pictures, texts) - unconditional
+        scores = caption_likelihoods(vlm, pictures, texts, prompt=prompt) - unconditional
         num_scored += len(pairs)
         for row, (_, truth) in zip(scores, pairs, strict=True):
             for k in hits:
@@ -285,19 +317,24 @@ def hit_chance(scores: torch.Tensor, truth: int, k: int) -> float:
 
 @torch.inference_mode()
 def caption_likelihoods(
-    vlm: VisionLanguageModel, pictures: Pictures, texts: Sequence[str], *, chunk: int = 64
+    vlm: VisionLanguageModel, pictures: Pictures, texts: Sequence[str], *, chunk: int = 64, prompt: str = ""
 ) -> torch.Tensor:
     """Mean log-likelihood per token of every text under every picture, float32 `[P, T]`; pictures are not copied.
 
-    Of a text that is longer than the model has positions, its start is scored.
+    Of a text that is longer than the model has positions, its start is scored; `prompt` stands before each and is not.
     """
     network = vlm.network
     if not isinstance(network, CaptioningNetwork):
         raise UsageError(f"{type(network).__name__} has no likelihood of a caption: use a captioning checkpoint")
-    config, parts = network.config, []
+    config, parts, given = network.config, [], prompt_ids(vlm, prompt)
     for first in range(0, len(texts), chunk):
         rows = [
-            [config.bos_token_id, *vlm.tokenizer(text, add_special_tokens=False).input_ids, config.stop_token_id]
+            [
+                config.bos_token_id,
+                *given,
+                *vlm.tokenizer(text, add_special_tokens=False).input_ids,
+                config.stop_token_id,
+            ]
             for text in texts[first : first + chunk]
         ]
         rows = [row[: config.text.max_positions] for row in rows]
@@ -306,7 +343,8 @@ def caption_likelihoods(
         lengths = torch.tensor([len(row) for row in rows], device=vlm.device).repeat(len(pictures))
         logits = network.decoder.logits(network.decoder(ids, pictures.contexts))[:, :-1]
         logs = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        is_real = torch.arange(1, ids.shape[1], device=vlm.device) < lengths[:, None]
-        means = logs.masked_fill(~is_real, 0.0).sum(1) / (lengths - 1)
+        places = torch.arange(1, ids.shape[1], device=vlm.device)
+        is_scored = (places < lengths[:, None]) & (places > len(given))
+        means = logs.masked_fill(~is_scored, 0.0).sum(1) / (lengths - 1 - len(given))
         parts.append(means.reshape(len(pictures), len(rows)).cpu())
     return torch.cat(parts, dim=1)

@@ -62,7 +62,7 @@ class ExampleConfig:
         kind_weights: How likely a kind of text is drawn, such as {caption: 2, answer: 0}: 1 for kinds that are not
             named, 0 leaves one out.
         max_length: Tokens of a text at most, with its prompt or question; 4 or more. What is longer is cut.
-        prompt: Stands before every caption and is not scored, such as "a picture of".
+        prompt: Stands before every caption, in scores too, and is not scored, such as "a picture of".
         packing: Put the texts of a batch one after the other, without padding between them; the losses are the same.
         token_dropout: Part of the text that the decoder does not see while it learns, so that it has to look.
         view_min_area: Crop pictures at random, down to this part of their area; 1 for whole pictures.
@@ -130,6 +130,16 @@ def _with_vocabulary(config: VLMConfig, tokenizer: PreTrainedTokenizerBase) -> V
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "sep", "pad")}
     text = dataclasses.replace(config.text, vocab_size=len(tokenizer), **special)
     return dataclasses.replace(config, text=text)
+
+
+def require_positions(vlm: VisionLanguageModel, examples: ExampleConfig) -> None:
+    """Raise `ConfigError` for texts that are longer than the model takes: a training would end where one comes."""
+    most = vlm.network.config.text.max_positions
+    if examples.max_length > most:
+        raise ConfigError(
+            f"examples.max_length={examples.max_length} is more than the {most} positions that the model has: lower "
+            "it, or raise model.network.text.max_positions of a new model"
+        )
 
 
 def make_collator(

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
 
 from mmattn.errors import ConfigError
+
+_COUNTS = ("embed_dim", "num_heads", "num_kv_heads", "ffn_dim", "max_positions", "image_size", "patch_size", "grid")
+_COUNTS += ("encoder_ffn_dim", "decoder_ffn_dim")
+_NOT_NEGATIVE = ("norm_eps", "position_std", "initializer_range")
+_PARTS = ("dropout_p", "attention_dropout_p", "activation_dropout_p")
 
 
 def fill(schema: type[Any], values: dict[str, Any], prefix: str = "") -> Any:
@@ -32,6 +38,20 @@ def fill(schema: type[Any], values: dict[str, Any], prefix: str = "") -> Any:
                 f"{prefix}{name} is {value!r}, it must be {getattr(hints[name], '__name__', hints[name])}"
             )
     return schema(**values)
+
+
+def require_ranges(config: Any, prefix: str = "") -> None:
+    """Raise `ConfigError` for a number that no network can be made or trained with, by the name of its field."""
+    rules = {
+        **{name: ("at least 1", lambda value: value >= 1) for name in _COUNTS},
+        **{name: ("0 or more", lambda value: 0 <= value < math.inf) for name in _NOT_NEGATIVE},
+        **{name: ("between 0 and 1", lambda value: 0 <= value <= 1) for name in _PARTS},
+        "label_smoothing": ("at least 0 and below 1", lambda value: 0 <= value < 1),
+    }
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if value is not None and entry.name in rules and not rules[entry.name][1](value):
+            raise ConfigError(f"{prefix}{entry.name} is {value}: it must be {rules[entry.name][0]}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -95,6 +95,8 @@ def step_batches(
         pin_memory=pin_memory,
         worker_init_fn=_begin_worker,
     )
+    if steps:
+        sampler.num_draws(first_step)  # finds the place once, for the workers too
     loaded = iter(loader)
     try:
         for step in steps:

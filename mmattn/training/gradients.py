@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +11,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mmattn.errors import UsageError
 
 
 class Gradients:
@@ -36,6 +39,8 @@ class Gradients:
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Around the forward and backward pass of a micro-batch; `is_last` of its step."""
+        if isinstance(self._model, DistributedDataParallel) and is_last:
+            return _summed(self._model)
         # Gradients that wait to be summed over processes are whole ones, which sharding is there to avoid.
         if is_last or isinstance(self._model, FSDPModule):
             return nullcontext()
@@ -58,6 +63,27 @@ class Gradients:
 
     def discard(self) -> None:
         """Leave the step out: called in place of the optimiser's. Here the next step's `zero_grad` is enough."""
+
+
+@contextmanager
+def _summed(model: DistributedDataParallel) -> Iterator[None]:
+    """Around the micro-batch in which DDP sums gradients over processes: it waits for all parameters, and where one
+    takes no part the sum of others is left out too, which DDP would say in the next forward pass, if there is one.
+
+    Raises:
+        UsageError: so it is.
+    """
+    yield
+    try:
+        model._check_reducer_finalized()
+    except RuntimeError as error:
+        trained = [(name, each) for name, each in model.module.named_parameters() if each.requires_grad]
+        unused = [name for name, parameter in trained if parameter.grad is None]
+        raise UsageError(
+            f"{', '.join(unused[:5]) or 'a parameter'} took no part in the last micro-batch of a step, and DDP does "
+            "not sum gradients over processes then: freeze what is not used, multiply by 0 what does not count, or "
+            "use training.sharding=fsdp2"
+        ) from error
 
 
 def clip_whole_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:

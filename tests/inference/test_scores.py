@@ -80,6 +80,21 @@ def test_scores_count_any_true_caption_and_every_answer(own):
     assert flat["test/caption"] == 1.0
 
 
+def test_captions_begin_with_the_prompt_and_are_compared_without_it(own):
+    source = _Source(own)
+    prompt = "a picture of"
+    whole = own.caption([record.image for record in source.stored], prompt)
+    captions = [text.removeprefix(prompt) for text in whole]
+    assert all(text.startswith(prompt) for text in whole)
+    source.stored = [
+        ImageTextRecord(record.id, record.image, (TextItem(caption),))
+        for record, caption in zip(source.stored, captions, strict=True)
+    ]
+    baseline = PictureBlindBaseline([TextItem("something else")])
+    assert score_texts(own, source, baseline, prompt=prompt) == {"caption": KindScore(5, 0, 5)}
+    assert score_texts(own, source, baseline)["caption"].num_right < 5
+
+
 def test_captions_of_scenes_are_counted_by_their_number_of_objects():
     records = SceneDataset("test", 40).records(range(40))
     assert {kind_label(record, record.texts[0]) for record in records} == {"caption_1", "caption_2"}
@@ -100,6 +115,19 @@ def test_likelihoods_are_those_of_each_text_alone(own):
             output = own.network(None, tensor, labels=tensor, features=features)
             expected = -output.loss_sum / output.num_tokens
             torch.testing.assert_close(together[picture, row], expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_likelihoods_after_a_prompt_are_of_what_follows_it(own):
+    encoded, config = own.encode(pictures(1)), own.network.config
+    prompt, text = own.tokenizer("a picture of").input_ids, own.tokenizer("red cat").input_ids
+    ids = torch.tensor([[config.bos_token_id, *prompt, *text, config.stop_token_id]])
+    labels = ids.clone()
+    labels[:, : 1 + len(prompt)] = -100
+    output = own.network(None, ids, labels=labels, features=encoded.features)
+    found = caption_likelihoods(own, encoded, ["red cat", "two"], prompt="a picture of")
+    torch.testing.assert_close(found[0, 0], -output.loss_sum / output.num_tokens, rtol=1e-4, atol=1e-4)
+    assert retrieval(own, _Source(own), prompt="a picture of").keys() == retrieval(own, _Source(own)).keys()
 
 
 def test_retrieval_finds_what_the_model_says(own):

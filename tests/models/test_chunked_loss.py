@@ -184,7 +184,8 @@ def test_scored_labels_are_the_same_with_and_without_gradients(is_tied, smoothin
         torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-11)
 
 
-def test_gradients_of_compiled_code(monkeypatch):
-    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 2**20)  # torch traces no second chunk in the memory of the first
+@pytest.mark.parametrize("chunk_bytes", [5 * VOCAB * 8, 2**20])
+def test_gradients_of_compiled_code(monkeypatch, chunk_bytes):
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", chunk_bytes)
     hidden, weight, bias, targets = _inputs()
     check_compiled_functions(lambda *tensors: linear_cross_entropy(*tensors, targets), hidden, weight, bias)

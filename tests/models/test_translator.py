@@ -150,6 +150,7 @@ def test_cross_attention_parameters_are_the_cross_attentions_and_their_norms():
     [
         ({"encoder_layers": 0}, "encoder_layers is 0, it must be at least 1"),
         ({"decoder_heads": 5}, "embed_dim 36 is not divisible by decoder_heads 5"),
+        ({"dropout_p": float("nan")}, "dropout_p is nan: it must be between 0 and 1"),
         ({"decoder_kv_heads": 4}, "decoder_heads 6 is not divisible by decoder_kv_heads 4"),
         ({"encoder_kv_heads": 0}, "encoder_heads 3 is not divisible by encoder_kv_heads 0"),
         (

@@ -58,6 +58,40 @@ def test_questions_to_a_checkpoint_that_is_never_asked(captions, capsys):
     assert not (captions / "run").exists()
 
 
+def test_what_would_end_an_evaluation_is_said_before_the_training(captions, capsys):
+    folder = captions
+    rows = [{"image": f"{number}.png", "text": "two", "q": f"how{' many' * (5 * number)} ?"} for number in range(6)]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = ["vlm/debug", "data.kind=files", f"data.path={folder / 'captions.jsonl'}", "data.columns.question=q"]
+    settings += [f"data.eval_path={folder / 'captions.jsonl'}", f"training.output_dir={folder / 'run'}"]
+    # bos, how, 25 x many, space, ?, sep, and 20 new ones; in the first four pictures 15 x many is the most.
+    question = (
+        r"question 'how many .*\.\.\.' takes 30 tokens, .* may say 50, more than its 48 positions: shorten it, or"
+    )
+    for verb in ("check", "train"):
+        _fails(capsys, [verb, *settings], 2, question)
+        _fails(capsys, [verb, *settings, f"data.eval_path={folder / 'gone.jsonl'}"], 2, r"gone\.jsonl: no such file")
+        _fails(capsys, [verb, *settings, "evaluation.limit=4", "evaluation.num_beams=99"], 2, "num_beams is 99; .*many")
+        longest = r"examples\.max_length=49 is more than the 48 positions that the model has: lower it, or raise model"
+        _fails(capsys, [verb, *settings, "evaluation.splits=[]", "examples.max_length=49"], 2, longest)
+    assert main(["check", *settings, "evaluation.limit=4"]) == 0
+    _fails(
+        capsys, ["check", *settings, "evaluation.limit=0"], 2, r"evaluation\.limit must be at least 1 or null, not 0"
+    )
+    assert not (folder / "run").exists()
+
+
+def test_a_record_without_a_text_that_is_drawn_is_said_before_the_training(captions, capsys):
+    rows = [{"image": f"{number}.png", "text": "two", "sort": "b" if number == 4 else "a"} for number in range(6)]
+    (captions / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = _train(captions, "data.columns.kind=sort", "data.eval_fraction=0", "evaluation.splits=[]")
+    message = r"kind_weights: record 5 of \S*captions\.jsonl has no text that is ever drawn, only b: give"
+    for verb in ("check", "train"):
+        _fails(capsys, [verb, *settings[1:], "examples.kind_weights={b: 0}"], 2, message)
+    assert not (captions / "run").exists()
+    assert main(["check", *settings[1:], "examples.kind_weights={c: 0}"]) == 0
+
+
 def test_a_missing_file(captions, capsys):
     missing = captions / "gone.jsonl"
     _fails(capsys, _train(captions, f"data.path={missing}"), 2, r"gone\.jsonl")

@@ -117,3 +117,9 @@ def test_a_new_token_that_is_cut_off(sd, tmp_path, rows, capsys):
 
 def test_random_crops_of_cached_latents(sd, tmp_path, rows, capsys):
     _fails(capsys, _train(tmp_path, rows, sd, "pictures.crop=random"), 2, r"set pictures.crop=center or cache.latents")
+
+
+def test_a_split_that_is_not_there_is_said_before_the_training(sd, tmp_path, rows, capsys):
+    settings = ["evaluation.splits=[train,validation]", "training.eval_every=1"]
+    _fails(capsys, _train(tmp_path, rows, sd, *settings), 2, r"no records for split 'validation': set data\.eval_path")
+    assert not (tmp_path / "run").exists()

@@ -120,3 +120,18 @@ def test_evaluation_says_what_it_cannot_do(aligned, capsys):
     _fails(capsys, ["eval", str(aligned / "run"), "--output", said, *limits], 2, r"said\.jsonl: exists already")
     no_split = ["eval", str(aligned / "run"), "evaluation.splits=[heldout]"]
     _fails(capsys, no_split, 2, r"data.kind=aligned has no split 'heldout'")
+
+
+def test_what_would_end_an_evaluation_is_said_before_the_training(aligned, capsys):
+    wrong = {
+        "evaluation.bleu_tokenize=nope": r"evaluation\.bleu_tokenize='nope' is unknown",
+        "evaluation.limit=0": r"evaluation\.limit must be at least 1 or null, not 0",
+        "evaluation.num_beams=99": r"num_beams is 99; that is too many",
+        "evaluation.max_new_tokens=64": r"up to 65 tokens .* 53 positions: set \S*max_new_tokens to 52 or less",
+        "evaluation.splits=[valid]": r"unknown split 'valid': use one of train",
+    }
+    settings = ["evaluation.max_new_tokens=20", "training.eval_every=1"]
+    for override, message in wrong.items():
+        _fails(capsys, _train(aligned, *settings, override), 2, message)
+        _fails(capsys, ["check", *_train(aligned, *settings, override)[1:]], 2, message)
+    assert not (aligned / "run").exists()

@@ -153,6 +153,21 @@ class UnusedTask(LayeredTask):
     model_class = UnusedModel
 
 
+class LatelyUnusedModel(UnusedModel):
+    """Of a step's micro-batches the first alone uses what is spare."""
+
+    calls = 0
+
+    def forward(self, input_ids: Tensor, scale: Tensor) -> Tensor:
+        self.calls += 1
+        logits = super().forward(input_ids, scale)
+        return logits if self.calls % 3 != 1 else logits + self.spare.weight.sum() + self.spare.bias.sum()
+
+
+class LatelyUnusedTask(LayeredTask):
+    model_class = LatelyUnusedModel
+
+
 @dataclass
 class Outputs(ModelOutput):
     logits: Tensor | None = None
@@ -204,7 +219,7 @@ TASKS = {
     kind.__name__: kind
     for kind in (
         *(LayeredTask, GoesAround, EndingTask, ScoringTask, OutputsTask),
-        *(PartlyUsedTask, UnusedTask, ScalarTask),
+        *(PartlyUsedTask, UnusedTask, LatelyUnusedTask, ScalarTask),
     )
 }
 

@@ -33,6 +33,7 @@ def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
+torch.set_num_threads(2)
 found = {"before": [faults() for _ in range(3)]}
 def many():
     return [torch.ones(10_000_000) for _ in range(30)]  # 1.2 GB
@@ -47,6 +48,7 @@ with kept_memory(torch.device("cpu")) as found["is_kept"]:
     thread.join()
     child = os.fork()
     if not child:
+        torch.set_num_threads(1)  # as torch does in a data worker: those of its parent are not there
         stop_keeping_memory()
         found["in a worker"] = [faults() for _ in range(3)]
         print(json.dumps(found["in a worker"]), flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from mmattn.training import latest_checkpoint, read_metrics
 from mmattn.training.token_sampler import TokenSampler
 from tests.ranks import Ranks
+from tests.training.layered_toy import launch
 from tests.training.pieces import assert_whole
 from tests.training.ranked_toy import train_toy
 from tests.training.toy import RaggedTask
@@ -49,6 +51,20 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     resumed, err = finish(start(tmp_path, tmp_path / "one", 2, resume=True, **{**options, "max_steps": 14}))
     assert len(resumed[0]["losses"]) == 2
     assert "changed, so losses agree to rounding only: num_processes: 1 -> 2" in err
+
+
+def test_parameters_that_take_no_part_end_all_before_gradients_of_one_process_are_used(tmp_path):
+    one_step = {"max_steps": 1, "micro_batch_size": 1}
+    runs = [
+        (tmp_path / "unused", {**one_step, "task": {"kind": "UnusedTask"}}),
+        (tmp_path / "lately", {**one_step, "task": {"kind": "LatelyUnusedTask"}}),
+        (tmp_path / "after", {**one_step, "task": {}}),
+    ]
+    for unused, lately, after in launch(runs, 2):
+        assert re.match(r"spare.weight, spare.bias took no part in the last micro-batch.*: freeze", unused["error"])
+        assert re.match(r"a parameter took no part in the last micro-batch.*: freeze", lately["error"])
+        assert len(after["losses"]) == 1
+    assert not list(tmp_path.glob("*ly/checkpoints/step-*"))
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [None, 8])

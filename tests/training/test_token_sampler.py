@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mmattn.errors import DataError, UsageError
+from mmattn.training import token_sampler
 from mmattn.training.batches import make_sampler, step_batches
 from mmattn.training.memory import estimate_run
 from mmattn.training.token_sampler import TokenSampler, token_lengths
@@ -72,6 +73,17 @@ def test_a_step_is_a_function_of_seed_and_step(processes, micro):
     used = TokenSampler(LENGTHS, LIMIT, 5, processes, micro)
     used.draws(120)
     assert [pickle.loads(pickle.dumps(used)).draws(step) for step in (119, 290)] == [expected[119], expected[290]]
+
+
+@pytest.mark.parametrize("limit", [101, 307, 10**6])
+def test_a_resumed_run_counts_the_batches_of_past_epochs_without_making_them(limit, monkeypatch):
+    straight, made = TokenSampler(LENGTHS, limit, 5), []
+    first_steps = np.cumsum([0] + [len(token_sampler._epoch(straight, epoch).starts) for epoch in range(6)]).tolist()
+    epoch_of = token_sampler._epoch
+    monkeypatch.setattr(token_sampler, "_epoch", lambda sampler, epoch: made.append(epoch) or epoch_of(sampler, epoch))
+    resumed = TokenSampler(LENGTHS, limit, 5)
+    assert [resumed.draws(step)[0][0] for step in (first_steps[5], first_steps[5] - 1)] == [5, 4]
+    assert set(made) == {5, 4}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])

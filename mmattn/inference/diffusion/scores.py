@@ -97,6 +97,21 @@ def check_evaluation(model: TextToImage, config: EvalConfig) -> None:
         check_guidance(scale, model.pipeline.unet, has_negative=False)
 
 
+def require_scorable(data: DataConfig, config: EvalConfig) -> None:
+    """Open what evaluations read: what cannot be had would end the training at the first of them.
+
+    Raises:
+        DataError: a split that is not there.
+        RunError: a network for FID or the CLIP score that cannot be had.
+    """
+    for split in config.splits:
+        open_image_text(data, split)
+    if config.fid:
+        _inception()
+    if config.clip_score is not None:
+        _require_clip(config.clip_score)
+
+
 def _require_packages(config: EvalConfig) -> None:
     if config.fid or config.clip_score is not None:
         require("torchmetrics", "evaluation.fid and evaluation.clip_score")
@@ -212,14 +227,29 @@ def _texts(source: ImageTextSource, count: int) -> Iterator[tuple[int, tuple[Tex
 
 
 def _fid(drawn: Tensor, source: ImageTextSource, count: int) -> float:
-    from torchmetrics.image.fid import FrechetInceptionDistance  # pyright: ignore[reportMissingImports]
-
-    metric = _opened(lambda: FrechetInceptionDistance(), "evaluation.fid needs its Inception network")
+    metric = _inception()
     for index in range(count):
         real = fit_picture(source[index].image, (drawn.shape[2], drawn.shape[3])).pixels
         metric.update(torch.from_numpy(real).permute(2, 0, 1)[None], real=True)
     metric.update(drawn, real=False)
     return float(metric.compute())
+
+
+def _inception() -> Any:
+    from torchmetrics.image.fid import FrechetInceptionDistance  # pyright: ignore[reportMissingImports]
+
+    return _opened(lambda: FrechetInceptionDistance(), "evaluation.fid needs its Inception network")
+
+
+def _require_clip(name: str) -> None:
+    """Open what is small of a CLIP model."""
+    from transformers import CLIPConfig, CLIPProcessor
+
+    _opened(lambda: (CLIPConfig.from_pretrained(name), CLIPProcessor.from_pretrained(name)), _needs_clip(name))
+
+
+def _needs_clip(name: str) -> str:
+    return f"evaluation.clip_score={name} needs that CLIP model"
 
 
 def _clip_score(drawn: Tensor, captions: list[str], name: str) -> float:
@@ -232,7 +262,7 @@ def _clip_score(drawn: Tensor, captions: list[str], name: str) -> float:
             setattr(model, method, _Pooled(getattr(model, method)))
         return model, CLIPProcessor.from_pretrained(name)
 
-    metric = _opened(lambda: CLIPScore(parts), f"evaluation.clip_score={name} needs that CLIP model")  # pyright: ignore[reportArgumentType]
+    metric = _opened(lambda: CLIPScore(parts), _needs_clip(name))  # pyright: ignore[reportArgumentType]
     for start in range(0, len(captions), _DRAWN_AT_ONCE):
         part = slice(start, start + _DRAWN_AT_ONCE)
         metric.update(list(drawn[part]), captions[part])

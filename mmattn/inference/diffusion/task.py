@@ -28,6 +28,7 @@ from mmattn.inference.diffusion.scores import (
     EvalConfig,
     check_evaluation,
     denoising_loss,
+    require_scorable,
     sample_grid,
     sample_prompts,
     score_splits,
@@ -139,6 +140,8 @@ class DiffusionTask(Task):
                 streams=config.data.streaming,
             )
         check_evaluation(self.t2i, config.evaluation)
+        if config.training.eval_every and not is_preview:
+            require_scorable(config.data, config.evaluation)
         self.model = self.trained.network
         self._scored: dict[str, DiffusionData] = {}
         self.best = config.evaluation.best

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmattn.errors import ConfigError
-from mmattn.models.fields import fill
+from mmattn.models.fields import fill, require_ranges
 
 POSITIONS = ("sinusoidal", "tensor2tensor", "learned", "rotary")
 
@@ -103,6 +103,7 @@ class TranslatorConfig:
 
     def validate(self) -> None:
         """Raise `ConfigError` when the parts do not fit together."""
+        require_ranges(self)
         for side in ("encoder", "decoder"):
             heads, kv_heads = getattr(self, f"{side}_heads"), getattr(self, f"{side}_kv_heads")
             if getattr(self, f"{side}_layers") < 1:

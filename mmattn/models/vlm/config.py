@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmattn.errors import ConfigError
-from mmattn.models.fields import fill
+from mmattn.models.fields import fill, require_ranges
 
 POSITIONS = ("learned", "rotary")
 TASKS = ("captioning", "question_answering", "matching")
@@ -64,6 +64,7 @@ class ImageEncoderConfig:
         """Raise `ConfigError` when the parts do not fit together."""
         if self.kind not in IMAGE_ENCODERS:
             raise ConfigError(f"image.kind is {self.kind!r}: choose one of {', '.join(IMAGE_ENCODERS)}")
+        require_ranges(self, "image.")
         if self.num_layers and self.embed_dim % self.num_heads:
             raise ConfigError(f"image.embed_dim {self.embed_dim} is not divisible by image.num_heads {self.num_heads}")
         if self.kind == "vit" and self.image_size % self.patch_size:
@@ -152,6 +153,7 @@ class TextConfig:
 
     def validate(self) -> None:
         """Raise `ConfigError` when the parts do not fit together."""
+        require_ranges(self, "text.")
         if self.embed_dim % self.num_heads:
             raise ConfigError(f"text.embed_dim {self.embed_dim} is not divisible by text.num_heads {self.num_heads}")
         if self.positions not in POSITIONS:

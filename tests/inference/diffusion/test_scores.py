@@ -14,7 +14,14 @@ from mmattn.data.scenes import SceneDataset
 from mmattn.data.spec import DataConfig
 from mmattn.errors import OptionalPackageError, RunError
 from mmattn.inference.diffusion import scores as scores_module
-from mmattn.inference.diffusion.scores import EvalConfig, check_evaluation, sample_prompts, scene_scores, score_splits
+from mmattn.inference.diffusion.scores import (
+    EvalConfig,
+    check_evaluation,
+    require_scorable,
+    sample_prompts,
+    scene_scores,
+    score_splits,
+)
 from mmattn.inference.diffusion.text_encoder_setup import TextEncoderConfig, new_text_encoder
 from tests.inference.tiny_pipelines import WORDS
 
@@ -112,6 +119,7 @@ def _noise() -> dict[str, np.ndarray]:
 def test_clip_score_by_a_model_in_a_folder(clip, tmp_path):
     pytest.importorskip("torchmetrics")
     config = EvalConfig(splits=["validation"], clip_score=str(clip), loss=False)
+    require_scorable(_rows(tmp_path), config)
     scores = score_splits(_Knows(_noise()), _rows(tmp_path), config)
     assert -100 <= scores["validation/clip_score"] <= 100
 
@@ -122,6 +130,8 @@ def test_metrics_that_cannot_be_had_say_so(tmp_path, monkeypatch):
     config = EvalConfig(splits=["validation"], clip_score=str(tmp_path / "nothing"), loss=False)
     with pytest.raises(RunError, match=r"clip_score=.*nothing needs that CLIP model, which cannot be had: .*go online"):
         score_splits(_Knows(_noise()), data, config)
+    with pytest.raises(RunError, match=r"clip_score=.*nothing needs that CLIP model, which cannot be had: .*go online"):
+        require_scorable(data, config)
 
     def missing(name: str, purpose: str) -> None:
         raise OptionalPackageError(f"{purpose} needs the package {name}")
