@@ -44,6 +44,15 @@ def test_masks_on_a_cpu(shape, key_kind, is_causal):
     )
 
 
+def test_as_many_queries_as_keys_under_a_key_mask():
+    torch._dynamo.reset()  # what other lengths were compiled to serves these
+    generator = generator_for(7)
+    query, key, value = (torch.randn(2, 3, 13, 5, generator=generator) for _ in range(3))
+    key_mask = torch.rand(2, 13, generator=generator) > 0.5
+    flex_attention = functools.partial(attention, backend="flex")
+    check_attention(flex_attention, query, key, value, key_mask=key_mask, backward=False, what="equal lengths")
+
+
 @pytest.mark.parametrize(("attn_kind", "word"), [("empty-rows", "boolean"), ("bias-heads", "float")])
 def test_tables_are_refused_on_a_cpu(attn_kind, word):
     shape = SHAPES[3]
