@@ -268,3 +268,23 @@ def test_one_hook_watches_optimizers_whatever_becomes_of_handles(unet):
         assert len(hooks) == before + 1
     mmattn.swap_attention(unet).restore()
     assert len(hooks) == before
+
+
+def test_texts_that_never_come_again_are_not_kept_for_long():
+    """Some models make a new tensor of the same text at each step."""
+    cache, to_k = context_cache.ContextCache(), nn.Linear(3, 5)
+
+    def fetch(text):
+        return cache.fetch(text, (to_k,), lambda: (to_k(text), to_k(text)))
+
+    texts = [torch.randn(2, 7, 3) for _ in range(context_cache._PATIENCE + 2)]
+    with torch.no_grad():
+        for text in texts[:-2]:
+            fetch(text)
+        assert cache.nbytes > 0
+        for text in texts[-2:]:
+            fetch(text)
+        assert (cache.nbytes, cache.hits) == (0, 0)
+        again = [fetch(texts[-1]) for _ in range(3)]  # one that does is projected once more, and kept
+    assert (cache.hits, cache.misses) == (2, len(texts) + 1)
+    assert again[0][0] is again[2][0]

@@ -15,13 +15,15 @@ from mmattn.swap.diffusers.fingerprint import of_autocast, of_modules, of_tensor
 
 KeyValue = tuple[Tensor, Tensor]
 _KEPT = 2  # contexts: a pipeline may run the two halves of guidance one after the other
+# Misses in a row after which nothing is kept until a context comes again: some models make a new one at each step.
+_PATIENCE = 6
 
 
 class _Entry(NamedTuple):
     context: Hashable
     weights: Hashable
     held: tuple[Any, ...]
-    projected: KeyValue
+    projected: KeyValue | None  # None: only seen
 
 
 class ContextCache:
@@ -33,6 +35,7 @@ class ContextCache:
     def __init__(self) -> None:
         self.entries: tuple[_Entry, ...] = ()
         self.hits = self.misses = 0
+        self._in_vain = 0  # misses since a context came again
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContextCache:
         return ContextCache()
@@ -47,7 +50,7 @@ class ContextCache:
     @property
     def nbytes(self) -> int:
         """Memory of the keys and values that are kept."""
-        return sum(tensor.nbytes for entry in self.entries for tensor in entry.projected)
+        return sum(tensor.nbytes for entry in self.entries for tensor in entry.projected or ())
 
     def fetch(
         self,
@@ -66,14 +69,18 @@ class ContextCache:
             return project()
         key = (source.key, extra, of_autocast(context.device))
         kept = [entry for entry in self.entries if entry.weights == weights.key]
-        for entry in kept:
-            if entry.context == key:
+        found = next((entry for entry in kept if entry.context == key), None)
+        if found is not None:
+            self._in_vain = 0
+            if found.projected is not None:
                 self.hits += 1
-                return entry.projected
+                return found.projected
         self.misses += 1
+        self._in_vain += 1
         projected = project()
         if not projected[0].is_inference():
             # The context itself is held, not only its storage: a view of it may come next time.
-            entry = _Entry(key, weights.key, (context, *source.held, *weights.held), projected)
-            self.entries = (entry, *kept)[:_KEPT]
+            held = (context, *source.held, *weights.held)
+            entry = _Entry(key, weights.key, held, projected if self._in_vain <= _PATIENCE else None)
+            self.entries = (entry, *(other for other in kept if other is not found))[:_KEPT]
         return projected
