@@ -190,7 +190,7 @@ def test_scores_come_from_a_file_of_their_own(tmp_path):
             {"kind": "hub"},
             r"data\.streaming is for kind files, not hub \(download it, and give its files as kind files",
         ),
-        ({"kind": "scenes"}, r"data\.streaming is for kind files, not scenes"),
+        ({"kind": "scenes", "path": None}, r"data\.streaming is for kind files, not scenes"),
         ({"path": None}, r"data\.streaming needs data\.path or data\.shards: set one of them"),
         ({"shards": ["x"]}, r"data\.streaming needs data\.path or data\.shards: set one of them"),
         ({"blocks_at_once": 0}, r"data\.blocks_at_once 0 places: both must be 1 or more"),
