@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -36,4 +37,6 @@ def save_maps(path: str | Path, texts: Sequence[Recorded], role: str, layer_name
             np.savez_compressed(file, **arrays)
         os.replace(part, path)  # what has this name is complete
     except OSError as error:
+        with contextlib.suppress(OSError):  # nothing can be deleted either where nothing can be written
+            part.unlink(missing_ok=True)
         raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error

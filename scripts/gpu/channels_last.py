@@ -86,6 +86,19 @@ def compile_resnets(unet: nn.Module) -> None:
     _become(unet, {ResnetBlock2D: _CompiledResNet})
 
 
+def _is_plain(resnet: ResnetBlock2D) -> bool:
+    """Is it all that `_ResNet` does?"""
+    return (
+        resnet.upsample is None
+        and resnet.downsample is None
+        and resnet.time_emb_proj is not None
+        and not resnet.skip_time_act
+        and resnet.time_embedding_norm == "default"
+        and resnet.output_scale_factor == 1.0
+        and type(resnet.nonlinearity) is nn.SiLU
+    )
+
+
 def _become(unet: nn.Module, kinds: dict[type[nn.Module], type[nn.Module]]) -> None:
     for module in unet.modules():
         if type(module) in kinds:
@@ -101,10 +114,6 @@ def fuse_norms(unet: nn.Module) -> None:
     """
     to_channels_last(unet)
     for module in unet.modules():
-        if type(module) is ResnetBlock2D:
-            others = (module.upsample, module.downsample, module.time_emb_proj, module.time_embedding_norm)
-            if others[:2] != (None, None) or others[2] is None or others[3] != "default":
-                raise RuntimeError("a ResNet that samples up or down, or takes the time embedding in another way")
-            if module.output_scale_factor != 1.0 or type(module.nonlinearity) is not nn.SiLU:
-                raise RuntimeError("a ResNet that scales its output, or has another activation than SiLU")
+        if type(module) is ResnetBlock2D and not _is_plain(module):
+            raise RuntimeError("a ResNet that does something else than those of Stable Diffusion")
     _become(unet, {ResnetBlock2D: _ResNet, Transformer2DModel: _Transformer, nn.GroupNorm: _Norm})

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from channels_last import fuse_norms, to_channels_last
 from measure import Options, read_options, wait
 from torch.profiler import ProfilerActivity, profile
 from training import SIZES, overrides
@@ -167,8 +166,16 @@ def change_unet(change: Callable[[Any], None]) -> None:
     DiffusionTask.__init__ = changed
 
 
+def lay_out() -> None:
+    """Every convolution takes and gives pictures in channels-last."""
+    from channels_last import to_channels_last
+
+    change_unet(functools.partial(to_channels_last, with_weights=False))
+
+
 def fuse_and_compile_the_rest() -> None:
     """Everything in channels-last, with norms of our own; what calls these is not compiled."""
+    from channels_last import fuse_norms
     from diffusers.models.resnet import ResnetBlock2D
 
     from mmattn.inference.diffusion.task import DiffusionTask
@@ -198,7 +205,7 @@ def try_convolutions() -> None:
 
 CHANGES: dict[str, Callable[[], None]] = {
     COMPILED: lambda: None,
-    "nhwc": lambda: change_unet(functools.partial(to_channels_last, with_weights=False)),
+    "nhwc": lay_out,
     "norms": fuse_and_compile_the_rest,
     "levels": compile_levels,
     "forced": force_layout,

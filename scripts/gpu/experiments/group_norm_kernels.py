@@ -35,7 +35,10 @@ class Config(NamedTuple):
 CONFIGS = (Config(32, 64, 4), Config(16, 128, 4), Config(64, 64, 8))
 # Of those that walk over pixels, so many are wanted on each multiprocessor.
 _PROGRAMS_A_PROCESSOR = 8
-_NO_WARNING = ["num_pixels", "per_share", "num_shares", "num_blocks"]
+# Of shares times channels of a group, which one program holds.
+_NUMBERS_A_WARP = 512
+# One compiled kernel serves all their values.
+_VARYING = ("num_pixels", "per_share", "num_shares", "num_blocks")
 
 
 @triton.jit
@@ -79,7 +82,7 @@ def put_pair(pairs_ptr, number, first, second, columns, WIDTH: tl.constexpr):
     tl.store(base + WIDTH, second, mask=columns < WIDTH)
 
 
-@triton.jit(do_not_specialize=_NO_WARNING)
+@triton.jit(do_not_specialize=_VARYING)
 def moments_kernel(
     x_ptr, moments_ptr, num_pixels, per_share, num_shares, num_blocks,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -125,7 +128,7 @@ def channels_of_group(WIDTH: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constex
     return (tl.program_id(0) // (WIDTH // GROUP)).to(tl.int64), columns, inside < GROUP
 
 
-@triton.jit(do_not_specialize=_NO_WARNING)
+@triton.jit(do_not_specialize=_VARYING)
 def group_moments_kernel(
     moments_ptr, shift_ptr, norms_ptr, num_pixels, per_share, num_shares, eps,
     HAS_SHIFT: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, SHARES: tl.constexpr, SIZE: tl.constexpr,
@@ -158,7 +161,7 @@ def normed(x, norms_ptr, picture, columns, WIDTH: tl.constexpr):
     return (x - of_channels(base, columns, WIDTH)[None, :]) * of_channels(base + WIDTH, columns, WIDTH)[None, :]
 
 
-@triton.jit(do_not_specialize=_NO_WARNING)
+@triton.jit(do_not_specialize=_VARYING)
 def apply_kernel(
     x_ptr, norms_ptr, weight_ptr, bias_ptr, out_ptr, num_pixels, num_shares, num_blocks,
     HAS_SILU: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -190,7 +193,7 @@ def normed_and_grad(
     return x, grad
 
 
-@triton.jit(do_not_specialize=_NO_WARNING)
+@triton.jit(do_not_specialize=_VARYING)
 def grad_sums_kernel(
     x_ptr, norms_ptr, weight_ptr, bias_ptr, grad_ptr, sums_ptr, num_pixels, per_share, num_shares, num_blocks,
     HAS_SILU: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -211,7 +214,7 @@ def grad_sums_kernel(
     put_pair(sums_ptr, picture * num_shares + share, plain, weighted, columns, WIDTH)
 
 
-@triton.jit(do_not_specialize=_NO_WARNING)
+@triton.jit(do_not_specialize=_VARYING)
 def group_grads_kernel(
     sums_ptr, norms_ptr, weight_ptr, totals_ptr, means_ptr, grad_shift_ptr, num_pixels, num_shares,
     HAS_SHIFT: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, SHARES: tl.constexpr, SIZE: tl.constexpr,
@@ -240,7 +243,7 @@ def group_grads_kernel(
         tl.store(pointers, grad.to(grad_shift_ptr.dtype.element_ty), mask=is_channel)
 
 
-@triton.jit(do_not_specialize=_NO_WARNING)
+@triton.jit(do_not_specialize=_VARYING)
 def grad_kernel(
     x_ptr, norms_ptr, weight_ptr, bias_ptr, grad_ptr, means_ptr, out_ptr, num_pixels, num_shares, num_blocks,
     HAS_SILU: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -302,11 +305,13 @@ class Plan(NamedTuple):
 
     def each_group(self, kernel: object, shift: Tensor | None, **arguments: object) -> Launch:
         """A program for each picture and group."""
+        shares, size = power_of_two(self.num_shares), power_of_two(self.group)
         arguments = arguments | dict(
             num_pixels=self.num_pixels, num_shares=self.num_shares, HAS_SHIFT=shift is not None, WIDTH=self.width,
-            GROUP=self.group, SHARES=power_of_two(self.num_shares), SIZE=power_of_two(self.group),
+            GROUP=self.group, SHARES=shares, SIZE=size,
         )  # fmt: skip
-        return Launch(kernel, self.pictures * (self.width // self.group), arguments, 1, 1)
+        num_warps = min(4, max(1, shares * size // _NUMBERS_A_WARP))
+        return Launch(kernel, self.pictures * (self.width // self.group), arguments, num_warps, 1)
 
 
 def forward_launches(

@@ -15,6 +15,7 @@ About two minutes on an H100. A verdict for each shape: a gain over what torch.c
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import group_norm, silu
 
 from mmattn.kernels.launch import Launch
+from mmattn.kernels.tiles import power_of_two
 
 SHAPES = [shape for shape in experiment.BLOCKS if shape.name.startswith("SD")]
 TINY = [Shape("tiny", 2, 9, 3, 16)]
@@ -126,17 +128,22 @@ EXPERIMENT = experiment.Experiment(
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
-    """For each width and configuration, on tensors that are only compiled for."""
-    for width in dict.fromkeys(map(experiment.width, SHAPES)):
-        x = torch.empty(2, 1024, width, dtype=torch.bfloat16)
-        weight, shift = torch.empty(width), torch.empty(2, width, dtype=torch.bfloat16)
-        norms, totals = torch.empty(2, 3, width), torch.empty(2, 2, width)
-        for config in CONFIGS:
-            plan = Plan.of(x, GROUPS, config)
-            made = forward_launches(plan, x, weight, weight, shift, EPS, True, x, norms)
-            made += backward_launches(plan, x, weight, weight, norms, x, True, x, totals, shift)
-            for launch in made:
-                yield f"{width} channels, {name_of(config)}", launch
+    """For each shape, batch and configuration, on tensors that are only compiled for; what is cut up alike, once."""
+    seen: set[str] = set()
+    for shape, batch, config in itertools.product(SHAPES, experiment.BATCHES, CONFIGS):
+        width = experiment.width(shape)
+        x = torch.empty(batch, shape.queries, width, dtype=torch.bfloat16)
+        plan = Plan.of(x, GROUPS, config)
+        what = f"{width} channels, {name_of(config)}, up to {power_of_two(plan.num_shares)} shares"
+        if what in seen:
+            continue
+        seen.add(what)
+        weight, shift = torch.empty(width), torch.empty(batch, width, dtype=torch.bfloat16)
+        norms, totals = torch.empty(batch, 3, width), torch.empty(batch, 2, width)
+        made = forward_launches(plan, x, weight, weight, shift, EPS, True, x, norms)
+        made += backward_launches(plan, x, weight, weight, norms, x, True, x, totals, shift)
+        for launch in made:
+            yield what, launch
 
 
 def main() -> int:
