@@ -1,14 +1,14 @@
-"""A U-Net of diffusers' parts in channels-last: what an experiment and profile_training.py try."""
+"""A U-Net of diffusers' parts in channels-last: what an experiment and profile_training.py try.
+
+On a CPU its norms need Triton's interpreter, which is chosen before triton is imported.
+"""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-if "cpu" in sys.argv:  # Triton decides when a kernel is defined whether its interpreter runs it
-    os.environ["TRITON_INTERPRET"] = "1"
 sys.path.append(str(Path(__file__).resolve().parent / "experiments"))
 
 import torch

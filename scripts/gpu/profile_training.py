@@ -27,6 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+if "cpu" in sys.argv and any(word.endswith("-norms") for word in sys.argv):
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
 import torch
 from measure import Options, read_options, wait
 from torch.profiler import ProfilerActivity, profile
