@@ -61,17 +61,17 @@ class EnoughError(Exception):
 
 @dataclass
 class Watch:
-    """Takes the place of the loop's `run_step`: lets steps pass, times some, profiles some, and ends the run.
+    """Takes the place of the loop's `queue_step`: lets steps pass, times some, profiles some, and ends the run.
 
     Attributes:
-        run_step: the loop's own.
+        queue_step: the loop's own.
         options: of this script.
         before: steps that pass.
         each: steps that are timed, and then profiled.
         trace: a file for what the profiler saw.
     """
 
-    run_step: Callable[..., Any]
+    queue_step: Callable[..., Any]
     options: Options
     before: int
     each: int
@@ -100,7 +100,7 @@ class Watch:
             self._profile.export_chrome_trace(str(self.trace))
             raise EnoughError
         self._calls += 1
-        return self.run_step(*args, **kwargs)
+        return self.queue_step(*args, **kwargs)
 
     def _clock(self) -> float:
         """Milliseconds of each step since the call before."""
@@ -172,17 +172,17 @@ def trained(recipe: str, folder: Path, options: Options, *, is_compiled: bool) -
     from mmattn.training import loop
 
     steps, each = (TINY_STEPS, TINY_EACH) if options.tiny else (STEPS, EACH)
-    watch = Watch(loop.run_step, options, steps - 2 * each, each, folder.with_suffix(".json"))
+    watch = Watch(loop.queue_step, options, steps - 2 * each, each, folder.with_suffix(".json"))
     settings = {"save_every": 0, "torch_compile": is_compiled, "device": "cpu" if options.device == "cpu" else "auto"}
     module = load_recipe(recipe)
     config = load_config(module.Config, f"{recipe}/debug", overrides(recipe, folder, steps + 1, options, **settings))
-    loop.run_step = watch  # pyright: ignore[reportAttributeAccessIssue]
+    loop.queue_step = watch  # pyright: ignore[reportAttributeAccessIssue]
     try:
         module.train(config)
     except EnoughError:
         return watch
     finally:
-        loop.run_step = watch.run_step
+        loop.queue_step = watch.queue_step
         watch.close()
     raise RuntimeError("the run ended before its steps were profiled")
 
