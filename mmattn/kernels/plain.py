@@ -40,6 +40,20 @@ def is_eager_call(*tensors: Tensor | None) -> bool:
     return True
 
 
+def is_compiled_call(*tensors: Tensor) -> bool:
+    """Does torch compile or export this call, on ordinary tensors and without transforms of torch.func (which custom
+    operations have none of there) and forward-mode derivatives?"""
+    if not torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _is_transformed():
+        return False
+    return all(type(tensor) in _TYPES for tensor in tensors)
+
+
+@torch.compiler.assume_constant_result
+def _is_transformed() -> bool:
+    # While torch traces, its transforms are on the stack; they are a guard of what it compiles.
+    return peek_interpreter_stack() is not None
+
+
 def makes_fake_tensors() -> bool:
     """Is this within a FakeTensorMode? What is made there has no values, and must not be kept for calls outside."""
     return not torch.compiler.is_compiling() and _has_mode(TorchDispatchModeKey.FAKE)
