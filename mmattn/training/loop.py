@@ -275,7 +275,7 @@ class _Run:
     def _must_see(self, queued: QueuedStep) -> bool:
         """Does anything depend on the step at hand before the next one may be queued?"""
         config, step = self.config, self.state.step
-        has_followers = self.average is not None or bool(self.buffers.buffers)
+        has_followers = self.average is not None or self.buffers.are_written
         may_be_last = step == config.max_steps or self.state.skipped_in_a_row + 1 >= config.max_bad_steps
         is_due = any(every and step % every == 0 for every in (config.eval_every, config.save_every))
         return not queued.is_waiting or has_followers or may_be_last or is_due or bool(queued.stop_signal)

@@ -328,16 +328,27 @@ class BufferGuard:
     """Keeps the buffers of the last good step, for a skipped step has already put its figures into batch norm's."""
 
     def __init__(self, buffers: Mapping[str, Tensor]) -> None:
-        self.buffers = list(buffers.values())
-        self._kept = [buffer.clone() for buffer in self.buffers]
+        self._buffers = list(buffers.values())
+        self._kept = [buffer.clone() for buffer in self._buffers]
+        self._versions = self._read_versions()
+
+    @property
+    def are_written(self) -> bool:
+        """Has any of them been written to since the beginning? (A table of constants never is.)"""
+        return self._versions != self._read_versions()
+
+    def _read_versions(self) -> list[int]:
+        return [0 if buffer.is_inference() else buffer._version for buffer in self._buffers]
 
     def keep(self) -> None:
         """Remember the buffers after a good step."""
-        self._copy(self.buffers, self._kept)
+        if self.are_written:
+            self._copy(self._buffers, self._kept)
 
     def put_back(self) -> None:
         """Undo what happened to the buffers since `keep`."""
-        self._copy(self._kept, self.buffers)
+        if self.are_written:
+            self._copy(self._kept, self._buffers)
 
     @staticmethod
     def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
