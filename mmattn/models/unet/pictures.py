@@ -112,6 +112,18 @@ def _convolved(conv: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, own.stride, own.padding, own.dilation, own.groups)  # pyright: ignore[reportArgumentType]
 
 
+def _convolved_and_added(conv: nn.Module, x: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution of x, and its residual; `bias` takes the place of the convolution's own where that is plain."""
+    if not _is_plain_conv(conv) or bias is None:
+        return residual + conv(x)
+    hidden = _convolved(conv, x, None)
+    if residual.dtype is not hidden.dtype or residual.shape != hidden.shape:
+        return residual + (hidden + bias[:, None, None])
+    from mmattn.kernels.biased_sum import biased_sum  # only here, because it needs triton
+
+    return biased_sum(residual, hidden, bias)
+
+
 def _normed(norm: nn.Module, x: Tensor, shift: Tensor | None = None, *, has_silu: bool = False) -> Tensor:
     from mmattn.kernels.group_norm import group_norm  # only here, because it needs triton
 
@@ -172,18 +184,12 @@ class ResnetBlock2D(_StockResnet):
 
     def _with_shortcut(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """The second convolution, added to what went past it."""
-        conv, shortcut = self.conv2, self.conv_shortcut
-        bias: Tensor | None = None
-        is_plain = _is_plain_conv(conv)
-        if is_plain:
-            bias = conv.bias
-        if shortcut is not None:
-            if is_plain and bias is not None and _is_plain_conv(shortcut) and shortcut.bias is not None:
-                bias = bias + shortcut.bias
-                residual = _convolved(shortcut, residual, None)
-            else:
-                residual = shortcut(residual)
-        return residual + (_convolved(conv, hidden, bias) if is_plain else conv(hidden))
+        shortcut, conv, bias = self.conv_shortcut, self.conv2, self.conv2.bias
+        if shortcut is None:
+            return _convolved_and_added(conv, hidden, residual, bias)
+        if bias is not None and shortcut.bias is not None and _is_plain_conv(conv) and _is_plain_conv(shortcut):
+            return _convolved_and_added(conv, hidden, _convolved(shortcut, residual, None), bias + shortcut.bias)
+        return _convolved_and_added(conv, hidden, shortcut(residual), bias)
 
 
 class Upsample2D(_StockUpsample):
@@ -214,7 +220,9 @@ class Transformer2DModel(_StockTransformer):
         if self.use_linear_projection:
             hidden_states = self.proj_out(hidden_states)
         picture = hidden_states.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
-        return (picture if self.use_linear_projection else self.proj_out(picture)) + residual
+        if self.use_linear_projection:
+            return picture + residual
+        return _convolved_and_added(self.proj_out, picture, residual, cast(nn.Conv2d, self.proj_out).bias)
 
 
 _KINDS: dict[type[nn.Module], type[nn.Module]] = {
