@@ -5,17 +5,14 @@ On a CPU its norms need Triton's interpreter, which is chosen before triton is i
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parent / "experiments"))
-
 import torch
-from channels_last_norm import channels_last_group_norm
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
+
+from mmattn.kernels.group_norm import group_norm
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -68,8 +65,7 @@ class _Transformer(Transformer2DModel):
 
 
 def _normed(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, *, has_silu: bool = False) -> Tensor:
-    x, parameters = channels_last(x), (norm.weight, norm.bias, norm.num_groups, norm.eps)
-    return channels_last_group_norm(x, *parameters, shift=shift, has_silu=has_silu)
+    return group_norm(channels_last(x), norm.weight, norm.bias, shift, norm.num_groups, norm.eps, has_silu)
 
 
 def to_channels_last(unet: nn.Module, *, with_weights: bool = True) -> None:
