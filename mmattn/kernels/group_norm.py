@@ -139,18 +139,8 @@ def _forward(
     return out, norms
 
 
-def _backward_of(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    norms: Tensor,
-    num_groups: int,
-    has_silu: bool,
-    shift_dtype: torch.dtype | None,
-    wants_x: bool,
-    wants_parameters: bool,
-) -> _Gradients:
+def _backward_of(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norms: Tensor, *rest: Any) -> _Gradients:
+    num_groups, has_silu, shift_dtype, wants_x, wants_parameters = rest
     gradients = _empty_gradients(x, weight, bias, shift_dtype, wants_x, wants_parameters)
     if x.numel() == 0:
         for gradient in gradients:

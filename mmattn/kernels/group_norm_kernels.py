@@ -20,6 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mmattn.kernels.blocks import LOG2_E
+
 # One compiled kernel serves all their values.
 _VARYING = ("num_pixels", "per_share", "num_shares", "num_blocks", "num_rows")
 
@@ -176,6 +178,18 @@ def norm_groups_kernel(
 
 
 @triton.jit
+def sigmoid(x, IS_SINGLE: tl.constexpr):
+    """Of x [M, N]; IS_SINGLE: for float32. Backward would wait for instructions longer than for memory: a division and
+    an exponential take six more than an inverse square root, whose square is as good in half types, and a power of 2.
+    """
+    total = 1.0 + tl.exp2(x * -LOG2_E)
+    if IS_SINGLE:
+        return 1.0 / total
+    root = tl.rsqrt(total)
+    return root * root
+
+
+@triton.jit
 def factors(norms_ptr, weight_ptr, bias_ptr, picture, columns, WIDTH: tl.constexpr):
     """Of each channel [N]: what to take from x, what to multiply it with then (the weight in it), and the bias."""
     base = norms_ptr + picture * 3 * WIDTH
@@ -195,7 +209,7 @@ def norm_apply_kernel(
     centre, factor, bias = factors(norms_ptr, weight_ptr, bias_ptr, picture, columns, WIDTH)
     out = (x - centre[None, :]) * factor[None, :] + bias[None, :]
     if HAS_SILU:
-        out = out * tl.sigmoid(out)
+        out = out * sigmoid(out, x_ptr.dtype.element_ty == tl.float32)
     put_pixels(pixel(out_ptr, picture, share * ROWS, num_pixels, WIDTH), out, count, columns, WIDTH, ROWS)
 
 
@@ -209,7 +223,7 @@ def centred_and_grad(
     grad = pixels(grad_base, count, columns, WIDTH, ROWS, COLUMNS, IS_WHOLE)
     if HAS_SILU:
         out = x * factor[None, :] + bias[None, :]
-        opened = tl.sigmoid(out)
+        opened = sigmoid(out, x_base.dtype.element_ty == tl.float32)
         grad = grad * (opened * (1.0 + out * (1.0 - opened)))
     return x, grad
 
