@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from mmattn.kernels.decode import decode_launches  # noqa: E402
+from mmattn.kernels.gated_kernels import backward_launch as gated_backward_launch  # noqa: E402
+from mmattn.kernels.gated_kernels import forward_launch as gated_forward_launch  # noqa: E402
 from mmattn.kernels.launch import Launch  # noqa: E402
 from mmattn.kernels.packed_rows_backward import backward_launches as packed_backward_launches  # noqa: E402
 from mmattn.kernels.packed_rows_forward import forward_launch as packed_forward_launch  # noqa: E402
@@ -32,6 +34,7 @@ from mmattn.kernels.short_keys_maps import maps_launch  # noqa: E402
 DECODE_KEYS = 4096
 HEAD_DIMS = (40, 64, 72, 80, 96, 128, 160)
 KEYS = (77, 128, 256, 512)
+GATED_WIDTH = 2560  # of a U-Net's feed-forward blocks
 FEW_QUERIES = 256  # for which the backward may take another kernel
 KEPT = 10  # words that maps are made of
 
@@ -72,6 +75,15 @@ def packed_launches_of(head_dim: int, dtype: torch.dtype, is_causal: bool = True
     return (forward, *backward)
 
 
+def gated_launches_of(width: int, dtype: torch.dtype, activation: str) -> tuple[Launch, ...]:
+    """Both kernels of a gated feed-forward block."""
+    joined, half = (torch.empty(4096, columns, dtype=dtype) for columns in (2 * width, width))
+    return (
+        gated_forward_launch(joined, half, activation),
+        gated_backward_launch(half, joined, torch.empty_like(joined), activation),
+    )
+
+
 TAKEN = ("kernel", "warps", "registers", "shared", "spilt", "group, warp, tensor memory products")
 
 
@@ -109,6 +121,9 @@ def main() -> int:
                     print(row(launch, capability / 10, head_dim, DECODE_KEYS), flush=True)
                 for launch in packed_launches_of(head_dim, arguments.dtype):
                     print(row(launch, capability / 10, head_dim, "packed"), flush=True)
+            for activation in ("gelu", "silu"):
+                for launch in gated_launches_of(GATED_WIDTH, arguments.dtype, activation):
+                    print(row(launch, capability / 10, activation, GATED_WIDTH), flush=True)
     return 0
 
 
