@@ -2,8 +2,9 @@
 
     out = value * act(gate)     dvalue = dout * act(gate)     dgate = dout * value * act'(gate)
 
-Every number is read once and written once, and computed with in float32: it is memory that takes the time. A program
-has some rows and columns of one half, and the same of the other; a thread moves 16 bytes at a time.
+Every number is read once and written once, and computed with in float32. A program has some rows and columns of one
+half, and the same of the other; a thread moves 16 bytes at a time. Memory is to take the time, so instructions count:
+with the library's erf they would take as long (57 a number backward, compiled for 9.0, where these take 43).
 
 Sizes: R rows of value and gate side by side [R, 2 F].
 """
@@ -22,20 +23,41 @@ from mmattn.kernels.tiles import ceil_div
 
 _NUM_WARPS = 4
 _WARP_SIZE = 32
-# Of a thread: as many bytes under way as memory needs to be busy, and no more registers than a full processor has.
-_ACCESSES = 1
-_ROOT_OF_HALF = tl.constexpr(0.7071067811865476)
+_TO_FALLOFF = tl.constexpr(-0.7213475204444817)  # exp(-x * x / 2) as a power of 2
 _NORMAL_AT_ZERO = tl.constexpr(0.3989422804014327)  # the normal density, 1 / sqrt(2 pi)
 # It changes from call to call: one compiled kernel serves all its values.
 _VARYING = ("num_rows",)
 
 
 @triton.jit
+def _normal_below(x, falloff):
+    """The normal distribution's share below x, (1 + erf(x / sqrt 2)) / 2, given falloff = exp(-x * x / 2).
+
+    The share beyond |x| over the falloff, t times a polynomial of t: fitted by least squares, weighted anew until the
+    largest errors (3e-8 of the share near 0) were equal. Rounding included the result is within 1.1 * 2^-23, as with an
+    exact erf in float32, and tails are more exact than those of 1 + erf, which cancel.
+    """
+    t = 1.0 / (1.0 + 0.44 * tl.abs(x))
+    ratio = 0.025067716312884365
+    ratio = ratio * t - 0.16245400599838414
+    ratio = ratio * t + 0.41889271468063366
+    ratio = ratio * t - 0.5049570784145714
+    ratio = ratio * t + 0.2134290400440495
+    ratio = ratio * t + 0.006524061273725717
+    ratio = ratio * t + 0.15354543331055628
+    ratio = ratio * t + 0.17437062641809453
+    ratio = ratio * t + 0.17558147824931236
+    beyond = ratio * t * falloff
+    return tl.where(x < 0, beyond, 1.0 - beyond)
+
+
+@triton.jit
 def _activated(gate, ACTIVATION: tl.constexpr):
     """(act(gate), act'(gate))."""
     if ACTIVATION == "gelu":
-        below = 0.5 * (1.0 + tl.erf(gate * _ROOT_OF_HALF))
-        slope = below + gate * (tl.exp(-0.5 * gate * gate) * _NORMAL_AT_ZERO)
+        falloff = tl.exp2(gate * gate * _TO_FALLOFF)
+        below = _normal_below(gate, falloff)
+        slope = below + gate * (falloff * _NORMAL_AT_ZERO)
     else:
         tl.static_assert(ACTIVATION == "silu")
         below = tl.sigmoid(gate)
@@ -134,7 +156,8 @@ def _launch(kernel: object, pointers: dict[str, Tensor], half: Tensor, activatio
 
 
 def _block(width: int, element_size: int) -> tuple[int, int]:
-    """(rows, columns) of a program: a warp's columns, or as many fewer, down to a cache line's, as leave less empty."""
+    """(rows, columns) of a program: a warp's columns, or as many fewer, down to a cache line's, as leave less empty.
+    One access of a thread to each tensor: a full processor's threads, of 32 registers, keep memory busy with that."""
     most = _WARP_SIZE * ACCESS_BYTES // element_size
     columns = min((most, most // 2, most // 4), key=lambda size: ceil_div(width, size) * size)
-    return _NUM_WARPS * most * _ACCESSES // columns, columns
+    return _NUM_WARPS * most // columns, columns

@@ -20,7 +20,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from mmattn.kernels.biased_sum import launch_of as biased_sum_launch  # noqa: E402
 from mmattn.kernels.decode import decode_launches  # noqa: E402
+from mmattn.kernels.gated_kernels import backward_launch as gated_backward_launch  # noqa: E402
+from mmattn.kernels.gated_kernels import forward_launch as gated_forward_launch  # noqa: E402
 from mmattn.kernels.group_norm_launches import Config, Cut, norm_config  # noqa: E402
 from mmattn.kernels.group_norm_launches import backward_launches as norm_backward_launches  # noqa: E402
 from mmattn.kernels.group_norm_launches import forward_launches as norm_forward_launches  # noqa: E402
@@ -38,6 +41,7 @@ HEAD_DIMS = (40, 64, 72, 80, 96, 128, 160)
 KEYS = (77, 128, 256, 512)
 CHANNELS = (256, 320, 512, 640, 768, 1024, 1280)
 GROUPS = 32
+GATED_WIDTH = 2560  # of a U-Net's feed-forward blocks
 FEW_QUERIES = 256  # for which the backward may take another kernel
 KEPT = 10  # words that maps are made of
 
@@ -92,6 +96,21 @@ def norm_launches_of(
     return (*forward, *backward)
 
 
+def biased_sum_launch_of(channels: int, dtype: torch.dtype) -> Launch:
+    """Two pictures and a bias."""
+    x = torch.empty(16, channels, 32, 32, dtype=dtype, memory_format=torch.channels_last)
+    return biased_sum_launch(x, x, torch.empty(channels), torch.empty_like(x))
+
+
+def gated_launches_of(width: int, dtype: torch.dtype, activation: str) -> tuple[Launch, ...]:
+    """Both kernels of a gated feed-forward block."""
+    joined, half = (torch.empty(4096, columns, dtype=dtype) for columns in (2 * width, width))
+    return (
+        gated_forward_launch(joined, half, activation),
+        gated_backward_launch(half, joined, torch.empty_like(joined), activation),
+    )
+
+
 TAKEN = ("kernel", "warps", "registers", "shared", "spilt", "group, warp, tensor memory products")
 
 
@@ -131,8 +150,14 @@ def main() -> int:
                 for launch in packed_launches_of(head_dim, arguments.dtype):
                     print(row(launch, capability / 10, head_dim, "packed"), flush=True)
             for channels in arguments.channels:
-                for launch in norm_launches_of(channels, arguments.dtype):
+                for launch in (
+                    *norm_launches_of(channels, arguments.dtype),
+                    biased_sum_launch_of(channels, arguments.dtype),
+                ):
                     print(row(launch, capability / 10, "-", f"{channels} channels"), flush=True)
+            for activation in ("gelu", "silu"):
+                for launch in gated_launches_of(GATED_WIDTH, arguments.dtype, activation):
+                    print(row(launch, capability / 10, activation, GATED_WIDTH), flush=True)
     return 0
 
 

@@ -61,6 +61,17 @@ def test_float32_where_results_are_small_and_where_they_are_not(name, ends, on_c
     assert on_cpu() == (1, 1)
 
 
+def test_the_normal_distribution_is_as_exact_as_float32(on_cpu):
+    gates = torch.linspace(-14, 14, 2**13)
+    output = gated(torch.stack([torch.ones_like(gates), gates], dim=-1), GATES["geglu"])[:, 0]
+    share = torch.special.ndtr(gates.double())
+    error = (output / gates.double() - share).abs()
+    eps = torch.finfo(torch.float32).eps
+    assert error.max() <= 1.5 * eps
+    assert (error / share)[gates > -5].max() <= 16 * eps  # 1 + erf is wrong by a third there
+    assert on_cpu() == (1, 0)
+
+
 def test_what_is_not_finite_stays_where_it_is(on_cpu):
     joined, cotangent = draw((3, 2 * 16), torch.float32)
     clean = with_gradient(gated, joined, GATES["geglu"], cotangent)
