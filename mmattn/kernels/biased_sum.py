@@ -22,21 +22,29 @@ from mmattn.kernels.plans import Plans
 from mmattn.kernels.tiles import ceil_div
 
 _NUMBERS = 2048
+_UNIT = 8
 _NUM_WARPS = 4
 _PLANS = Plans(("first", "second", "bias", "output"), ("num_numbers",))
 
 
 @triton.jit(do_not_specialize=("num_numbers",))
 def biased_sum_kernel(
-    first_ptr, second_ptr, bias_ptr, output_ptr, num_numbers, WIDTH: tl.constexpr, NUMBERS: tl.constexpr
+    first_ptr, second_ptr, bias_ptr, output_ptr, num_numbers,
+    WIDTH: tl.constexpr, NUMBERS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """output [N, C] of a program's numbers, added in float32 and rounded once."""
-    numbers = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
-    is_there = numbers < num_numbers
-    first = tl.load(first_ptr + numbers, mask=is_there, other=0.0).to(tl.float32)
-    second = tl.load(second_ptr + numbers, mask=is_there, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + numbers % WIDTH, mask=is_there, other=0.0).to(tl.float32)
-    tl.store(output_ptr + numbers, (first + second + bias).to(output_ptr.dtype.element_ty), mask=is_there)
+    """output [N, C] of a program's numbers, added in float32 and rounded once; C is a multiple of UNIT, so that as many
+    neighbours have neighbouring biases."""
+    start = tl.program_id(0).to(tl.int64) * NUMBERS
+    units = tl.arange(0, NUMBERS // UNIT)[:, None] * UNIT
+    inside = tl.arange(0, UNIT)[None, :]
+    is_there = units < num_numbers - start  # all of a unit or none of it
+    first = tl.load(first_ptr + start + units + inside, mask=is_there, other=0.0).to(tl.float32)
+    second = tl.load(second_ptr + start + units + inside, mask=is_there, other=0.0).to(tl.float32)
+    # Multiplied last, so that the compiler knows that units begin at multiples of 16 bytes.
+    unit = (start // UNIT % (WIDTH // UNIT)).to(tl.int32) + tl.arange(0, NUMBERS // UNIT)
+    bias = tl.load(bias_ptr + (unit % (WIDTH // UNIT))[:, None] * UNIT + inside).to(tl.float32)
+    total = (first + second + bias).to(output_ptr.dtype.element_ty)
+    tl.store(output_ptr + start + units + inside, total, mask=is_there)
 
 
 def biased_sum(first: Tensor, second: Tensor, bias: Tensor) -> Tensor:
@@ -78,6 +86,7 @@ def launch_of(first: Tensor, second: Tensor, bias: Tensor, output: Tensor) -> La
         num_numbers=first.numel(),
         WIDTH=first.shape[1],
         NUMBERS=_NUMBERS,
+        UNIT=_UNIT if first.shape[1] % _UNIT == 0 else 1,
     )
     return Launch(biased_sum_kernel, ceil_div(first.numel(), _NUMBERS), arguments, _NUM_WARPS, 1)
 
