@@ -44,6 +44,7 @@ CLASSES: tuple[tuple[str, str], ...] = (
     ("nccl", r"nccl"),
     ("layout changes", r"nchwToNhwc|nhwcToNchw|[Tt]ranspose"),
     ("attention", r"flash|fmha|sdpa|attention|(packed|resident|streamed|queries|keys|split)_(fwd|bwd|maps)|partials"),
+    ("norms, gates, sums of mmattn's", r"^(norm_|gated_|biased_sum)"),
     ("optimizer, clipping, averages", r"multi_tensor_apply|[Aa]dam|LpNorm"),
     ("compiled pointwise", r"^triton_poi"),
     ("compiled reductions", r"^triton_(red|per)"),
