@@ -1,4 +1,4 @@
-"""How attention operations are differentiated: one rule for both roads, through torch's dispatcher and round it."""
+"""How operations are differentiated: one rule for both roads, through torch's dispatcher and round it."""
 
 from __future__ import annotations
 
@@ -46,36 +46,61 @@ def differentiable(
         ctx.save_for_backward(query, key, value, *output, *rest[:-num_options])
         ctx.options = rest[-num_options:]
 
-    def save_operation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        save(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[1])
-
-    def run_backward(ctx: Any, grad_output: Tensor, _grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def run_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        # With gradients of gradients wanted, the operation says that there are none.
-        is_plain = not torch.is_grad_enabled() and is_plain_call(grad_output, *saved)
-        run = gradients_of if is_plain else backward_operation
+        run = gradients_of if is_plain_backward(grad_output, *saved) else backward_operation
         num_others = len(saved) - 5 + num_options
         return (*run(grad_output, *saved, *ctx.options), *(None,) * num_others)
-
-    class _Attend(torch.autograd.Function):
-        """The rule for calls that go round the dispatcher."""
-
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-            results = attend(*inputs)
-            save(ctx, inputs, results)
-            return results[0]
-
-        @staticmethod
-        def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return run_backward(ctx, grad_output)
-
-    operation.register_autograd(run_backward, setup_context=save_operation)
 
     @backward_operation.register_fake
     def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Gradients:
         return empty_gradients(query, key, value)
 
-    # `_Attend.apply` without its questions about torch.func, which `is_plain_call` has answered: half of what it costs.
-    return super(torch.autograd.Function, _Attend).apply  # pyright: ignore[reportAttributeAccessIssue]
+    return differentiated_by(operation, attend, save, run_backward)
+
+
+def is_plain_backward(grad_output: Tensor, *saved: Tensor | None) -> bool:
+    """May a backward pass go round the dispatcher? Not where gradients of gradients are wanted: the operation says that
+    there are none."""
+    return not torch.is_grad_enabled() and is_plain_call(grad_output, *saved)
+
+
+def differentiated_by(
+    operation: Any,
+    run: Callable[..., tuple[Tensor, ...]],
+    save: Callable[[Any, tuple[Any, ...], Any], None],
+    run_backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
+) -> Callable[..., Tensor]:
+    """Give an operation its gradients.
+
+    Args:
+        operation: of `torch.library.custom_op`; gradients flow through its first result only.
+        run: what it runs.
+        save: (context, inputs, results) keeps in the context what the backward pass needs.
+        run_backward: (context, gradient of the first result) -> a gradient or None for each input.
+
+    Returns:
+        A function of the operation's arguments, with gradients, that gives its first result and goes round the
+        dispatcher; for calls that are plain (`is_plain_call`).
+    """
+
+    def save_operation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        save(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    class _Call(torch.autograd.Function):
+        """The rule for calls that go round the dispatcher."""
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            results = run(*inputs)
+            save(ctx, inputs, results)
+            return results[0]
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return run_backward(ctx, grad)
+
+    operation.register_autograd(lambda ctx, grad, *_: run_backward(ctx, grad), setup_context=save_operation)
+    # `_Call.apply` without its questions about torch.func, which `is_plain_call` has answered: half of what it costs.
+    return super(torch.autograd.Function, _Call).apply  # pyright: ignore[reportAttributeAccessIssue]

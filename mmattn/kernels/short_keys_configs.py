@@ -31,8 +31,9 @@ _FUSED_BACKWARD_ELEMENTS = 128 * 128
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """Attributes: queries a block, blocks a program (all with the same keys), warps, pipeline depth, and whether heads
-    and keys are cut into two blocks instead of padded to the next power of two."""
+    """Attributes: queries a block, blocks a program (all with the same keys), warps, pipeline depth, whether heads and
+    keys are cut into two blocks instead of padded to the next power of two, and the most queries, of all heads of all
+    the batch, for which that was measured to be faster."""
 
     block_m: int = 64
     row_blocks: int = 1
@@ -40,6 +41,7 @@ class ForwardConfig:
     num_stages: int = 2
     is_head_cut: bool = True
     are_keys_cut: bool = True
+    most_queries: int = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,15 @@ class SplitConfig:
 _Config = TypeVar("_Config", ForwardConfig, BackwardConfig)
 
 # (head, keys) in blocks -> configuration, for two-byte types: the fastest of those tried on an H200 (docs/kernels.md).
-FORWARD: dict[tuple[int, int], ForwardConfig] = {
-    (48, 80): ForwardConfig(row_blocks=4, num_stages=3),
-    (64, 80): ForwardConfig(num_stages=1),
-    (80, 80): ForwardConfig(block_m=128, num_warps=8, num_stages=1),
-    (160, 80): ForwardConfig(num_stages=1),
+# Of several the first that has room for the call.
+FORWARD: dict[tuple[int, int], tuple[ForwardConfig, ...]] = {
+    (48, 80): (ForwardConfig(row_blocks=4, num_stages=3),),
+    (64, 80): (ForwardConfig(num_stages=1, most_queries=160 * 1024), ForwardConfig(row_blocks=4, num_stages=3)),
+    (80, 80): (
+        ForwardConfig(block_m=128, num_warps=8, num_stages=1, most_queries=64 * 1024),
+        ForwardConfig(block_m=128, num_stages=1),
+    ),
+    (160, 80): (ForwardConfig(num_stages=1, most_queries=64 * 256), ForwardConfig(128, 2, 8, 2)),
 }
 BACKWARD: dict[tuple[int, int], BackwardConfig] = {
     (48, 80): BackwardConfig(),
@@ -88,17 +94,23 @@ BACKWARD: dict[tuple[int, int], BackwardConfig] = {
     (160, 80): BackwardConfig(block_m=128, num_warps=8, num_stages=1, are_keys_cut=False),
 }
 # The same, where there are few queries.
-SPLIT_BACKWARD: dict[tuple[int, int], SplitConfig] = {
-    (64, 80): SplitConfig(64, 2.0, 4, 2, most_queries=1024, most_heads=80),
-    (160, 80): SplitConfig(128, 1.0, 8, 1, most_queries=256, most_heads=32),
+SPLIT_BACKWARD: dict[tuple[int, int], tuple[SplitConfig, ...]] = {
+    (64, 80): (SplitConfig(64, 2.0, 4, 2, most_queries=1024, most_heads=80),),
+    (160, 80): (
+        SplitConfig(128, 1.0, 8, 2, most_queries=256, most_heads=32),
+        SplitConfig(64, 1.0, 4, 1, most_queries=256, most_heads=128),
+    ),
 }
 
 
-def forward_config(card: Card, dtype: torch.dtype, head_dim: int, num_keys: int, num_queries: int) -> ForwardConfig:
-    """The forward's configuration for a call."""
+def forward_config(
+    card: Card, dtype: torch.dtype, head_dim: int, num_keys: int, num_queries: int, num_heads: int
+) -> ForwardConfig:
+    """The forward's configuration for a call; `num_heads` are those of all the batch."""
     sizes = padded(head_dim), padded(num_keys)
-    config = FORWARD.get(sizes) if dtype.itemsize == 2 and card.has_warp_groups else None
-    config = config or _estimated_forward(card, dtype, *sizes)
+    measured = FORWARD.get(sizes, ()) if dtype.itemsize == 2 and card.has_warp_groups else ()
+    fitting = (config for config in measured if num_heads * num_queries <= config.most_queries)
+    config = next(fitting, None) or _estimated_forward(card, dtype, *sizes)
     return _for_few_queries(config, num_queries)
 
 
@@ -108,9 +120,9 @@ def backward_config(
     """The backward's configuration for a call; `num_heads` are those of all the batch."""
     sizes = padded(head_dim), padded(num_keys)
     is_measured = dtype.itemsize == 2 and card.has_warp_groups
-    split = SPLIT_BACKWARD.get(sizes) if is_measured else None
-    if split and split.block_m < num_queries <= split.most_queries and num_heads <= split.most_heads:
-        return split
+    for split in SPLIT_BACKWARD.get(sizes, ()) if is_measured else ():
+        if split.block_m < num_queries <= split.most_queries and num_heads <= split.most_heads:
+            return split
     config = BACKWARD.get(sizes) if is_measured else None
     config = config or _estimated_backward(card, dtype, *sizes)
     return _for_few_queries(config, num_queries)

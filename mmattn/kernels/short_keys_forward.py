@@ -235,7 +235,7 @@ def forward_launch(
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1:3]
     card = card_of(query.device)
-    config = config or forward_config(card, query.dtype, head_dim, num_keys, num_queries)
+    config = config or forward_config(card, query.dtype, head_dim, num_keys, num_queries, batch * heads)
     is_resident = padded(num_keys) <= resident_keys(card, query.dtype)
     num_chunks = ceil_div(num_queries, config.block_m * (config.row_blocks if is_resident else 1))
     unit = access_unit(query, key, value, output)

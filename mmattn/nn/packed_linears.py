@@ -37,18 +37,19 @@ def _linear_refusal(module: nn.Module | None) -> str | None:
         return f"is a {kind.__module__}.{kind.__qualname__}, not a plain torch Linear (an adapter or quantised weight?)"
     if type(module.weight) is not nn.Parameter or not module.weight.is_floating_point():
         return "has a quantised weight or a weight of a tensor subclass"
-    if _is_hooked(module):
+    if is_hooked(module):
         return "has hooks, which a packed product would pass by"
     return None
 
 
-def _is_hooked(linear: nn.Linear) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Has it hooks, or a `forward` of its own, which using its weights alone would pass by?"""
     return bool(
-        linear._forward_hooks
-        or linear._forward_pre_hooks
-        or linear._backward_hooks
-        or linear._backward_pre_hooks
-        or "forward" in linear.__dict__
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
@@ -105,7 +106,7 @@ class PackedLinears:
             parameters = linear._parameters
             if modules.get(name) is not linear or parameters.get("weight") is not weight:
                 return False
-            if parameters.get("bias") is not bias or _is_hooked(linear):
+            if parameters.get("bias") is not bias or is_hooked(linear):
                 return False
             if check_storage and _addresses(weight, bias) != addresses:
                 return False

@@ -1,14 +1,14 @@
 """A step of the optimiser that is queued on a card before anybody has seen its loss and norm.
 
-Whether it may be taken, and by how much its gradients are scaled down, is decided on the card. So that has the
-optimiser's work to do while this process learns the figures, writes them down and prepares the next step; to look first
-would leave it idle in between.
+Whether it may be taken, and by how much its gradients are scaled down, is decided on the card. So that has work to do
+while this process learns the figures and writes them down; to look first would leave it idle in between. The loop looks
+at a step when the next one is queued, where nothing has to be known before.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -40,7 +40,7 @@ def step_ahead(
     losses: Sequence[Tensor],
     others: Sequence[Tensor],
     max_norm: float,
-) -> tuple[float, list[float], list[float]]:
+) -> Callable[[], tuple[float, list[float], list[float]]]:
     """Step, unless a loss or the norm of the gradients is not finite.
 
     Args:
@@ -53,7 +53,8 @@ def step_ahead(
             rounding.
 
     Returns:
-        The norm of the gradients before that, the losses, the others.
+        What waits for figures, and for nothing that is queued after them: the norm of the gradients before that, the
+        losses, the others.
     """
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     device = losses[0].device
@@ -64,8 +65,13 @@ def step_ahead(
     read = _queue_copy(told)
     with _decided(adamw, is_bad, scale):
         optimizer.step()
-    found = read()
-    return found[0], found[1 : 1 + len(losses)], found[1 + len(losses) :]
+    num_losses = len(losses)
+
+    def figures() -> tuple[float, list[float], list[float]]:
+        found = read()
+        return found[0], found[1 : 1 + num_losses], found[1 + num_losses :]
+
+    return figures
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class LayerCompilation:
         self._own = OwnForwards(layers.values())
         compiled: dict[Hashable, Callable[..., Any]] = {}
         for name, layer in layers.items():
-            layer.forward = _Compiled(layer.forward, name, compiled)
+            layer.forward = _Compiled(layer.forward, name, compiled, getattr(layer, "runs_own_kernels", None))
 
     def undo(self) -> None:
         """Give the layers their own `forward` back."""
@@ -54,14 +54,24 @@ class LayerCompilation:
 
 
 class _Compiled:
-    """A layer's `forward`; `compiled` is shared by the layers of one run."""
+    """A layer's `forward`; `compiled` is shared by the layers of one run. A layer for which `runs_own_kernels` says so
+    of a call's arguments runs as it is."""
 
-    def __init__(self, forward: Callable[..., Any], name: str, compiled: dict[Hashable, Callable[..., Any]]) -> None:
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        name: str,
+        compiled: dict[Hashable, Callable[..., Any]],
+        runs_own_kernels: Callable[..., bool] | None = None,
+    ) -> None:
         self.forward, self.name, self._compiled = forward, name, compiled
+        self._runs_own_kernels = runs_own_kernels
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Recording and steering look into calls, which a compiled layer does not show.
         if not torch.is_grad_enabled() or OBSERVERS.get() or STEER.get() is not None:
+            return self.forward(*args, **kwargs)
+        if self._runs_own_kernels is not None and self._runs_own_kernels(*args, **kwargs):
             return self.forward(*args, **kwargs)
         try:
             with compiler_config.patch(recompile_limit=_MOST_KINDS):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import signal
 import time
-from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,7 +36,7 @@ from mmattn.training.shardings import prepare_model
 from mmattn.training.signals import EvaluationInterrupted, StopSignal, TrainingStoppedError
 from mmattn.training.start import Start, check_continuation, find_start
 from mmattn.training.state import LoopState, read_facts, stored_buffers, trained_dtypes
-from mmattn.training.step import BufferGuard, StepResult, run_step, seed_draws
+from mmattn.training.step import BufferGuard, QueuedStep, queue_step, seed_draws
 from mmattn.training.step_record import record_step
 from mmattn.training.task import Batch, Task
 from mmattn.training.window_sampler import stream_facts
@@ -106,6 +106,16 @@ def _shown(metrics: dict[str, float], is_best: bool) -> str:
     return "".join(f" | {key} {value:.4f}" for key, value in metrics.items()) + " | best so far" * is_best
 
 
+@dataclass(frozen=True)
+class _Queued:
+    """A step that nobody has looked at yet: its number, the examples up to it, and how long its data was waited for."""
+
+    step: QueuedStep
+    number: int
+    examples: int
+    data_s: float
+
+
 class _Run:
     """A run's parts, and the order in which a step, an evaluation and a save happen."""
 
@@ -121,6 +131,8 @@ class _Run:
             self.closing = closing.pop_all()
         self.model, self.optimizer, self.average = self.prepared.model, self.prepared.optimizer, self.prepared.average
         self.losses: list[float] = []
+        self.queued: _Queued | None = None
+        self.clock_began = 0.0
 
     def start(self, resume: bool | str | Path, command: str, resolved_config: dict[str, Any] | None) -> None:
         """Find and load the starting point, open the logs, say what will happen."""
@@ -204,14 +216,13 @@ class _Run:
             self.log.say(self.rates.remark)
         if self.state.is_evaluation_due:
             self._finish_step(stop_signal=0)
-        while self.state.step < self.config.max_steps:
-            waiting = time.perf_counter()
-            micro_batches = next(batches)
-            working = time.perf_counter()
-            with self.rates.counted():
-                result = self._step(micro_batches)
-            self._record(result, data_s=working - waiting, step_s=time.perf_counter() - waiting)
-            self._after_step(result)
+        try:
+            while self.state.step < self.config.max_steps:
+                self._take_step(batches)
+        except BaseException:
+            with suppress(Exception):  # a step that was taken is in the log, whatever has ended the run
+                self._finish_queued()
+            raise
         self.checkpoints.save(self.state, self.log)
         metrics, best_step, best_value = on_main(self.accelerator, self._publish)
         best = None if best_step is None else {"step": best_step, "value": best_value, "metric": self.task.best}
@@ -228,11 +239,25 @@ class _Run:
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
-    def _step(self, micro_batches: Sequence[Batch]) -> StepResult:
+    def _take_step(self, batches: Iterator[Sequence[Batch]]) -> None:
+        """Queue a step, and finish the one before; this one too, where something has to be known of it at once."""
+        waiting = time.perf_counter()
+        if self.queued is None:
+            self.clock_began = waiting
+        micro_batches = next(batches)
+        data_s = time.perf_counter() - waiting
+        with self.rates.counted():
+            step = self._queue_step(micro_batches)
+        self._finish_queued()
+        self.queued = _Queued(step, self.state.step, self.state.examples, data_s)
+        if self._must_see(step):
+            self._finish_queued()
+
+    def _queue_step(self, micro_batches: Sequence[Batch]) -> QueuedStep:
         step = self.state.step
         seed_draws(self.config.seed, step, self.accelerator.process_index, self.accelerator.device)
         set_learning_rate(self.optimizer, learning_rate(self.config, step))
-        result = run_step(
+        queued = queue_step(
             self.task,
             self.model,
             self.optimizer,
@@ -245,32 +270,46 @@ class _Run:
         )
         self.state.step += 1
         self.state.examples += self.sampler.num_draws(step)
+        return queued
+
+    def _must_see(self, queued: QueuedStep) -> bool:
+        """Does anything depend on the step at hand before the next one may be queued?"""
+        config, step = self.config, self.state.step
+        has_followers = self.average is not None or self.buffers.are_written
+        may_be_last = step == config.max_steps or self.state.skipped_in_a_row + 1 >= config.max_bad_steps
+        is_due = any(every and step % every == 0 for every in (config.eval_every, config.save_every))
+        return not queued.is_waiting or has_followers or may_be_last or is_due or bool(queued.stop_signal)
+
+    def _finish_queued(self) -> None:
+        """Count and record the step that was queued last, if it is not yet, and do what is due after it."""
+        queued, self.queued = self.queued, None
+        if queued is None:
+            return
+        result = queued.step.result()
+        now = time.perf_counter()
+        step_s, self.clock_began = now - self.clock_began, now
         if result.skip_reason is None:
             self.state.tokens += result.count
             self.state.skipped_in_a_row = 0
             self.buffers.keep()
             if self.average is not None:
                 self.average.update()
+            self.losses.append(result.loss)
         else:
             self.buffers.put_back()
             self.state.skipped += 1
             self.state.skipped_in_a_row += 0 if result.is_overflow else 1
-        return result
-
-    def _record(self, result: StepResult, *, data_s: float, step_s: float) -> None:
-        clock = self.rates.clock(self.state.step, result.count, data_s=data_s, step_s=step_s)
-        record_step(self.log, self.config, self.sampler, self.state, result, clock)
-        if result.skip_reason is None:
-            self.losses.append(result.loss)
-
-    def _after_step(self, result: StepResult) -> None:
+        clock = self.rates.clock(queued.number, result.count, data_s=queued.data_s, step_s=step_s)
+        seen = replace(self.state, step=queued.number, examples=queued.examples)
+        record_step(self.log, self.config, self.sampler, seen, result, clock)
         if self.state.skipped_in_a_row >= self.config.max_bad_steps:
             raise RunError(
-                f"stopped at step {self.state.step}: {self.state.skipped_in_a_row} steps in a row were not finite, the "
+                f"stopped at step {queued.number}: {self.state.skipped_in_a_row} steps in a row were not finite, the "
                 f"last because {result.skip_reason}; lower learning_rate or look at the examples named in "
                 f"{self.store.output_dir / 'metrics.jsonl'}"
             )
-        self._finish_step(result.stop_signal)
+        if queued.number == self.state.step:
+            self._finish_step(result.stop_signal)
 
     def _finish_step(self, stop_signal: int) -> None:
         """Evaluate, save and stop, each where it is time for it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -59,7 +59,36 @@ def seed_draws(seed: int, step: int, rank: int, device: torch.device, *, is_eval
         torch.get_device_module(device).manual_seed(value)
 
 
+class QueuedStep:
+    """A step that is on its way: its loss and its norm are known once a card has computed them.
+
+    Args:
+        finish: Waits for them; called once.
+        stop_signal: The largest stop signal that any process had received when the step was queued, or 0.
+        is_waiting: Whether there is anything to wait for.
+    """
+
+    def __init__(self, finish: Callable[[], StepResult], stop_signal: int, *, is_waiting: bool) -> None:
+        self._finish, self.stop_signal, self.is_waiting = finish, stop_signal, is_waiting
+
+    def result(self) -> StepResult:
+        """Wait for the figures."""
+        return self._finish()
+
+
 def run_step(
+    task: Task,
+    model: nn.Module,
+    optimizer: StepOptimizer,
+    accelerator: Accelerator,
+    micro_batches: Sequence[Batch],
+    **options: Any,
+) -> StepResult:
+    """`queue_step`, and its result."""
+    return queue_step(task, model, optimizer, accelerator, micro_batches, **options).result()
+
+
+def queue_step(
     task: Task,
     model: nn.Module,
     optimizer: StepOptimizer,
@@ -70,7 +99,7 @@ def run_step(
     gradients: Gradients | None = None,
     num_scored: int | None = None,
     stop_signal: Callable[[], int] = lambda: 0,
-) -> StepResult:
+) -> QueuedStep:
     """Take one step on the mean loss over all scored tokens of all micro-batches and processes.
 
     The step is taken only when the loss and the norm of the gradient are finite. `stop_signal` is asked at its end, so
@@ -97,29 +126,43 @@ def run_step(
     losses = _accumulate(task, model, gradients, accelerator, micro_batches, counts, scale)
     max_norm, adamw = max_grad_norm or math.inf, fused_adamw(optimizer, gradients, accelerator)
     if adamw is not None and count > 0:
-        own = _stepped(optimizer, adamw, gradients, losses, max_norm)
-    else:
-        adamw, norm = None, gradients.clip(max_norm)
-        own = _own_figures(losses, norm.item())
-    figures = _gather(accelerator, {**own, "stop": stop_signal()})
-    loss = sum(figures.totals) / max(count, 1)
-    grad_norm, is_scaled = figures.grad_norm, accelerator.scaler is not None
-    reason = _skip_reason(loss, grad_norm, count)
-    if reason is None and adamw is None:
+        read = _stepped(optimizer, adamw, gradients, losses, max_norm)
+        signal = stop_signal()
+
+        def finish() -> StepResult:
+            figures = _gather(accelerator, {**read(), "stop": signal})
+            return _result(figures, count, _skip_reason_of(figures, count))
+
+        return QueuedStep(finish, signal, is_waiting=True)
+    own = _own_figures(losses, gradients.clip(max_norm).item())
+    result = _taken(optimizer, gradients, accelerator, _gather(accelerator, {**own, "stop": stop_signal()}), count)
+    return QueuedStep(lambda: result, result.stop_signal, is_waiting=False)
+
+
+def _taken(
+    optimizer: StepOptimizer, gradients: Gradients, accelerator: Accelerator, figures: _Figures, count: int
+) -> StepResult:
+    """Step, unless the figures forbid it."""
+    reason, is_scaled = _skip_reason_of(figures, count), accelerator.scaler is not None
+    if reason is None:
         optimizer.step()
-    elif reason is not None:
+    else:
         gradients.discard()
         if accelerator.scaler is not None:
             accelerator.scaler.update()
             # A scale that is down to this is not what makes gradients overflow.
             is_scaled = accelerator.scaler.get_scale() > _SMALLEST_SCALE
+    result = _result(figures, count, reason)
+    return replace(result, is_overflow=is_scaled and reason is not None and count > 0 and math.isfinite(result.loss))
+
+
+def _result(figures: _Figures, count: int, reason: str | None) -> StepResult:
     return StepResult(
-        loss=loss,
+        loss=_mean_loss(figures, count),
         count=count,
-        grad_norm=grad_norm,
+        grad_norm=figures.grad_norm,
         parts=figures.parts,
         skip_reason=reason,
-        is_overflow=is_scaled and reason is not None and count > 0 and math.isfinite(loss),
         suspects=figures.suspects,
         stop_signal=figures.stop_signal,
     )
@@ -211,13 +254,19 @@ def _stepped(
     gradients: Gradients,
     losses: Sequence[Loss],
     max_norm: float,
-) -> dict[str, Any]:
-    """Step, unless a loss or the norm is not finite; as `_own_figures`."""
+) -> Callable[[], dict[str, Any]]:
+    """Step, unless a loss or the norm is not finite; what waits for `_own_figures`."""
     parts = {name: _sum_part(losses, name) for name in _part_names(losses)}
     totals, others = [loss.total for loss in losses], [total for total, _ in parts.values()]
-    norm, totals, others = step_ahead(optimizer, adamw, gradients.parameters, totals, others, max_norm)
-    numbers = zip(others, (number for _, number in parts.values()), strict=True)
-    return {"totals": totals, "parts": dict(zip(parts, numbers, strict=True)), "norm": norm}
+    read = step_ahead(optimizer, adamw, gradients.parameters, totals, others, max_norm)
+    part_counts = [number for _, number in parts.values()]
+
+    def figures() -> dict[str, Any]:
+        norm, totals, others = read()
+        numbers = zip(others, part_counts, strict=True)
+        return {"totals": totals, "parts": dict(zip(parts, numbers, strict=True)), "norm": norm}
+
+    return figures
 
 
 def _own_figures(losses: Sequence[Loss], grad_norm: float) -> dict[str, Any]:
@@ -261,13 +310,17 @@ def _sum_part(losses: Sequence[Loss], name: str) -> tuple[Tensor, int]:
     return torch.stack([total for total, _ in pairs]).sum(), sum(number for _, number in pairs)
 
 
-def _skip_reason(loss: float, grad_norm: float, count: int) -> str | None:
+def _mean_loss(figures: _Figures, count: int) -> float:
+    return sum(figures.totals) / max(count, 1)
+
+
+def _skip_reason_of(figures: _Figures, count: int) -> str | None:
     if count == 0:
         return "the batch holds nothing to score"
-    if not math.isfinite(loss):
+    if not math.isfinite(loss := _mean_loss(figures, count)):
         return f"the loss is {loss}"
-    if not math.isfinite(grad_norm):
-        return f"the norm of the gradient is {grad_norm}"
+    if not math.isfinite(figures.grad_norm):
+        return f"the norm of the gradient is {figures.grad_norm}"
     return None
 
 
@@ -275,16 +328,27 @@ class BufferGuard:
     """Keeps the buffers of the last good step, for a skipped step has already put its figures into batch norm's."""
 
     def __init__(self, buffers: Mapping[str, Tensor]) -> None:
-        self.buffers = list(buffers.values())
-        self._kept = [buffer.clone() for buffer in self.buffers]
+        self._buffers = list(buffers.values())
+        self._kept = [buffer.clone() for buffer in self._buffers]
+        self._versions = self._read_versions()
+
+    @property
+    def are_written(self) -> bool:
+        """Has any of them been written to since the beginning? (A table of constants never is.)"""
+        return self._versions != self._read_versions()
+
+    def _read_versions(self) -> list[int]:
+        return [0 if buffer.is_inference() else buffer._version for buffer in self._buffers]
 
     def keep(self) -> None:
         """Remember the buffers after a good step."""
-        self._copy(self.buffers, self._kept)
+        if self.are_written:
+            self._copy(self._buffers, self._kept)
 
     def put_back(self) -> None:
         """Undo what happened to the buffers since `keep`."""
-        self._copy(self._kept, self.buffers)
+        if self.are_written:
+            self._copy(self._kept, self._buffers)
 
     @staticmethod
     def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:

@@ -1,6 +1,7 @@
 """What our kernels take of a processor: compiled ahead of time for it, no card needed.
 
-    scripts/gpu/kernel_resources.py [--capability 80 90] [--head-dim 40 64] [--keys 77 257] [--dtype float32]
+    scripts/gpu/kernel_resources.py [--capability 80 90] [--head-dim 40 64] [--keys 77 257] [--channels 320]
+                                    [--dtype float32]
 
 Registers a thread (255 at most), bytes of shared memory a program, bytes spilt a thread, matrix instructions: of a warp
 group (only compute capability 9.0 has them), of a warp, and through tensor memory (from 10.0 on, 100 here). Triton
@@ -19,9 +20,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from mmattn.kernels.biased_sum import launch_of as biased_sum_launch  # noqa: E402
 from mmattn.kernels.decode import decode_launches  # noqa: E402
 from mmattn.kernels.gated_kernels import backward_launch as gated_backward_launch  # noqa: E402
 from mmattn.kernels.gated_kernels import forward_launch as gated_forward_launch  # noqa: E402
+from mmattn.kernels.group_norm_launches import Config, Cut, norm_config  # noqa: E402
+from mmattn.kernels.group_norm_launches import backward_launches as norm_backward_launches  # noqa: E402
+from mmattn.kernels.group_norm_launches import forward_launches as norm_forward_launches  # noqa: E402
 from mmattn.kernels.launch import Launch  # noqa: E402
 from mmattn.kernels.packed_rows_backward import backward_launches as packed_backward_launches  # noqa: E402
 from mmattn.kernels.packed_rows_forward import forward_launch as packed_forward_launch  # noqa: E402
@@ -34,6 +39,8 @@ from mmattn.kernels.short_keys_maps import maps_launch  # noqa: E402
 DECODE_KEYS = 4096
 HEAD_DIMS = (40, 64, 72, 80, 96, 128, 160)
 KEYS = (77, 128, 256, 512)
+CHANNELS = (256, 320, 512, 640, 768, 1024, 1280)
+GROUPS = 32
 GATED_WIDTH = 2560  # of a U-Net's feed-forward blocks
 FEW_QUERIES = 256  # for which the backward may take another kernel
 KEPT = 10  # words that maps are made of
@@ -75,6 +82,26 @@ def packed_launches_of(head_dim: int, dtype: torch.dtype, is_causal: bool = True
     return (forward, *backward)
 
 
+def norm_launches_of(
+    channels: int, dtype: torch.dtype, *, side: int = 32, batch: int = 256, has_silu: bool = True,
+    config: Config | None = None,
+) -> tuple[Launch, ...]:  # fmt: skip
+    """All kernels of GroupNorm, with a time embedding, of square pictures; parameters are in float32."""
+    x = torch.empty(batch, channels, side, side, dtype=dtype, memory_format=torch.channels_last)
+    weight, shift = torch.empty(channels), torch.empty(batch, channels, dtype=dtype)
+    norms = torch.empty(batch, 3, channels)
+    cut = Cut.of(x, GROUPS, config or norm_config())
+    forward = norm_forward_launches(cut, x, weight, weight, shift, 1e-5, has_silu, x, norms)
+    backward = norm_backward_launches(cut, x, weight, weight, norms, x, has_silu, x, (weight, weight), shift)
+    return (*forward, *backward)
+
+
+def biased_sum_launch_of(channels: int, dtype: torch.dtype) -> Launch:
+    """Two pictures and a bias."""
+    x = torch.empty(16, channels, 32, 32, dtype=dtype, memory_format=torch.channels_last)
+    return biased_sum_launch(x, x, torch.empty(channels), torch.empty_like(x))
+
+
 def gated_launches_of(width: int, dtype: torch.dtype, activation: str) -> tuple[Launch, ...]:
     """Both kernels of a gated feed-forward block."""
     joined, half = (torch.empty(4096, columns, dtype=dtype) for columns in (2 * width, width))
@@ -108,6 +135,7 @@ def main() -> int:
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90], help="ten times the number: 80 is 8.0")
     parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS)
     parser.add_argument("--keys", type=int, nargs="+", default=KEYS)
+    parser.add_argument("--channels", type=int, nargs="+", default=CHANNELS, help="of pictures that norms are for")
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16, metavar="NAME")
     arguments = parser.parse_args()
     print(head("capability", "head_dim", "keys"))
@@ -121,6 +149,12 @@ def main() -> int:
                     print(row(launch, capability / 10, head_dim, DECODE_KEYS), flush=True)
                 for launch in packed_launches_of(head_dim, arguments.dtype):
                     print(row(launch, capability / 10, head_dim, "packed"), flush=True)
+            for channels in arguments.channels:
+                for launch in (
+                    *norm_launches_of(channels, arguments.dtype),
+                    biased_sum_launch_of(channels, arguments.dtype),
+                ):
+                    print(row(launch, capability / 10, "-", f"{channels} channels"), flush=True)
             for activation in ("gelu", "silu"):
                 for launch in gated_launches_of(GATED_WIDTH, arguments.dtype, activation):
                     print(row(launch, capability / 10, activation, GATED_WIDTH), flush=True)

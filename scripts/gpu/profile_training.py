@@ -4,11 +4,9 @@ One process, no launcher: bfloat16 on a card all the same. The steps up to the l
 is; of those, three are timed as they are, and three by torch.profiler. Nothing is saved.
 
 A job's name is a recipe's with what is changed of it: `compiled` (training.torch_compile), `looked` (the loss and the
-norm are looked at before the optimiser is asked to step), `uncast` (every product casts its input for itself), `nhwc`
-(every convolution in channels-last), `norms` (all of the U-Net in channels-last, its norms by the kernels of
-experiments/group_norm_silu.py; where compiled, only transformer layers are), `levels` (of the U-Net whole levels are
-compiled, each for its own size of picture), `forced` (pictures of compiled levels are laid out in channels-last, which
-inductor does not do in all of them), `benchmark` (cuDNN tries its convolutions).
+norm are looked at before the optimiser is asked to step), `uncast` (every product casts its input for itself), `stock`
+(the U-Net's pictures as diffusers lays them out, with its norms), `resnets` (with `compiled`: ResNets too are, round
+mmattn's own kernels), `benchmark` (cuDNN tries its convolutions).
 """
 
 from __future__ import annotations
@@ -27,9 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-if "cpu" in sys.argv and any(word.endswith("-norms") for word in sys.argv):
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-
 import torch
 from measure import Options, read_options, wait
 from torch.profiler import ProfilerActivity, profile
@@ -40,10 +35,8 @@ COMPILED = "compiled"
 CHANGED = ("", f"-{COMPILED}", "-looked", "-uncast", "-looked-uncast", f"-{COMPILED}-looked")
 JOBS = (
     *(recipe + change for recipe in SIZES for change in CHANGED),
-    *(f"diffusion-{change}" for change in ("nhwc", "benchmark", "nhwc-benchmark")),
-    *(f"diffusion-{COMPILED}-{change}" for change in ("nhwc", "benchmark", "nhwc-benchmark")),
-    *(f"diffusion-{COMPILED}-levels{change}" for change in ("", "-nhwc", "-forced")),
-    *(f"diffusion{change}-norms" for change in ("", f"-{COMPILED}")),
+    *(f"diffusion-{change}" for change in ("stock", "benchmark")),
+    *(f"diffusion-{COMPILED}-{change}" for change in ("stock", "resnets", "benchmark")),
 )
 TOP = 40
 # The first that is found in a kernel's name is its class.
@@ -68,17 +61,17 @@ class EnoughError(Exception):
 
 @dataclass
 class Watch:
-    """Takes the place of the loop's `run_step`: lets steps pass, times some, profiles some, and ends the run.
+    """Takes the place of the loop's `queue_step`: lets steps pass, times some, profiles some, and ends the run.
 
     Attributes:
-        run_step: the loop's own.
+        queue_step: the loop's own.
         options: of this script.
         before: steps that pass.
         each: steps that are timed, and then profiled.
         trace: a file for what the profiler saw.
     """
 
-    run_step: Callable[..., Any]
+    queue_step: Callable[..., Any]
     options: Options
     before: int
     each: int
@@ -107,7 +100,7 @@ class Watch:
             self._profile.export_chrome_trace(str(self.trace))
             raise EnoughError
         self._calls += 1
-        return self.run_step(*args, **kwargs)
+        return self.queue_step(*args, **kwargs)
 
     def _clock(self) -> float:
         """Milliseconds of each step since the call before."""
@@ -121,70 +114,23 @@ class Watch:
         self._turn.close()
 
 
-def compile_levels() -> None:
-    """Compile every level of the U-Net as one."""
-    from diffusers.models.unets import unet_2d_blocks as blocks
+def as_stock() -> None:
+    """Pictures as diffusers lays them out, and its norms."""
+    from mmattn.models.unet import pictures
 
-    from mmattn.inference.diffusion.task import DiffusionTask
-    from mmattn.training.layer_compilation import _Compiled
-
-    names = ("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D", "UpBlock2D")
-    levels = tuple(getattr(blocks, name) for name in names)
-    DiffusionTask.repeated_layers = (*levels, *DiffusionTask.repeated_layers)
-    share = _Compiled._of
-
-    def renamed(self: Any, function: Any) -> Any:
-        # Dynamo knows the sizes that it has seen by a code's name and line, and makes those symbolic that differ.
-        function.__code__ = function.__code__.replace(co_name=self.name)
-        return function
-
-    def of(self: Any, key: Any, function: Any) -> Any:
-        if not isinstance(self.forward.__self__, levels):
-            return share(self, key, function)
-        return share(self, (key, self.name), lambda: renamed(self, function()))
-
-    _Compiled._of = of
+    pictures._DEVICES = ()
 
 
-def force_layout() -> None:
-    """Let inductor lay out all pictures in channels-last; it fails where heights and widths are symbolic (2.11)."""
-    import torch._inductor.config as inductor
+def compile_resnets() -> None:
+    """Compile ResNets too, which leave their norms to kernels of mmattn's."""
+    from mmattn.training import layer_compilation
 
-    inductor.force_layout_optimization = True
+    begin = layer_compilation._Compiled.__init__
 
+    def initialised(self: Any, forward: Any, name: str, compiled: Any, runs_own_kernels: Any = None) -> None:
+        begin(self, forward, name, compiled)
 
-def change_unet(change: Callable[[Any], None]) -> None:
-    """Change the U-Net of a run before anything is made of it."""
-    from mmattn.inference.diffusion.task import DiffusionTask
-    from mmattn.models.unet import UNet
-
-    begin = DiffusionTask.__init__
-
-    def changed(self: Any, *arguments: Any, **options: Any) -> None:
-        begin(self, *arguments, **options)
-        for module in self.model.modules():
-            if isinstance(module, UNet):
-                change(module)
-
-    DiffusionTask.__init__ = changed
-
-
-def lay_out() -> None:
-    """Every convolution takes and gives pictures in channels-last."""
-    from channels_last import to_channels_last
-
-    change_unet(functools.partial(to_channels_last, with_weights=False))
-
-
-def fuse_and_compile_the_rest() -> None:
-    """Everything in channels-last, with norms of our own; what calls these is not compiled."""
-    from channels_last import fuse_norms
-    from diffusers.models.resnet import ResnetBlock2D
-
-    from mmattn.inference.diffusion.task import DiffusionTask
-
-    DiffusionTask.repeated_layers = tuple(each for each in DiffusionTask.repeated_layers if each is not ResnetBlock2D)
-    change_unet(fuse_norms)
+    layer_compilation._Compiled.__init__ = initialised
 
 
 def look_first() -> None:
@@ -208,10 +154,8 @@ def try_convolutions() -> None:
 
 CHANGES: dict[str, Callable[[], None]] = {
     COMPILED: lambda: None,
-    "nhwc": lay_out,
-    "norms": fuse_and_compile_the_rest,
-    "levels": compile_levels,
-    "forced": force_layout,
+    "stock": as_stock,
+    "resnets": compile_resnets,
     "looked": look_first,
     "uncast": cast_each,
     "benchmark": try_convolutions,
@@ -228,17 +172,17 @@ def trained(recipe: str, folder: Path, options: Options, *, is_compiled: bool) -
     from mmattn.training import loop
 
     steps, each = (TINY_STEPS, TINY_EACH) if options.tiny else (STEPS, EACH)
-    watch = Watch(loop.run_step, options, steps - 2 * each, each, folder.with_suffix(".json"))
+    watch = Watch(loop.queue_step, options, steps - 2 * each, each, folder.with_suffix(".json"))
     settings = {"save_every": 0, "torch_compile": is_compiled, "device": "cpu" if options.device == "cpu" else "auto"}
     module = load_recipe(recipe)
     config = load_config(module.Config, f"{recipe}/debug", overrides(recipe, folder, steps + 1, options, **settings))
-    loop.run_step = watch  # pyright: ignore[reportAttributeAccessIssue]
+    loop.queue_step = watch  # pyright: ignore[reportAttributeAccessIssue]
     try:
         module.train(config)
     except EnoughError:
         return watch
     finally:
-        loop.run_step = watch.run_step
+        loop.queue_step = watch.queue_step
         watch.close()
     raise RuntimeError("the run ended before its steps were profiled")
 

@@ -44,7 +44,7 @@ SIZES: dict[str, list[str]] = {
     ],
     "diffusion": [
         *["data.size=20000", "data.image_size=64", "model.image_size=64", "pictures.resolution=64"],
-        *["model.pixel_unshuffle=2", "training.batch_size=256", "training.ema_decay=null"],
+        *["model.pixel_unshuffle=2", "training.batch_size=512", "training.ema_decay=null"],
         *["model.unet.block_out_channels=[256,512,512]", "model.unet.attention=[false,true,true]"],
         *["model.unet.layers_per_block=2", "model.unet.num_heads=8", "model.unet.norm_groups=32"],
         *["model.text_encoder.width=512", "model.text_encoder.num_layers=4", "model.text_encoder.num_heads=8"],
@@ -55,7 +55,7 @@ STEPS, TINY_STEPS = 200, 24
 LIMIT_S = 290.0
 LIMIT_ON_CPU_S = 900.0
 # Enough for a card that takes a batch in 60 ms; more take as long to start as a machine has cores.
-DATA_WORKERS = {"translate": 8, "vlm": 12, "diffusion": 8}
+DATA_WORKERS = {"translate": 8, "vlm": 12, "diffusion": 12}
 UNCOUNTED, TINY_UNCOUNTED = 10, 1
 _POLL_S = 0.05
 

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from mmattn.config import load_config, load_recipe
 from mmattn.inference.text_to_image import TextToImage
-from mmattn.models.unet import UNet
+from mmattn.models.unet import UNet, pictures
 from tests.gpu.card import DEVICE, HALF_TYPES, MARKS
 from tests.inference.tiny_pipelines import stable_diffusion
 
@@ -67,6 +67,30 @@ def test_half_types_are_as_close_to_float32_as_stock(folder, dtype, exact):
         projected = ours(sample, timestep, ours.project_context(text)).sample.float()
     assert errors[0] <= 2 * errors[1] + 1e-3
     assert (projected - wanted).abs().max() <= 2 * errors[1] + 1e-3
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_training_in_half_types_is_as_close_to_float32_as_stock(folder, dtype, exact, monkeypatch):
+    own, calls = pictures._normed, []
+    monkeypatch.setattr(pictures, "_normed", lambda *given, **options: calls.append(1) or own(*given, **options))
+    stock = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").to(DEVICE)
+    ours = UNet.from_pretrained(folder, subfolder="unet", device=DEVICE)
+    inputs = _inputs(stock, torch.float32)
+
+    def trained(unet, autocast):
+        unet.zero_grad()
+        with torch.autocast(DEVICE, dtype, enabled=autocast):
+            out = unet(*inputs).sample
+        (512 * out.float().square().mean()).backward()  # float16's gradients would vanish
+        return [out.detach(), *(parameter.grad for parameter in unet.parameters())]
+
+    wanted = trained(stock, False)
+    theirs, found = ([each.clone() for each in trained(unet, True)] for unet in (stock, ours))
+    assert bool(calls) == (DEVICE == "cuda")
+    names = ["output", *dict(ours.named_parameters())]
+    for name, exactly, low, got in zip(names, wanted, theirs, found, strict=True):
+        errors = [(each.double() - exactly.double()).norm() / exactly.double().norm() for each in (got, low)]
+        assert errors[0] <= 2 * errors[1] + 1e-3, name
 
 
 def test_pictures_equal_stock_and_do_not_depend_on_the_batch(folder, exact):

@@ -26,7 +26,9 @@ TENSOR_MEMORY_COLUMNS = 512
 SPILLED_BYTES = {
     "keys_bwd_kernel": 1400,
     "queries_bwd_kernel": 500,
-    "split_bwd_kernel": 250,
+    "resident_fwd_kernel": 120,
+    "resident_maps_kernel": 200,
+    "split_bwd_kernel": 350,
     "streamed_fwd_kernel": 32,
     "streamed_maps_kernel": 160,
 }

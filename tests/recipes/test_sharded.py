@@ -49,14 +49,14 @@ def train_and_resume(name: str, folder: str, overrides: list[str]) -> None:
 
 
 def _in_each_process(name: str, folder: Path) -> None:
-    run_step, kinds = loop.run_step, set()
+    queue_step, kinds = loop.queue_step, set()
 
     def seen(task, model, *arguments, **options):
         kinds.update("cut" if hasattr(p, "ds_tensor") else type(p).__name__ for p in model.parameters())
         assert torch.distributed.get_world_size() == 2
-        return run_step(task, model, *arguments, **options)
+        return queue_step(task, model, *arguments, **options)
 
-    loop.run_step = seen
+    loop.queue_step = seen
     zero3.KEPT_GATHERED = 0
     for run, overrides in RUNS.items():
         kinds.clear()

@@ -33,9 +33,9 @@ def both(monkeypatch):
     return run
 
 
-def everything(folder, **options):
+def everything(folder, *, has_batch_norm=True, **options):
     """What a run comes to."""
-    task = ToyTask(bad=[3])
+    task = ToyTask(bad=[3], has_batch_norm=has_batch_norm)
     result = train(task, toy_config(folder, max_steps=12, **options))
     lines = read_metrics(folder / "metrics.jsonl")
     names = ("kind", "step", "loss", "grad_norm", "parts", "reason")
@@ -43,8 +43,10 @@ def everything(folder, **options):
     return result.losses, {name: value.clone() for name, value in task.model.state_dict().items()}, seen
 
 
-def test_unclipped_steps_are_the_same_bits_and_bad_ones_are_left_out(tmp_path, both):
-    (losses, weights, lines), queued, count = both(lambda name: everything(tmp_path / name, max_grad_norm=None))
+@pytest.mark.parametrize("has_batch_norm", [True, False])  # without it steps are seen one later
+def test_unclipped_steps_are_the_same_bits_and_bad_ones_are_left_out(tmp_path, both, has_batch_norm):
+    options = {"max_grad_norm": None, "has_batch_norm": has_batch_norm}
+    (losses, weights, lines), queued, count = both(lambda name: everything(tmp_path / name, **options))
     assert count == 12
     assert (losses, lines) == (queued[0], queued[2])
     assert any("skipped" in line["kind"] for line in lines)
@@ -59,9 +61,10 @@ def test_clipped_steps_are_the_same_but_for_rounding(tmp_path, both):
         torch.testing.assert_close(queued[1][name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_that_begins_with_a_bad_step_goes_on_as_it_would_after_any(tmp_path, both):
+@pytest.mark.parametrize("has_batch_norm", [True, False])
+def test_a_run_that_begins_with_a_bad_step_goes_on_as_it_would_after_any(tmp_path, both, has_batch_norm):
     def run(name):
-        task = ToyTask(bad=range(23))  # all of them
+        task = ToyTask(bad=range(23), has_batch_norm=has_batch_norm)  # all of them
         with pytest.raises(Exception, match="steps in a row were not finite"):
             train(task, toy_config(tmp_path / name, max_bad_steps=3))
         return {name: value.clone() for name, value in task.model.state_dict().items()}
@@ -112,3 +115,63 @@ def test_figures_are_waited_for_on_the_card_where_they_are(monkeypatch):
     with FakeTensorMode():
         ahead._queue_copy(torch.empty(3, dtype=torch.float64, device="cuda:1"))
     assert recorded == ["of cuda:1"]
+
+
+@pytest.fixture
+def order(monkeypatch):
+    """What happens to which step, in order, as on a card."""
+    from mmattn.training import loop
+
+    monkeypatch.setattr(ahead, "_AHEAD", ("cpu",))
+    found, queue_step, record_step = [], loop.queue_step, loop.record_step
+
+    def queue(*arguments, **options):
+        found.append(f"queued {sum(each.startswith('queued') for each in found) + 1}")
+        return queue_step(*arguments, **options)
+
+    def record(log, config, sampler, state, *rest):
+        found.append(f"seen {state.step}")
+        return record_step(log, config, sampler, state, *rest)
+
+    monkeypatch.setattr(loop, "queue_step", queue)
+    monkeypatch.setattr(loop, "record_step", record)
+    return found
+
+
+def test_a_step_is_seen_when_the_next_one_is_queued_unless_it_is_needed_before(tmp_path, order):
+    task = ToyTask(has_batch_norm=False)
+    task.model.register_buffer("table", torch.ones(3))  # nobody writes to it
+    train(task, toy_config(tmp_path, max_steps=6, save_every=4, eval_every=0))
+    wanted = "queued 1, queued 2, seen 1, queued 3, seen 2, queued 4, seen 3, seen 4"  # saved
+    assert ", ".join(order) == f"{wanted}, queued 5, queued 6, seen 5, seen 6"  # the last
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    per_step = lines[0]["examples"]
+    assert [line["examples"] for line in lines] == [per_step * step for step in range(1, 7)]
+    assert all(line["time"]["step_s"] > 0 for line in lines)
+
+
+def test_steps_that_were_taken_are_in_the_log_when_the_run_breaks(tmp_path, order):
+    class Breaking(ToyTask):
+        def loss(self, model, batch):
+            if order[-1] == "queued 5":
+                raise RuntimeError("broken")
+            return super().loss(model, batch)
+
+    with pytest.raises(RuntimeError, match="broken"):
+        train(Breaking(has_batch_norm=False), toy_config(tmp_path, max_steps=9, save_every=0, eval_every=0))
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "train"] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_averages_and_running_statistics_follow_each_step(tmp_path, order):
+    at_once = ["queued 1", "seen 1", "queued 2", "seen 2", "queued 3", "seen 3"]
+    train(ToyTask(has_batch_norm=False), toy_config(tmp_path / "average", max_steps=3, ema_decay=0.9, eval_every=0))
+    assert order == at_once
+    order.clear()
+    train(ToyTask(), toy_config(tmp_path / "statistics", max_steps=3, eval_every=0))
+    assert order == at_once

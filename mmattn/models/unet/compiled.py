@@ -1,5 +1,5 @@
-"""The denoising step of a U-Net: its transformer blocks compiled by torch.compile, and on a CUDA device the whole step
-captured as a CUDA graph.
+"""The denoising step of a U-Net: its transformer blocks compiled by torch.compile, and on a CUDA device its pictures in
+channels-last (`pictures`) and the whole step captured as a CUDA graph.
 
 B prompts, R = B * n rows of latents, L places of a picture, Lk tokens of a text, C channels. A block's compilation
 serves every picture size, number of rows above one and length of padded texts; each width of the network has its own,
@@ -32,6 +32,7 @@ from mmattn.models.step_state import StepState
 from mmattn.models.unet.block import TransformerBlock
 from mmattn.models.unet.context import UNetContext
 from mmattn.models.unet.model import UNet
+from mmattn.models.unet.pictures import captured_pictures, lay_out_weights
 from mmattn.nn.layer import TransformerLayer
 from mmattn.nn.projected_attention import ProjectedAttention
 from mmattn.ops.cache import ContextKV
@@ -129,6 +130,7 @@ class CompiledUNet:
             check_device(self.unet, self._use_graphs)
             for step in self._steps.values():
                 step.text = ()  # weights written to through `tensor.data` have the version that they had
+            lay_out_weights(unet)
             unet.forward = self._forward
             try:
                 yield
@@ -229,7 +231,7 @@ class CompiledUNet:
         options: dict[str, Any] = {name: own[name] for name in ("class_labels", "timestep_cond") if name in own}
 
         def run() -> Tensor:
-            with torch.inference_mode(), self._blocks():
+            with torch.inference_mode(), self._blocks(), captured_pictures(self.unet):
                 out = UNet.forward(
                     self.unet,
                     own["sample"],

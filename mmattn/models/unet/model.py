@@ -17,6 +17,7 @@ from mmattn.errors import UsageError
 from mmattn.models.unet.block import TransformerBlock, adopt_parameters, block_refusal, check_attention_kwargs
 from mmattn.models.unet.context import UNetContext
 from mmattn.models.unet.folders import open_unet
+from mmattn.models.unet.pictures import adopt_picture_layers, are_wanted_channels_last, channels_last
 from mmattn.models.unet.stock_settings import StockAttentionSettings
 from mmattn.nn.cross_attention import CrossAttention
 
@@ -26,11 +27,11 @@ _FREEU = ("s1", "s2", "b1", "b2")
 class UNet2DConditionModel(StockAttentionSettings, _Stock):
     """`diffusers.UNet2DConditionModel` with self-attention, cross-attention and feed-forward of mmattn.
 
-    ResNets, samplers and embeddings are diffusers'. Parameters have stock's names, and the class stock's name: folders,
-    pipelines, LoRA files and peft targets are the same for both, and what is saved opens in stock diffusers. The
-    settings are stock's, as are `forward`'s arguments. SD 1.x, SD 2.x and SDXL; blocks with attention of another kind
-    (GLIGEN, DeepFloyd IF, Kandinsky) are refused. `upcast_attention` changes nothing, as with stock's default
-    processor: fused kernels accumulate in float32.
+    ResNets, samplers and embeddings are diffusers', in training on a card by kernels of mmattn's (`pictures`).
+    Parameters have stock's names, and the class stock's name: folders, pipelines, LoRA files and peft targets are the
+    same for both, and what is saved opens in stock diffusers. The settings are stock's, as are `forward`'s arguments.
+    SD 1.x, SD 2.x and SDXL; blocks with attention of another kind (GLIGEN, DeepFloyd IF, Kandinsky) are refused.
+    `upcast_attention` changes nothing, as with stock's default processor: fused kernels accumulate in float32.
 
     Args:
         *arguments: as stock.
@@ -60,6 +61,7 @@ class UNet2DConditionModel(StockAttentionSettings, _Stock):
                     f"UNet: {name} in a {holder} is attention of another kind than mmattn's blocks: use diffusers'"
                     " class, with mmattn.swap_attention where it can be swapped"
                 )
+        adopt_picture_layers(self)
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -177,8 +179,9 @@ class UNet2DConditionModel(StockAttentionSettings, _Stock):
         """
         check_attention_kwargs({key: each for key, each in (cross_attention_kwargs or {}).items() if key != "scale"})
         self._check_text(encoder_hidden_states, rows=sample.shape[0])
-        return super().forward(
-            sample,
+        is_laid_out = are_wanted_channels_last(self, sample)
+        out = super().forward(
+            channels_last(sample) if is_laid_out else sample,
             timestep,
             encoder_hidden_states,  # pyright: ignore[reportArgumentType]
             class_labels=class_labels,
@@ -192,6 +195,10 @@ class UNet2DConditionModel(StockAttentionSettings, _Stock):
             encoder_attention_mask=encoder_attention_mask,
             return_dict=return_dict,
         )
+        if not is_laid_out:
+            return out
+        picture = (out[0] if isinstance(out, tuple) else out.sample).contiguous()
+        return UNet2DConditionOutput(sample=picture) if return_dict else (picture,)
 
     def get_aug_embed(self, emb: Tensor, encoder_hidden_states: Any, added_cond_kwargs: Any) -> Any:
         """As stock; the text itself where a `UNetContext` was given."""

@@ -1,9 +1,9 @@
-"""A denoising step of Stable Diffusion's U-Net as a CUDA graph, in channels-last with our norms, beside what it is now.
+"""A denoising step of Stable Diffusion's U-Net as a CUDA graph, in channels-last with our norms, beside other ways.
 
 Random weights, float16, 64 x 64, both halves of guidance for one picture; the text's keys and values are there already.
-Stock is diffusers'; "graphed" is what `TextToImage.compile` does: transformer blocks compiled, everything replayed;
-"channels-last" the same with convolutions and their weights laid out so; then ResNets compiled too, or with the
-kernels of group_norm_silu.py ("norms"). Milliseconds a step, variants in turn, medians.
+Stock is diffusers'; "graphed" is what `TextToImage.compile` does: transformer blocks compiled, pictures in
+channels-last with our norms, everything replayed; beside it the same with pictures as stock lays them out, and with
+ResNets compiled, in channels-last, in place of our norms. Milliseconds a step, variants in turn, medians.
 
     python scripts/gpu/experiments/channels_last_unet.py [--rows FILE] [--tiny --device cpu]
 
@@ -22,37 +22,75 @@ from typing import Any
 
 import experiment
 import torch
-from channels_last import compile_resnets, fuse_norms, to_channels_last
 from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from diffusion import SD15, SMALL, Step, made, unet_step
 from measure import Options, median_and_spread, wall_ms
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmattn.inference.diffusion.context_once import context_projected_once
-from mmattn.models.unet import CompiledUNet, UNet
+from mmattn.models.unet import CompiledUNet, UNet, pictures
 
 TABLE = "A denoising step in channels-last, ms"
-CHANGES: dict[str, Callable[[Any], None]] = {
-    "graphed": lambda _: None,
-    "channels-last": to_channels_last,
-    f"ResNets by {experiment.COMPILED}": compile_resnets,
-    "norms": fuse_norms,
-}
+OURS = "graphed"
+STOCKS_LAYOUT = "pictures as stock's"
+COMPILED = f"ResNets by {experiment.COMPILED}"
+
+
+class _Conv(nn.Conv2d):
+    """In channels-last, whatever comes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(pictures.channels_last(input))
+
+
+class _CompiledResnet(ResnetBlock2D):
+    """By torch.compile, for each size by itself."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _compiled_resnet(self, input_tensor, temb)
+
+
+_compiled_resnet = torch.compile(ResnetBlock2D.forward, fullgraph=True, dynamic=False)
+
+
+def compile_resnets(unet: nn.Module) -> None:
+    """ResNets compiled, and all convolutions in channels-last."""
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.__class__ = _CompiledResnet
+        elif type(module) is nn.Conv2d:
+            module.__class__ = _Conv
+            module.weight.data = pictures.channels_last(module.weight.data)
+
+
+@contextlib.contextmanager
+def layout_of(name: str) -> Iterator[None]:
+    """Within it a variant is installed and takes its first step: what it captures is what is replayed."""
+    own, pictures._DEVICES = pictures._DEVICES, pictures._DEVICES if name == OURS else ()
+    try:
+        yield
+    finally:
+        pictures._DEVICES = own
+
+
 # Of the largest number; stock's own kernels are as far from each other in half types.
 FURTHEST = 5e-3
 
 
 @contextlib.contextmanager
 def compiled_variants(stock: Any, options: Options) -> Iterator[dict[str, Callable[[Step], Tensor]]]:
-    """Each change of our U-Net by its name: what runs a step of it."""
+    """Each variant of our U-Net by its name: what runs a step of it."""
     with contextlib.ExitStack() as until:
         runs = {}
-        for name, change in CHANGES.items():
+        for name in (STOCKS_LAYOUT, COMPILED, OURS):
             unet = UNet.from_stock(copy.deepcopy(stock))
-            change(unet)
+            if name == COMPILED:
+                compile_resnets(unet)
             until.enter_context(context_projected_once(unet))
             steps = CompiledUNet(unet, backend="eager" if options.tiny else "inductor")
-            until.enter_context(steps.installed())
+            with layout_of(name):
+                until.enter_context(steps.installed())
             runs[name] = partial(run_step, unet)
         yield runs
 
@@ -73,7 +111,8 @@ def main() -> int:
         outputs: dict[str, Tensor] = {}
         for name, run in runs.items():
             begin = time.perf_counter()
-            outputs[name] = run().double()
+            with layout_of(name):
+                outputs[name] = run().double()
             print(f"  {name}: first step {time.perf_counter() - begin:.1f} s", flush=True)
         largest = outputs["stock"].abs().max().item()
         for name, output in outputs.items():
@@ -84,9 +123,7 @@ def main() -> int:
             times = wall_ms(runs, 1 if options.tiny else 2 + 3 * options.repeats, options.device)
     found = {name: median_and_spread(times[name]) for name in runs}
     middles = {name: middle for name, (middle, _) in found.items()}
-    said = experiment.verdict(
-        "SD 1.5", middles, ["norms"], [name for name in CHANGES if name != "norms"], options.device
-    )
+    said = experiment.verdict("SD 1.5", middles, [OURS], [STOCKS_LAYOUT, COMPILED], options.device)
     shown = {name: f"{middle:.2f} ±{spread:.0%}" for name, (middle, spread) in found.items()}
     options.add(TABLE, step="SD 1.5 U-Net, float16, 64 x 64, batch 2", **shown, verdict=said)
     print("\n".join(problems) or "all values right", flush=True)

@@ -1,4 +1,4 @@
-"""GroupNorm, with the time embedding before it and SiLU after it, by Triton kernels beside torch: training.
+"""GroupNorm, with the time embedding before it and SiLU after it, by mmattn's kernels beside torch: training.
 
 What a ResNet of a U-Net does before its second convolution, on pictures in channels-last. torch's GroupNorm lays
 pictures out in rows of pixels on a card, and under autocast it and SiLU run in float32: "autocast" is what training
@@ -20,15 +20,16 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+from unittest import mock
 
 import experiment
 import torch
 from attention import Shape
-from channels_last_norm import channels_last_group_norm
-from group_norm_kernels import CONFIGS, Config, Plan, backward_launches, forward_launches
 from torch import Tensor
 from torch.nn.functional import group_norm, silu
 
+from mmattn.kernels import group_norm as ours
+from mmattn.kernels.group_norm_launches import CONFIGS, Config, Cut, backward_launches, forward_launches
 from mmattn.kernels.launch import Launch
 from mmattn.kernels.tiles import power_of_two
 
@@ -85,9 +86,15 @@ def autocast_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, groups
     return silu(group_norm(x.float(), groups, weight, bias, EPS)).to(x.dtype)
 
 
-def our_norm(config: Config, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, groups: int) -> Tensor:
+def our_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, groups: int) -> Tensor:
     """Our kernels."""
-    return channels_last_group_norm(x, weight, bias, groups, EPS, shift=shift, config=config)
+    return ours.group_norm(x, weight, bias, shift, groups, EPS, True)
+
+
+def with_config(config: Config, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Ours, cut up so."""
+    with mock.patch.object(ours, "norm_config", return_value=config):
+        return with_gradients(our_norm, inputs)
 
 
 def exact(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -108,8 +115,7 @@ def name_of(config: Config) -> str:
 
 def variants(_: Shape) -> dict[str, dict[str, experiment.Run]]:
     """Our kernels in every configuration."""
-    norms = {name_of(config): functools.partial(our_norm, config) for config in CONFIGS}
-    return {"ours": {name: functools.partial(with_gradients, norm) for name, norm in norms.items()}}
+    return {"ours": {name_of(config): functools.partial(with_config, config) for config in CONFIGS}}
 
 
 def cost(shape: Shape, batch: int) -> tuple[float, float]:
@@ -132,16 +138,17 @@ def launches() -> Iterator[tuple[str, Launch]]:
     seen: set[str] = set()
     for shape, batch, config in itertools.product(SHAPES, experiment.BATCHES, CONFIGS):
         width = experiment.width(shape)
-        x = torch.empty(batch, shape.queries, width, dtype=torch.bfloat16)
-        plan = Plan.of(x, GROUPS, config)
-        what = f"{width} channels, {name_of(config)}, up to {power_of_two(plan.num_shares)} shares"
+        side = math.isqrt(shape.queries)
+        x = torch.empty(batch, width, side, side, dtype=torch.bfloat16, memory_format=torch.channels_last)
+        cut = Cut.of(x, GROUPS, config)
+        what = f"{width} channels, {name_of(config)}, up to {power_of_two(cut.num_shares)} shares"
         if what in seen:
             continue
         seen.add(what)
         weight, shift = torch.empty(width), torch.empty(batch, width, dtype=torch.bfloat16)
-        norms, totals = torch.empty(batch, 3, width), torch.empty(batch, 2, width)
-        made = forward_launches(plan, x, weight, weight, shift, EPS, True, x, norms)
-        made += backward_launches(plan, x, weight, weight, norms, x, True, x, totals, shift)
+        norms = torch.empty(batch, 3, width)
+        made = forward_launches(cut, x, weight, weight, shift, EPS, True, x, norms)
+        made += backward_launches(cut, x, weight, weight, norms, x, True, x, (weight, weight), shift)
         for launch in made:
             yield what, launch
 
