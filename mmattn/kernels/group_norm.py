@@ -36,9 +36,9 @@ def group_norm(
 
     Args:
         x: [B, C, H, W] in channels-last, float32, bfloat16 or float16, on a card.
-        weight: [C], of any of these types; so are bias and shift.
+        weight: [C], of any floating point type, as are bias and shift.
         bias: [C].
-        shift: [B, C], None: nothing is added.
+        shift: [B, C]; None: nothing is added.
         num_groups: C is a multiple of it.
         eps: added to the variance.
         has_silu: SiLU after it?
@@ -73,10 +73,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, num_gr
     if shift is not None and shift.shape != x.shape[:2]:
         raise UsageError(f"shift {list(shift.shape)}: give {list(x.shape[:2])}, a number for each picture and channel")
     for name, tensor in (("weight", weight), ("bias", bias), ("shift", shift)):
-        if tensor is not None and (tensor.device != x.device or tensor.dtype not in DTYPES):
-            raise UsageError(
-                f"{name} is {tensor.dtype} on {tensor.device}: give half or single precision on {x.device}"
-            )
+        if tensor is not None and (tensor.device != x.device or not tensor.is_floating_point()):
+            raise UsageError(f"{name} is {tensor.dtype} on {tensor.device}: give floating point numbers on {x.device}")
 
 
 @torch.library.custom_op("mmattn::group_norm", mutates_args=())
@@ -214,9 +212,9 @@ def _run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, norms = saved = ctx.saved_tensors
     num_groups, has_silu, shift_dtype = ctx.options
     wants_x, wants_weight, wants_bias, wants_shift = wanted = ctx.needs_input_grad[:4]
-    wants = (shift_dtype if wants_shift else None, wants_x, wants_weight or wants_bias)
+    what = (shift_dtype if wants_shift else None, wants_x, wants_weight or wants_bias)
     run = _backward_of if is_plain_backward(grad, *saved) else group_norm_backward_operation
-    gradients = run(grad, x, weight, bias, norms, num_groups, has_silu, *wants)
+    gradients = run(grad, x, weight, bias, norms, num_groups, has_silu, *what)
     return (*[each if wants else None for each, wants in zip(gradients, wanted, strict=True)], None, None, None)
 
 

@@ -25,10 +25,15 @@ BLOCKS = Config(16, 32, 4)
 LAYOUT = torch.channels_last
 
 
-@pytest.fixture(params=[BLOCKS], ids=str)
-def small_blocks(monkeypatch, request):
+@pytest.fixture
+def small_blocks(monkeypatch):
     """So that few pixels are many blocks."""
-    monkeypatch.setattr(operation, "norm_config", lambda: request.param)
+    monkeypatch.setattr(operation, "norm_config", lambda: BLOCKS)
+
+
+def through(*inputs):
+    """By the dispatcher."""
+    return group_norm_operation(*inputs)[0]
 
 
 CASES = [
@@ -100,17 +105,23 @@ def test_gradients_that_lie_otherwise(kind):
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_parameters_of_another_type():
-    """Under autocast they are float32; weights in half precision beside float32 pictures have their gradients so."""
+def test_parameters_in_float32_beside_half_pictures():
+    """As under autocast."""
     (x, weight, bias, shift), grad = inputs((2, 32, 7, 5), torch.float16, has_shift=True)
-    tensors = [x, weight.float(), bias.float(), shift]
-    check_norm(tensors, grad, 4, True)
-    half = [x.float(), weight, bias.float(), shift]
-    found = results(group_norm, half, grad.float(), 4, True)
-    wanted = results(group_norm, [each.float() for each in half], grad.float(), 4, True)
-    for got, want, leaf in zip(found, wanted, [half[0], *half], strict=True):
-        assert got.dtype is leaf.dtype
-        assert torch.equal(got, want.to(leaf.dtype))
+    check_norm([x, weight.float(), bias.float(), shift], grad, 4, True)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_parameters_of_any_type(dtype):
+    """What they say is computed with in float32, and their gradients are rounded once (the interpreter cuts bfloat16
+    off)."""
+    tensors, grad = inputs((2, 32, 7, 5), torch.float32, has_shift=True)
+    others = [tensors[0], *[tensor.bfloat16().to(dtype) for tensor in tensors[1:]]]
+    found = results(group_norm, others, grad, 4, True)
+    wanted = results(group_norm, [tensor.float() for tensor in others], grad, 4, True)
+    for got, want, leaf in zip(found, wanted, [others[0], *others], strict=True):
+        torch.testing.assert_close(got, want.to(leaf.dtype), rtol=torch.finfo(leaf.dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("sizes", [(0, 8, 3, 5), (2, 8, 0, 5)], ids=str)
@@ -126,23 +137,15 @@ def test_nothing(sizes):
 @pytest.mark.usefixtures("small_blocks")
 def test_both_roads_give_the_same_bits_in_every_run():
     tensors, grad = inputs((2, 32, 9, 5), torch.float16, has_shift=True)
-
-    def through(*inputs):
-        return group_norm_operation(*inputs)[0]
-
-    first, again, other = (results(road, tensors, grad, 4, True) for road in (group_norm, group_norm, through))
+    first, again, other = (results(run, tensors, grad, 4, True) for run in (group_norm, group_norm, through))
     for got in zip(first, again, other, strict=True):
         assert torch.equal(got[0], got[1])
         assert torch.equal(got[0], got[2])
         assert got[0].stride() == got[2].stride()
 
 
-def road(*inputs):
-    return group_norm_operation(*inputs)[0]
-
-
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("run", [group_norm, road], ids=["round", "op"])
+@pytest.mark.parametrize("run", [group_norm, through], ids=["round", "op"])
 def test_only_gradients_that_are_wanted(run):
     tensors, grad = inputs((2, 32, 9, 5), torch.float32, has_shift=True)
     everything = results(run, tensors, grad, 4, True)[1:]
@@ -156,7 +159,7 @@ def test_only_gradients_that_are_wanted(run):
         assert not run(*leaves, 4, 1e-5, True).requires_grad
 
 
-@pytest.mark.parametrize("run", [group_norm, road], ids=["round", "op"])
+@pytest.mark.parametrize("run", [group_norm, through], ids=["round", "op"])
 def test_gradients_of_gradients_are_refused(run):
     tensors, _ = inputs((1, 8, 3, 3), torch.float32, has_shift=False)
     leaves = [tensor.requires_grad_() for tensor in tensors[:3]]
