@@ -36,7 +36,7 @@ from mmattn.training.shardings import prepare_model
 from mmattn.training.signals import EvaluationInterrupted, StopSignal, TrainingStoppedError
 from mmattn.training.start import Start, check_continuation, find_start
 from mmattn.training.state import LoopState, read_facts, stored_buffers, trained_dtypes
-from mmattn.training.step import BufferGuard, QueuedStep, queue_step, seed_draws
+from mmattn.training.step import BufferGuard, QueuedStep, StepResult, queue_step, seed_draws
 from mmattn.training.step_record import record_step
 from mmattn.training.task import Batch, Task
 from mmattn.training.window_sampler import stream_facts
@@ -131,7 +131,7 @@ class _Run:
             self.closing = closing.pop_all()
         self.model, self.optimizer, self.average = self.prepared.model, self.prepared.optimizer, self.prepared.average
         self.losses: list[float] = []
-        self.queued: _Queued | None = None
+        self.queued: list[_Queued] = []
         self.clock_began = 0.0
 
     def start(self, resume: bool | str | Path, command: str, resolved_config: dict[str, Any] | None) -> None:
@@ -242,16 +242,19 @@ class _Run:
     def _take_step(self, batches: Iterator[Sequence[Batch]]) -> None:
         """Queue a step, and finish the one before; this one too, where something has to be known of it at once."""
         waiting = time.perf_counter()
-        if self.queued is None:
+        if not self.queued:
             self.clock_began = waiting
         micro_batches = next(batches)
         data_s = time.perf_counter() - waiting
         with self.rates.counted():
             step = self._queue_step(micro_batches)
-        self._finish_queued()
-        self.queued = _Queued(step, self.state.step, self.state.examples, data_s)
+        queued = _Queued(step, self.state.step, self.state.examples, data_s)
         if self._must_see(step):
+            self.queued.append(queued)
             self._finish_queued()
+        else:
+            self._finish_queued()
+            self.queued.append(queued)
 
     def _queue_step(self, micro_batches: Sequence[Batch]) -> QueuedStep:
         step = self.state.step
@@ -276,18 +279,26 @@ class _Run:
         """Does anything depend on the step at hand before the next one may be queued?"""
         config, step = self.config, self.state.step
         has_followers = self.average is not None or self.buffers.are_written
-        may_be_last = step == config.max_steps or self.state.skipped_in_a_row + 1 >= config.max_bad_steps
+        not_finite = self.state.skipped_in_a_row + len(self.queued) + 1  # at most
+        may_be_last = step == config.max_steps or not_finite >= config.max_bad_steps
         is_due = any(every and step % every == 0 for every in (config.eval_every, config.save_every))
         return not queued.is_waiting or has_followers or may_be_last or is_due or bool(queued.stop_signal)
 
     def _finish_queued(self) -> None:
-        """Count and record the step that was queued last, if it is not yet, and do what is due after it."""
-        queued, self.queued = self.queued, None
-        if queued is None:
+        """Count and record the steps that nobody has looked at yet, and do what is due after them."""
+        steps, self.queued = self.queued, []
+        if not steps:
             return
-        result = queued.step.result()
+        results = [queued.step.result() for queued in steps]
         now = time.perf_counter()
-        step_s, self.clock_began = now - self.clock_began, now
+        # Of steps that are looked at together nobody knows when the first one ended.
+        step_s, self.clock_began = (now - self.clock_began) / len(steps), now
+        for queued, result in zip(steps, results, strict=True):
+            self._count(queued, result, step_s)
+        if steps[-1].number == self.state.step:
+            self._finish_step(results[-1].stop_signal)
+
+    def _count(self, queued: _Queued, result: StepResult, step_s: float) -> None:
         if result.skip_reason is None:
             self.state.tokens += result.count
             self.state.skipped_in_a_row = 0
@@ -308,8 +319,6 @@ class _Run:
                 f"last because {result.skip_reason}; lower learning_rate or look at the examples named in "
                 f"{self.store.output_dir / 'metrics.jsonl'}"
             )
-        if queued.number == self.state.step:
-            self._finish_step(result.stop_signal)
 
     def _finish_step(self, stop_signal: int) -> None:
         """Evaluate, save and stop, each where it is time for it."""

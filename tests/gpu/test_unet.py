@@ -82,14 +82,13 @@ def test_training_in_half_types_is_as_close_to_float32_as_stock(folder, dtype, e
         with torch.autocast(DEVICE, dtype, enabled=autocast):
             out = unet(*inputs).sample
         (512 * out.float().square().mean()).backward()  # float16's gradients would vanish
-        return [out.detach(), *(parameter.grad for parameter in unet.parameters())]
+        return {"output": out.detach()} | {name: parameter.grad for name, parameter in unet.named_parameters()}
 
-    wanted = trained(stock, False)
-    theirs, found = ([each.clone() for each in trained(unet, True)] for unet in (stock, ours))
+    wanted, theirs, found = trained(stock, False), trained(stock, True), trained(ours, True)
     assert bool(calls) == (DEVICE == "cuda")
-    names = ["output", *dict(ours.named_parameters())]
-    for name, exactly, low, got in zip(names, wanted, theirs, found, strict=True):
-        errors = [(each.double() - exactly.double()).norm() / exactly.double().norm() for each in (got, low)]
+    for name, got in found.items():
+        exact = wanted[name].double()
+        errors = [(each.double() - exact).norm() / exact.norm() for each in (got, theirs[name])]
         assert errors[0] <= 2 * errors[1] + 1e-3, name
 
 

@@ -80,11 +80,9 @@ _LARGE = (
 _REPLAYED = (
     AutoShape(HOPPER, HALVES, (40,), _TEXT, queries=(4096,), heads=(16, 128), when_replayed_only=True),
     AutoShape(HOPPER, HALVES, (80,), _TEXT, queries=(1024,), heads=(16, 32), when_replayed_only=True),
-    AutoShape(HOPPER, HALVES, (160,), _TEXT, queries=(256,), heads=(16, 32), when_replayed_only=True),
+    AutoShape(HOPPER, HALVES, (160,), _TEXT, queries=(256,), heads=(16, 128), when_replayed_only=True),
     AutoShape(HOPPER, HALVES, (64,), _TEXT, queries=(4096,), heads=(20, 160), when_replayed_only=True),
-    AutoShape(HOPPER, HALVES, (64,), _TEXT, queries=(1024,), heads=(40, 80), when_replayed_only=True),
-    AutoShape(HOPPER, HALVES, (160,), _TEXT, queries=(256,), heads=(32, 128), with_grad=True, when_replayed_only=True),
-    AutoShape(HOPPER, HALVES, (64,), _TEXT, queries=(1024,), heads=(80, 320), with_grad=True, when_replayed_only=True),
+    AutoShape(HOPPER, HALVES, (64,), _TEXT, queries=(1024,), heads=(40, 320), when_replayed_only=True),
 )
 
 BACKEND = Backend(
