@@ -35,7 +35,8 @@ pictures mean nothing. Parts import, compile and load side by side; while one me
 seconds are those in which it could run. Times of one table were taken in one process, its variants in turn; ± is half
 the distance from the shortest to the longest. A dash: not measured, because that kernel does not serve the call (flash
 and a mask), or because it would need too much memory. A part that was out of time has not failed: it was ended before
-all was measured, and its rows so far are here.
+all was measured, and its rows so far are here. Of a run with other parts than those that are here the seconds are the
+share of these, by what each part has taken.
 """
 FILE = "run.json"
 
@@ -197,7 +198,7 @@ def _minute(run: Run) -> str:
 
 def page(runs: list[Run], kept: dict[str, tuple[int, Outcome]]) -> str:
     """The whole page."""
-    parts = [f"# Measured on a card\n\n{HOW}", table(machines(runs))]
+    parts = [f"# Measured on a card\n\n{HOW}", table(machines(runs, kept))]
     parts += ["## What was run\n", table(results(runs, kept))]
     failed = [name for _, outcome in kept.values() for name in outcome.failed]
     if failed:
@@ -228,19 +229,30 @@ def results(runs: list[Run], kept: dict[str, tuple[int, Outcome]]) -> list[dict[
 def table_data(runs: list[Run], kept: dict[str, tuple[int, Outcome]]) -> str:
     """The page for programs: runs, parts and tables as JSON."""
     content = {
-        "runs": [{"begun": run.begun, "seconds": run.seconds, "machine": run.machine} for run in runs],
+        "runs": [
+            {"begun": run.begun, "seconds": seconds_of(run, number, kept), "machine": run.machine}
+            for number, run in enumerate(runs, start=1)
+        ],
         "parts": {part: {"run": number, **asdict(outcome)} for part, (number, outcome) in kept.items()},
         "tables": {part: runs[number - 1].tables[part] for part, (number, _) in kept.items()},
     }
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
-def machines(runs: list[Run]) -> list[dict[str, str]]:
+def seconds_of(run: Run, number: int, kept: dict[str, tuple[int, Outcome]]) -> float:
+    """Of a run's seconds the share of those of its parts that the page has, by what each part has taken."""
+    here = sum(outcome.seconds for of, outcome in kept.values() if of == number)
+    in_all = sum(outcome.seconds for outcome in run.outcomes)
+    return run.seconds * here / in_all if in_all else run.seconds
+
+
+def machines(runs: list[Run], kept: dict[str, tuple[int, Outcome]]) -> list[dict[str, str]]:
     """A row for each fact, a column for each run."""
     names = list(dict.fromkeys(name for run in runs for name in run.machine))
     heads = [f"run {number}" for number in range(1, len(runs) + 1)]
     rows = [("begun, UTC", [_minute(run) for run in runs])]
-    rows.append(("seconds, all its parts", [f"{run.seconds:.0f}" if run.seconds else "-" for run in runs]))
+    seconds = [seconds_of(run, number, kept) for number, run in enumerate(runs, start=1)]
+    rows.append(("seconds, its parts here", [f"{each:.0f}" if each else "-" for each in seconds]))
     rows += [(name, [run.machine.get(name, "-") for run in runs]) for name in names]
     return [{"": name, **dict(zip(heads, values, strict=True))} for name, values in rows]
 

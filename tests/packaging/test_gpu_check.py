@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -248,13 +249,21 @@ def test_every_part_has_its_script(unchanged):
 
 
 def test_training_has_the_memory_that_it_was_measured_to_take(unchanged):
+    import training  # from the folder that `unchanged` has put on the path
+
+    def takes_as_much(row):  # or was it measured before a batch was made larger?
+        return row.get("batch") == training.batch(row["recipe"], SimpleNamespace(tiny=False))
+
     tables = json.loads((ROOT / "docs" / "gpu.json").read_text(encoding="utf-8"))["tables"]
     for name in ("training", "training_compiled"):
         rows = [row for table in tables[name].values() for row in table]
         assert {row["recipe"] for row in rows} == set(unchanged.RECIPES)
         for row in rows:
+            if not takes_as_much(row):
+                continue
             peak = float(next(cell for column, cell in row.items() if column.startswith("peak memory")).split()[0])
             assert 1.05 * peak + 1 <= unchanged.PARTS[name].memory[row["recipe"]] <= 1.2 * peak + 1, row
+    assert all(map(takes_as_much, next(iter(tables["training_compiled"].values()))))
     # Beside the tests two recipes are prepared on a card of 80 GB.
     memory = unchanged.PARTS["training"].memory
     assert unchanged.PARTS["tests"].memory[""] + memory["translate"] + memory["vlm"] < unchanged.CARD_SHARE * 78
