@@ -23,7 +23,7 @@ class StepState:
 
     def __init__(self, network: nn.Module, name: str, *, runs_own_hooks: bool = False) -> None:
         self._network, self._name, self._runs_own_hooks = network, name, runs_own_hooks
-        self._parts: list[tuple[nn.Module, tuple[int, ...], bool]] = []
+        self._parts = _Parts([])
 
     def check_forwards(self) -> None:
         """Raise on what stands in a forward's way, which a captured step would pass by.
@@ -47,28 +47,28 @@ class StepState:
         Raises:
             UsageError: a forward hook on a part, which a captured step would pass by.
         """
-        if not self._parts or any(_children(module) != children for module, children, _ in self._parts):
+        parts, children = self._parts, self._parts.children()
+        if not parts.modules or children != parts.seen:
             # An adapter's layer, or PEFT's copy of a layer that is trained whole.
-            self._parts = [
-                (module, _children(module), hasattr(module, "disable_adapters")) for module in self._network.modules()
-            ]
-        structure: list[Any] = []
-        versions: list[int] = []
-        for module, children, is_adapter in self._parts:
-            own = module.__dict__
-            structure += (type(module), children, module.training, own.get("backend"))
-            for tensors in (module._parameters, module._buffers):
-                for tensor in tensors.values():
-                    if tensor is not None:
-                        structure += (tensor.data_ptr(), tensor.dtype)
-                        versions.append(0 if tensor.is_inference() else tensor._version)
-            if is_adapter:
-                structure += [repr(getattr(module, name, None)) for name in _ADAPTER]
-            if "b1" in own:
-                structure += [own.get(name) for name in _FREEU]
-            if module._forward_hooks or module._forward_pre_hooks:
-                self._check_hook(module)
-        return tuple(structure), tuple(versions)
+            parts = self._parts = _Parts(list(self._network.modules()))
+            children = parts.seen
+        for number, own in enumerate(parts.own):
+            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                self._check_hook(parts.modules[number])
+        held = [own["_parameters"] for own in parts.own] + [own["_buffers"] for own in parts.own]
+        tensors = [tensor for each in held for tensor in each.values()]
+        structure = (
+            children,
+            [type(module) for module in parts.modules],
+            [own["training"] for own in parts.own],
+            [own.get("backend") for own in parts.own],
+            [len(each) for each in held],
+            [None if tensor is None else (tensor.data_ptr(), tensor.dtype) for tensor in tensors],
+            [repr(getattr(module, name, None)) for module in parts.adapters for name in _ADAPTER],
+            [own.get(name) for own in parts.own if "b1" in own for name in _FREEU],
+        )
+        given = [tensor for tensor in tensors if tensor is not None]
+        return structure, tuple([0 if tensor.is_inference() else tensor._version for tensor in given])
 
     def _check_hook(self, module: nn.Module) -> None:
         is_own = module is self._network
@@ -80,5 +80,23 @@ class StepState:
         )
 
 
-def _children(module: nn.Module) -> tuple[int, ...]:
-    return tuple(map(id, module._modules.values()))
+class _Parts:
+    """The modules of a network, and what of them need not be looked up in every step.
+
+    Attributes:
+        modules: in their order.
+        own: their attributes.
+        adapters: those of them that PEFT has made.
+        seen: their children, as they were.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+        self.own: list[dict[str, Any]] = [module.__dict__ for module in modules]
+        # What diffusers' models have by that name is a method, whose `repr` would be the whole network's.
+        self.adapters = [module for module in modules if isinstance(getattr(module, "disable_adapters", None), bool)]
+        self.seen = self.children()
+
+    def children(self) -> list[tuple[int, ...]]:
+        """Of each module, by identity."""
+        return [tuple(map(id, own["_modules"].values())) for own in self.own]
