@@ -252,14 +252,13 @@ def test_large_batches_without_a_mask(on_a_card):
         assert on_a_card(10, 4096, 77, 64, batch=16, has_grad=has_grad)
 
 
+@pytest.mark.parametrize("has_grad", [False, True])
 @pytest.mark.parametrize(("heads", "queries", "head_dim"), [(8, 256, 160), (20, 1024, 64)])
-def test_large_batches_without_a_mask_where_they_are_replayed(on_a_card, heads, queries, head_dim):
-    """The backward gains at sizes where the forward does not."""
-    assert not on_a_card(heads, queries, 77, head_dim, batch=16, has_grad=True)
+def test_large_batches_without_a_mask_where_they_are_replayed(on_a_card, heads, queries, head_dim, has_grad):
+    assert not on_a_card(heads, queries, 77, head_dim, batch=16, has_grad=has_grad)
     with replayed():
-        assert on_a_card(heads, queries, 77, head_dim, batch=16, has_grad=True)
-        assert not on_a_card(heads, queries, 77, head_dim, batch=17, has_grad=True)
-        assert not on_a_card(heads, queries, 77, head_dim, batch=16)
+        assert on_a_card(heads, queries, 77, head_dim, batch=16, has_grad=has_grad)
+        assert not on_a_card(heads, queries, 77, head_dim, batch=17, has_grad=has_grad)
 
 
 @pytest.mark.parametrize(("heads", "keys", "head_dim", "batch"), [(16, 300, 72, 16), (24, 512, 128, 2)])

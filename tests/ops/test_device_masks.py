@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmattn.ops.attention import attention
@@ -113,3 +114,38 @@ def test_scores_of_rows_without_keys_survive_a_rounded_lse(monkeypatch, dtype):
     torch.testing.assert_close(weights.sum(-1), torch.ones(SHAPE.batch, 1, 1))
     bad = torch.full((1, SHAPE.keys), -1e30, dtype=torch.bfloat16)
     assert not torch.allclose(torch.exp(bad.float() - lse_of(bad)).sum(), torch.tensor(1.0))
+
+
+def test_a_float_mask_of_keys_is_taken_apart_once(monkeypatch):
+    """Every layer is given the same one, in a view of its own."""
+    query, key, value = make_inputs(SHAPE, torch.float32, generator_for(11))
+    bias = torch.zeros(SHAPE.batch, 1, SHAPE.keys)
+    bias[0, 0, 4:], bias[1] = -10000.0, float("-inf")
+    masked = key.clone()
+    masked[1] = float("nan")
+    expected = attention(query, key, value, attn_mask=bias.unsqueeze(1), backend="eager")
+    made, plain = [], Tensor.masked_fill
+    monkeypatch.setattr(Tensor, "masked_fill", lambda *given: made.append(1) or plain(*given))
+    with torch.no_grad():
+        for _ in range(3):
+            found = through_sdpa(query, masked, value, attn_mask=bias.unsqueeze(1))
+            torch.testing.assert_close(found, expected)
+    assert len(made) == 1
+    assert not found[1].any()
+    bias[1] = 0.0  # written to
+    for mask in (bias, bias.clone()):
+        expected = attention(query, key, value, attn_mask=mask.unsqueeze(1), backend="eager")
+        made.clear()
+        for _ in range(2):
+            torch.testing.assert_close(through_sdpa(query, key, value, attn_mask=mask.unsqueeze(1)), expected)
+        assert len(made) == 1
+
+
+def test_the_gradient_of_a_float_mask_of_keys():
+    query, key, value = make_inputs(SHAPE, torch.float64, generator_for(13))
+    bias = torch.randn(SHAPE.batch, 1, 1, SHAPE.keys, dtype=torch.float64, generator=generator_for(13))
+    bias[0, ..., 2], bias[2] = float("-inf"), float("-inf")
+    found = [bias.clone().requires_grad_() for _ in range(2)]
+    for each, backend in zip(found, ("sdpa", "eager"), strict=True):
+        attention(query, key, value, attn_mask=each, backend=backend).square().sum().backward()
+    torch.testing.assert_close(found[0].grad, found[1].grad)

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mmattn.errors import BackendError
 from mmattn.kernels.plain import is_eager_call, is_forward_mode, is_plain_call
 from mmattn.ops import masks
+from mmattn.ops.bias_parts import parts_of_bias
 from mmattn.ops.derivatives import forward_mode_refused
 from mmattn.ops.limits import FLOATS, HALVES, Backend, KnownBad, Limits, compute_capability, torch_device_missing
 from mmattn.ops.request import Request, with_positive_scale
@@ -164,6 +165,8 @@ def _attend_masked(
         return _kernel(request, query, key, value, mask, False)
     if mask.dtype is torch.bool and mask.shape[1:3] == (1, 1):
         return _attend_keys(request, query, key, value, mask)
+    if mask.dtype is not torch.bool and mask.shape[2] == 1 and _fits_keys(mask, query, key):
+        return _attend_bias(request, query, key, value, mask)
     allowed = _allowed(mask)
     key, value = masks.zero_unused(key, value, allowed)
     empty = masks.empty_rows(allowed)
@@ -183,6 +186,19 @@ def _attend_keys(request: Request, query: Tensor, key: Tensor, value: Tensor, ma
     key, value = torch.where(is_used, key, zero), torch.where(is_used, value, zero)
     may_not = torch.where(mask.any(dim=-1, keepdim=True), may_not, zero)
     return _kernel(request, query, key, value, torch.where(mask, zero, may_not), False)
+
+
+def _fits_keys(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Has each of its heads a head of keys?"""
+    return mask.shape[1] == 1 or query.shape[1] == key.shape[1]
+
+
+def _attend_bias(request: Request, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """As `_attend_keys`, with a float mask [B or 1, H or 1, 1, Lk]: -inf leaves a key out."""
+    zero, _ = _zero_and_may_not(query)
+    is_used, bias = parts_of_bias(mask)
+    key, value = torch.where(is_used, key, zero), torch.where(is_used, value, zero)
+    return _kernel(request, query, key, value, bias, False)
 
 
 # For each device and dtype, on the device: from Python each would be a kernel more in every call.
