@@ -20,16 +20,21 @@ def parts_of_bias(mask: Tensor) -> Parts:
 
     Remembered for the mask that was given last, until it is written to: every layer of a model is given the same.
     """
-    owner, place = mask if mask._base is None else mask._base, _place(mask)
-    last = _LAST.get()
-    if place is not None and last is not None and last[0]() is owner and last[1] == place:
+    place = _place(mask)
+    if place is None:
+        return _parts(mask)
+    owner, last = mask if mask._base is None else mask._base, _LAST.get()
+    if last is not None and last[0]() is owner and last[1] == place:
         return last[2]
+    parts = _parts(mask)
+    _LAST.set((weakref.ref(owner), place, parts))
+    return parts
+
+
+def _parts(mask: Tensor) -> Parts:
     allowed = mask > float("-inf")
     empty = ~allowed.any(dim=-1, keepdim=True)
-    parts = allowed.transpose(2, 3), mask.masked_fill(empty, 0.0)
-    if place is not None:
-        _LAST.set((weakref.ref(owner), place, parts))
-    return parts
+    return allowed.transpose(2, 3), mask.masked_fill(empty, 0.0)
 
 
 def _place(mask: Tensor) -> tuple[Any, ...] | None:
