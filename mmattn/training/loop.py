@@ -299,8 +299,8 @@ class _Run:
         results = [queued.step.result() for queued in steps]
         seen = [self._count(queued, result) for queued, result in zip(steps, results, strict=True)]
         now = time.perf_counter()
-        # Of steps that are looked at together nobody knows when the first one ended. Of the time of one that is looked
-        # at late, that in which the next one's data was waited for is a part.
+        # Of steps that are looked at together nobody knows when the first one ended. Where one is looked at late, what
+        # was waited for meanwhile is the next one's data.
         step_s, data_s = (now - self.clock_began) / len(steps), self.waited_s / len(steps)
         self.clock_began, self.waited_s = now, 0.0
         for state, result in zip(seen, results, strict=True):

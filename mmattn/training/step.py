@@ -338,7 +338,7 @@ class BufferGuard:
         """Does the model write to any of them? (A table of constants never changes.) To be asked after each step.
 
         A write through `tensor.data`, or by `F.batch_norm`, leaves the version as it was: so values are compared too,
-        after the first step and after each that follows `keep`, for then a card has to be waited for.
+        which has to wait for a card, and is done only after the first step and those that follow `keep`.
         """
         if not self._are_written:
             is_changed = self._is_kept_before and not all(map(_are_same_bits, self._buffers, self._kept))
