@@ -108,12 +108,11 @@ def _shown(metrics: dict[str, float], is_best: bool) -> str:
 
 @dataclass(frozen=True)
 class _Queued:
-    """A step that nobody has looked at yet: its number, the examples up to it, and how long its data was waited for."""
+    """A step that nobody has looked at yet: its number, and the examples up to it."""
 
     step: QueuedStep
     number: int
     examples: int
-    data_s: float
 
 
 class _Run:
@@ -132,7 +131,7 @@ class _Run:
         self.model, self.optimizer, self.average = self.prepared.model, self.prepared.optimizer, self.prepared.average
         self.losses: list[float] = []
         self.queued: list[_Queued] = []
-        self.clock_began = 0.0
+        self.clock_began = self.waited_s = 0.0
 
     def start(self, resume: bool | str | Path, command: str, resolved_config: dict[str, Any] | None) -> None:
         """Find and load the starting point, open the logs, say what will happen."""
@@ -221,7 +220,7 @@ class _Run:
                 self._take_step(batches)
         except BaseException:
             with suppress(Exception):  # a step that was taken is in the log, whatever has ended the run
-                self._finish_queued()
+                self._see_queued()
             raise
         self.checkpoints.save(self.state, self.log)
         metrics, best_step, best_value = on_main(self.accelerator, self._publish)
@@ -243,18 +242,20 @@ class _Run:
         """Queue a step, and finish the one before; this one too, where something has to be known of it at once."""
         waiting = time.perf_counter()
         if not self.queued:
-            self.clock_began = waiting
+            self.clock_began, self.waited_s = waiting, 0.0
         micro_batches = next(batches)
-        data_s = time.perf_counter() - waiting
+        self.waited_s += time.perf_counter() - waiting
         with self.rates.counted():
             step = self._queue_step(micro_batches)
-        queued = _Queued(step, self.state.step, self.state.examples, data_s)
+        queued = _Queued(step, self.state.step, self.state.examples)
         if self._must_see(step):
             self.queued.append(queued)
             self._finish_queued()
         else:
             self._finish_queued()
             self.queued.append(queued)
+            if self.stop.received:  # meanwhile: the step at hand is the last
+                self._finish_queued()
 
     def _queue_step(self, micro_batches: Sequence[Batch]) -> QueuedStep:
         step = self.state.step
@@ -278,44 +279,60 @@ class _Run:
     def _must_see(self, queued: QueuedStep) -> bool:
         """Does anything depend on the step at hand before the next one may be queued?"""
         config, step = self.config, self.state.step
-        has_followers = self.average is not None or self.buffers.are_written
+        if not queued.is_waiting or queued.stop_signal or self.average is not None or self.buffers.are_written():
+            return True
         not_finite = self.state.skipped_in_a_row + len(self.queued) + 1  # at most
         may_be_last = step == config.max_steps or not_finite >= config.max_bad_steps
-        is_due = any(every and step % every == 0 for every in (config.eval_every, config.save_every))
-        return not queued.is_waiting or has_followers or may_be_last or is_due or bool(queued.stop_signal)
+        return may_be_last or any(every and step % every == 0 for every in (config.eval_every, config.save_every))
 
     def _finish_queued(self) -> None:
-        """Count and record the steps that nobody has looked at yet, and do what is due after them."""
+        """See the steps that nobody has looked at yet, and do what is due after them."""
+        stop_signal = self._see_queued()
+        if stop_signal is not None:
+            self._finish_step(stop_signal)
+
+    def _see_queued(self) -> int | None:
+        """Count and record the steps that nobody has looked at yet; the stop signal, where the newest is among them."""
         steps, self.queued = self.queued, []
         if not steps:
-            return
+            return None
         results = [queued.step.result() for queued in steps]
+        seen = [self._count(queued, result) for queued, result in zip(steps, results, strict=True)]
         now = time.perf_counter()
-        # Of steps that are looked at together nobody knows when the first one ended.
-        step_s, self.clock_began = (now - self.clock_began) / len(steps), now
-        for queued, result in zip(steps, results, strict=True):
-            self._count(queued, result, step_s)
-        if steps[-1].number == self.state.step:
-            self._finish_step(results[-1].stop_signal)
+        # Of steps that are looked at together nobody knows when the first one ended. Where one is looked at late, what
+        # was waited for meanwhile is the next one's data.
+        step_s, data_s = (now - self.clock_began) / len(steps), self.waited_s / len(steps)
+        self.clock_began, self.waited_s = now, 0.0
+        for state, result in zip(seen, results, strict=True):
+            self._record(state, result, data_s=data_s, step_s=step_s)
+        return results[-1].stop_signal if steps[-1].number == self.state.step else None
 
-    def _count(self, queued: _Queued, result: StepResult, step_s: float) -> None:
+    def _count(self, queued: _Queued, result: StepResult) -> LoopState:
+        """Count a step; the state after it."""
+        # An older one has written nothing to the buffers, or it would have been looked at; the newest may have.
+        is_newest = queued.number == self.state.step
         if result.skip_reason is None:
             self.state.tokens += result.count
             self.state.skipped_in_a_row = 0
-            self.buffers.keep()
+            if is_newest:
+                self.buffers.keep()
             if self.average is not None:
                 self.average.update()
-            self.losses.append(result.loss)
         else:
-            self.buffers.put_back()
+            if is_newest:
+                self.buffers.put_back()
             self.state.skipped += 1
             self.state.skipped_in_a_row += 0 if result.is_overflow else 1
-        clock = self.rates.clock(queued.number, result.count, data_s=queued.data_s, step_s=step_s)
-        seen = replace(self.state, step=queued.number, examples=queued.examples)
-        record_step(self.log, self.config, self.sampler, seen, result, clock)
-        if self.state.skipped_in_a_row >= self.config.max_bad_steps:
+        return replace(self.state, step=queued.number, examples=queued.examples)
+
+    def _record(self, state: LoopState, result: StepResult, *, data_s: float, step_s: float) -> None:
+        clock = self.rates.clock(state.step, result.count, data_s=data_s, step_s=step_s)
+        record_step(self.log, self.config, self.sampler, state, result, clock)
+        if result.skip_reason is None:
+            self.losses.append(result.loss)
+        if state.skipped_in_a_row >= self.config.max_bad_steps:
             raise RunError(
-                f"stopped at step {queued.number}: {self.state.skipped_in_a_row} steps in a row were not finite, the "
+                f"stopped at step {state.step}: {state.skipped_in_a_row} steps in a row were not finite, the "
                 f"last because {result.skip_reason}; lower learning_rate or look at the examples named in "
                 f"{self.store.output_dir / 'metrics.jsonl'}"
             )

@@ -20,6 +20,7 @@ from mmattn.training.devices import sum_over_processes
 from mmattn.training.gradients import Gradients
 from mmattn.training.optim import StepOptimizer
 from mmattn.training.task import Batch, Loss, Task
+from mmattn.training.tensor_rows import own_rows
 
 _SMALLEST_SCALE = 1.0  # of an fp16 loss
 
@@ -127,13 +128,12 @@ def queue_step(
     max_norm, adamw = max_grad_norm or math.inf, fused_adamw(optimizer, gradients, accelerator)
     if adamw is not None and count > 0:
         read = _stepped(optimizer, adamw, gradients, losses, max_norm)
-        signal = stop_signal()
 
         def finish() -> StepResult:
-            figures = _gather(accelerator, {**read(), "stop": signal})
+            figures = _gather(accelerator, {**read(), "stop": stop_signal()})
             return _result(figures, count, _skip_reason_of(figures, count))
 
-        return QueuedStep(finish, signal, is_waiting=True)
+        return QueuedStep(finish, stop_signal(), is_waiting=True)
     own = _own_figures(losses, gradients.clip(max_norm).item())
     result = _taken(optimizer, gradients, accelerator, _gather(accelerator, {**own, "stop": stop_signal()}), count)
     return QueuedStep(lambda: result, result.stop_signal, is_waiting=False)
@@ -331,26 +331,38 @@ class BufferGuard:
         self._buffers = list(buffers.values())
         self._kept = [buffer.clone() for buffer in self._buffers]
         self._versions = self._read_versions()
+        self._are_written = False
+        self._is_kept_before = True  # what is kept is of the step before the one that is asked about
 
-    @property
     def are_written(self) -> bool:
-        """Has any of them been written to since the beginning? (A table of constants never is.)"""
-        return self._versions != self._read_versions()
+        """Does the model write to any of them? (A table of constants never changes.) To be asked after each step.
+
+        A write through `tensor.data`, or by `F.batch_norm`, leaves the version as it was: so values are compared too,
+        which has to wait for a card, and is done only after the first step and those that follow `keep`.
+        """
+        if not self._are_written:
+            is_changed = self._is_kept_before and not all(map(_are_same_bits, self._buffers, self._kept))
+            self._are_written = is_changed or self._versions != self._read_versions()
+            self._is_kept_before = False
+        return self._are_written
 
     def _read_versions(self) -> list[int]:
         return [0 if buffer.is_inference() else buffer._version for buffer in self._buffers]
 
     def keep(self) -> None:
         """Remember the buffers after a good step."""
-        if self.are_written:
-            self._copy(self._buffers, self._kept)
+        for buffer, kept in zip(self._buffers, self._kept, strict=True):
+            kept.copy_(buffer)
+        self._is_kept_before = True
 
     def put_back(self) -> None:
         """Undo what happened to the buffers since `keep`."""
-        if self.are_written:
-            self._copy(self._kept, self._buffers)
+        for buffer, kept in zip(self._buffers, self._kept, strict=True):
+            if not _are_same_bits(buffer, kept):  # a table need not be writable: expanded, or made for inference
+                buffer.copy_(kept)
 
-    @staticmethod
-    def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-        for source, target in zip(sources, targets, strict=True):
-            target.copy_(source)
+
+def _are_same_bits(one: Tensor, other: Tensor) -> bool:
+    # Not by value: that does not exist for every type of eight bits, and NaN is not itself.
+    bits = [own_rows(tensor).local.flatten().view(torch.uint8) for tensor in (one, other)]
+    return torch.equal(*bits)

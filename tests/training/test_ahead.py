@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 from accelerate import Accelerator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmattn.training import ahead, read_metrics, train
+from mmattn.training import TrainingStoppedError, ahead, read_metrics, train
 from mmattn.training.ahead import fused_adamw
+from mmattn.training.ema import ParameterAverage
 from mmattn.training.gradients import Gradients
 from mmattn.training.optim import make_optimizer
 from tests.training.toy import ToyTask, toy_config
@@ -175,3 +180,99 @@ def test_averages_and_running_statistics_follow_each_step(tmp_path, order):
     order.clear()
     train(ToyTask(), toy_config(tmp_path / "statistics", max_steps=3, eval_every=0))
     assert order == at_once
+
+
+def level_task(is_written):
+    """A model with a buffer that a bad step spoils."""
+    task = ToyTask(bad=[12], has_batch_norm=False)
+    task.model.register_buffer("level", torch.zeros(()))
+
+    def follow(model, args):
+        if model.training:
+            is_written(model.level, args[1].mean())
+
+    task.model.register_forward_pre_hook(follow)
+    return task
+
+
+def past_the_version(level, mean):
+    level.data.mul_(0.9).add_(mean)
+
+
+def from_the_first_bad_step_on(level, mean):
+    if mean.isnan() or level != 0:
+        level.mul_(0.9).add_(mean)
+
+
+@pytest.mark.parametrize("is_written", [past_the_version, from_the_first_bad_step_on])
+def test_buffers_are_those_of_the_last_good_step_however_they_are_written(tmp_path, both, is_written):
+    def run(name):
+        task = level_task(is_written)
+        train(task, toy_config(tmp_path / name, max_steps=9, save_every=0, eval_every=0, max_grad_norm=None))
+        skipped = [line["step"] for line in read_metrics(tmp_path / name / "metrics.jsonl", kind="skipped")]
+        return {name: value.clone() for name, value in task.model.state_dict().items()}, skipped
+
+    (looked, skipped), (queued, _), _ = both(run)
+    assert skipped[0] > 1
+    assert looked["level"].isfinite()
+    assert all(torch.equal(value, queued[name]) for name, value in looked.items())
+
+
+def test_statistics_that_are_written_past_their_version_follow_each_step(tmp_path, order):
+    train(level_task(past_the_version), toy_config(tmp_path, max_steps=3, save_every=0, eval_every=0))
+    assert order == ["queued 1", "seen 1", "queued 2", "seen 2", "queued 3", "seen 3"]
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_signal_stops_a_run_after_the_step_at_hand(tmp_path, order, monkeypatch, ema_decay):
+    own = ahead.step_ahead
+
+    def ahead_and_signalled(*arguments):
+        read, number = own(*arguments), sum(each.startswith("queued") for each in order)
+
+        def figures():
+            if number == 2:  # comes while they are waited for
+                os.kill(os.getpid(), signal.SIGTERM)
+            return read()
+
+        return figures
+
+    monkeypatch.setattr("mmattn.training.step.step_ahead", ahead_and_signalled)
+    options = {"max_steps": 9, "save_every": 0, "eval_every": 0, "ema_decay": ema_decay}
+    last = 3 if ema_decay is None else 2
+    with pytest.raises(TrainingStoppedError, match=f"after step {last}, saved in .*{last}; continue"):
+        train(ToyTask(has_batch_norm=False), toy_config(tmp_path, **options))
+    assert order[-1] == f"seen {last}"
+    assert sum(each.startswith("queued") for each in order) == last
+
+
+def test_a_run_that_breaks_after_a_signal_is_not_saved(tmp_path, order):
+    class Breaking(ToyTask):
+        def loss(self, model, batch):
+            if order[-1] == "queued 3":
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise RuntimeError("broken")
+            return super().loss(model, batch)
+
+    with pytest.raises(RuntimeError, match="broken"):
+        train(Breaking(has_batch_norm=False), toy_config(tmp_path, max_steps=9, save_every=0, eval_every=0))
+    assert order[-1] == "seen 2"
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_data_is_waited_for_within_the_time_of_a_step(tmp_path, order):
+    class Slow(ToyTask):
+        def collate(self, draws):
+            time.sleep(0.1 * (order[-1:] == ["seen 2"]))
+            return super().collate(draws)
+
+    train(Slow(has_batch_norm=False), toy_config(tmp_path, max_steps=6, save_every=0, eval_every=0))
+    clocks = [line["time"] for line in read_metrics(tmp_path / "metrics.jsonl", kind="train")]
+    assert max(clock["data_s"] for clock in clocks) >= 0.1
+    assert all(clock["data_s"] <= clock["step_s"] for clock in clocks)
+
+
+def test_averages_belong_to_the_time_of_a_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(ParameterAverage, "update", lambda average: time.sleep(0.05))
+    train(ToyTask(), toy_config(tmp_path, max_steps=2, ema_decay=0.9, eval_every=0))
+    assert all(line["time"]["step_s"] > 0.05 for line in read_metrics(tmp_path / "metrics.jsonl", kind="train"))

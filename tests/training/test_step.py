@@ -164,3 +164,15 @@ def test_buffers_of_a_skipped_step_come_back():
     norm(torch.full((5, 3), float("nan")))
     guard.put_back()
     assert all(torch.equal(buffer, good[name]) for name, buffer in norm.named_buffers())
+
+
+def test_buffers_that_cannot_be_written_to_are_left_alone():
+    with torch.inference_mode():
+        table = torch.arange(3.0)
+    buffers = {"table": table, "expanded": torch.arange(3).expand(2, 3), "level": torch.zeros(())}
+    guard = BufferGuard(buffers)
+    assert not guard.are_written()
+    buffers["level"].fill_(torch.nan)
+    assert guard.are_written()
+    guard.put_back()
+    assert buffers["level"] == 0
