@@ -63,8 +63,8 @@ class BackwardConfig:
 @dataclass(frozen=True)
 class SplitConfig:
     """Of the backward by programs that compute one gradient each. Attributes: queries a block, programs per processor
-    that gradients of keys and values are shared out among, warps, pipeline depth, and the most queries, and heads of
-    all the batch, for which that was measured to be faster."""
+    that gradients of keys and values are shared out among, warps, pipeline depth, and the most queries, and the most
+    and fewest heads of all the batch, for which that was measured to be faster."""
 
     block_m: int = 128
     programs_per_processor: float = 1.0
@@ -72,6 +72,7 @@ class SplitConfig:
     num_stages: int = 1
     most_queries: int = 1 << 30
     most_heads: int = 1 << 30
+    fewest_heads: int = 1
 
 
 _Config = TypeVar("_Config", ForwardConfig, BackwardConfig)
@@ -98,7 +99,7 @@ SPLIT_BACKWARD: dict[tuple[int, int], tuple[SplitConfig, ...]] = {
     (64, 80): (SplitConfig(64, 2.0, 4, 2, most_queries=1024, most_heads=80),),
     (160, 80): (
         SplitConfig(128, 1.0, 8, 2, most_queries=256, most_heads=32),
-        SplitConfig(64, 1.0, 4, 1, most_queries=256, most_heads=128),
+        SplitConfig(64, 1.0, 4, 1, most_queries=256, most_heads=128, fewest_heads=33),
     ),
 }
 
@@ -121,7 +122,8 @@ def backward_config(
     sizes = padded(head_dim), padded(num_keys)
     is_measured = dtype.itemsize == 2 and card.has_warp_groups
     for split in SPLIT_BACKWARD.get(sizes, ()) if is_measured else ():
-        if split.block_m < num_queries <= split.most_queries and num_heads <= split.most_heads:
+        is_its_number = split.fewest_heads <= num_heads <= split.most_heads
+        if split.block_m < num_queries <= split.most_queries and is_its_number:
             return split
     config = BACKWARD.get(sizes) if is_measured else None
     config = config or _estimated_backward(card, dtype, *sizes)

@@ -127,7 +127,8 @@ def test_few_queries_have_a_gradient_a_program():
     for card, dtype, sizes, expected in (
         (hopper, torch.bfloat16, (160, 77, 256, 32), SplitConfig),
         (hopper, torch.float16, (64, 77, 1024, 80), SplitConfig),
-        (hopper, torch.bfloat16, (160, 77, 256, 64), BackwardConfig),
+        (hopper, torch.bfloat16, (160, 77, 256, 64), SplitConfig),
+        (hopper, torch.bfloat16, (160, 77, 256, 129), BackwardConfig),
         (hopper, torch.bfloat16, (160, 77, 257, 32), BackwardConfig),
         (hopper, torch.bfloat16, (160, 77, 128, 32), BackwardConfig),
         (hopper, torch.bfloat16, (64, 77, 4096, 20), BackwardConfig),
