@@ -204,3 +204,24 @@ def test_adapters_can_be_saved_after_compiled_steps(tmp_path: Path) -> None:
     assert cast(nn.Conv2d, conv).weight.is_contiguous(memory_format=torch.channels_last)
     ours.save_lora_adapter(tmp_path)
     assert list(tmp_path.iterdir())
+
+
+def test_transforms_of_torch_func(calls: list[str]) -> None:
+    """They have no rules for our operations."""
+    resnet = pictures.ResnetBlock2D(in_channels=4, temb_channels=3, groups=2)
+    generator = torch.Generator().manual_seed(0)
+    x, embedding = (torch.randn(size, generator=generator) for size in ((2, 4, 3, 5), (2, 3)))
+
+    def loss(x: Tensor) -> Tensor:
+        return resnet(x, embedding).square().sum()
+
+    wanted = loss(x.requires_grad_())
+    wanted_grad = torch.autograd.grad(wanted, x)[0]
+    x = x.detach()
+    torch.testing.assert_close(torch.func.vmap(loss)(x[None])[0], wanted)
+    x = pictures.channels_last(x)
+    compiled = torch.compile(lambda x: torch.func.grad(loss)(x), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), wanted_grad)
+    assert not calls
+    loss(x)
+    assert calls == ["silu", "shift"]

@@ -27,7 +27,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel as _
 from diffusers.models.upsampling import Upsample2D as _StockUpsample
 from torch import Tensor, nn
 
-from mmattn.kernels.plain import is_eager_call
+from mmattn.kernels.plain import is_compiled_call, is_eager_call
 from mmattn.nn.packed_linears import is_hooked
 from mmattn.ops.triton_missing import triton_missing
 
@@ -54,7 +54,7 @@ def are_wanted_channels_last(unet: nn.Module, sample: Tensor) -> bool:
 
 
 def _are_kernels_there(x: Tensor) -> bool:
-    return (torch.compiler.is_compiling() or is_eager_call(x)) and triton_missing(x.device.type) is None
+    return (is_compiled_call(x) or is_eager_call(x)) and triton_missing(x.device.type) is None
 
 
 def _is_their_time(module: nn.Module) -> bool:
@@ -68,8 +68,8 @@ def _fits(module: nn.Module, x: Tensor) -> bool:
         and x.dtype in _HALVES
         and _is_their_time(module)
         and x.dim() == 4
+        and _are_kernels_there(x)  # asked before the layout, which a tensor within vmap does not tell
         and x.is_contiguous(memory_format=torch.channels_last)
-        and _are_kernels_there(x)
     )
 
 
