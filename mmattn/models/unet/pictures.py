@@ -7,9 +7,9 @@ embedding before them and SiLU after them, are kernels of mmattn's (`kernels.gro
 rounding, of which there is less.
 
 It is so in training, where parameters stay as they are in memory (a convolution's weights are laid out as they are
-cast), and in compiled denoising steps (`captured_pictures`). On a CPU, in float32 and in other steps without gradients
-everything is diffusers' own. So is whatever has hooks or adapters, and whatever diffusers' other networks have
-(samplers within ResNets, other norms and activations).
+cast), and in compiled denoising steps (`captured_pictures`). On a CPU, in float32, in other steps without gradients and
+within transforms of torch.func everything is diffusers' own. So is whatever has hooks or adapters, and whatever
+diffusers' other networks have (samplers within ResNets, other norms and activations).
 
 Sizes: B pictures, C channels, H and W.
 """
