@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import types
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -137,3 +139,89 @@ def test_frozen_weights_and_one_that_is_wanted() -> None:
     assert grads.keys() == {"sample", "mid_block.resnets.0.conv1.weight"}
     assert wanted.grad is not None
     assert wanted.grad.abs().sum() > 0
+
+
+class Wrapped(nn.Module):
+    """Somebody's own layer about a convolution: no bias to be seen, and pictures in rows of pixels."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x).contiguous()
+
+
+def doubled(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return 2 * nn.functional.conv2d(x, weight, bias, conv.stride, conv.padding)
+
+
+@pytest.mark.parametrize("is_wrapped", [True, False], ids=["another layer", "another _conv_forward"])
+def test_somebodys_own_convolutions(is_wrapped: bool, calls: list[str]) -> None:
+    names = ("down_blocks.0.resnets.0.conv1", "mid_block.resnets.0.conv2", "up_blocks.1.resnets.0.conv_shortcut")
+    names = (*names, "down_blocks.0.attentions.0.proj_out")
+    theirs = stock()
+    ours = UNet.from_stock(copy.deepcopy(theirs))
+    for unet in (ours, theirs):
+        for name in names:
+            conv: Any = unet.get_submodule(name)
+            if is_wrapped:
+                unet.set_submodule(name, Wrapped(conv))
+            else:
+                conv._conv_forward = types.MethodType(doubled, conv)
+    (out, grads), (wanted, wanted_grads) = step(ours), step(theirs)
+    assert calls.count("shift") > 3
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grads, wanted_grads, rtol=1e-3, atol=1e-4)
+
+
+def test_a_hook_on_an_activation_sees_every_use() -> None:
+    ours, seen = UNet.from_stock(stock()), []
+    ours.mid_block.resnets[0].nonlinearity.register_forward_hook(lambda *_: seen.append(1))
+    step(ours)
+    assert len(seen) == 3  # one is that of the time embedding
+
+
+def test_weights_of_the_pictures_dtype_are_not_kept_twice() -> None:
+    """A convolution in channels-last lays them out itself, where it needs them."""
+    ours, kept = UNet.from_stock(stock()), []
+    sample, text, _ = inputs()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        ours(sample, 7, text)
+    weights = [each.weight for each in ours.modules() if isinstance(each, nn.Conv2d) and each.kernel_size == (3, 3)]
+    shapes, own = {weight.shape for weight in weights}, {weight.data_ptr() for weight in weights}
+    held = [tensor for tensor in kept if tensor.shape in shapes]
+    assert len(held) >= len(weights)
+    assert {tensor.data_ptr() for tensor in held} == own
+
+
+def test_adapters_can_be_saved_after_compiled_steps(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    ours = UNet.from_stock(stock())
+    ours.add_adapter(peft.LoraConfig(r=2, target_modules=["conv1"], modules_to_save=["conv_out"]))
+    pictures.lay_out_weights(ours)
+    conv = ours.get_submodule("mid_block.resnets.0.conv1.base_layer")
+    assert cast(nn.Conv2d, conv).weight.is_contiguous(memory_format=torch.channels_last)
+    ours.save_lora_adapter(tmp_path)
+    assert list(tmp_path.iterdir())
+
+
+def test_transforms_of_torch_func(calls: list[str]) -> None:
+    """They have no rules for our operations."""
+    resnet = pictures.ResnetBlock2D(in_channels=4, temb_channels=3, groups=2)
+    generator = torch.Generator().manual_seed(0)
+    x, embedding = (torch.randn(size, generator=generator) for size in ((2, 4, 3, 5), (2, 3)))
+
+    def loss(x: Tensor) -> Tensor:
+        return resnet(x, embedding).square().sum()
+
+    wanted = loss(x.requires_grad_())
+    wanted_grad = torch.autograd.grad(wanted, x)[0]
+    x = x.detach()
+    torch.testing.assert_close(torch.func.vmap(loss)(x[None])[0], wanted)
+    x = pictures.channels_last(x)
+    compiled = torch.compile(lambda x: torch.func.grad(loss)(x), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), wanted_grad)
+    assert not calls
+    loss(x)
+    assert calls == ["silu", "shift"]

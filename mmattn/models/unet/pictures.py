@@ -7,9 +7,9 @@ embedding before them and SiLU after them, are kernels of mmattn's (`kernels.gro
 rounding, of which there is less.
 
 It is so in training, where parameters stay as they are in memory (a convolution's weights are laid out as they are
-cast), and in compiled denoising steps (`captured_pictures`). On a CPU, in float32 and in other steps without gradients
-everything is diffusers' own. So is whatever has hooks or adapters, and whatever diffusers' other networks have
-(samplers within ResNets, other norms and activations).
+cast), and in compiled denoising steps (`captured_pictures`). On a CPU, in float32, in other steps without gradients and
+within transforms of torch.func everything is diffusers' own. So is whatever has hooks or adapters, and whatever
+diffusers' other networks have (samplers within ResNets, other norms and activations).
 
 Sizes: B pictures, C channels, H and W.
 """
@@ -27,10 +27,12 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel as _
 from diffusers.models.upsampling import Upsample2D as _StockUpsample
 from torch import Tensor, nn
 
-from mmattn.kernels.plain import is_eager_call
+from mmattn.kernels.plain import is_compiled_call, is_eager_call
 from mmattn.nn.packed_linears import is_hooked
 from mmattn.ops.triton_missing import triton_missing
 
+# In names of modules that adapters brought.
+_OF_ADAPTERS = (".lora_", ".modules_to_save.")
 # Measured there, and where kernels of our own run; a test adds "cpu", for Triton's interpreter.
 _DEVICES = ("cuda",)
 _HALVES = (torch.bfloat16, torch.float16)
@@ -52,7 +54,7 @@ def are_wanted_channels_last(unet: nn.Module, sample: Tensor) -> bool:
 
 
 def _are_kernels_there(x: Tensor) -> bool:
-    return (torch.compiler.is_compiling() or is_eager_call(x)) and triton_missing(x.device.type) is None
+    return (is_compiled_call(x) or is_eager_call(x)) and triton_missing(x.device.type) is None
 
 
 def _is_their_time(module: nn.Module) -> bool:
@@ -66,8 +68,8 @@ def _fits(module: nn.Module, x: Tensor) -> bool:
         and x.dtype in _HALVES
         and _is_their_time(module)
         and x.dim() == 4
+        and _are_kernels_there(x)  # asked before the layout, which a tensor within vmap does not tell
         and x.is_contiguous(memory_format=torch.channels_last)
-        and _are_kernels_there(x)
     )
 
 
@@ -77,7 +79,13 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _is_plain_conv(module: nn.Module) -> bool:
-    return _is_plain(module, nn.Conv2d) and cast(nn.Conv2d, module).padding_mode == "zeros"
+    # Who makes pictures that can be tiled puts another `_conv_forward` on each convolution.
+    is_own = _is_plain(module, nn.Conv2d) and "_conv_forward" not in module.__dict__
+    return is_own and cast(nn.Conv2d, module).padding_mode == "zeros"
+
+
+def _is_biased_conv(module: nn.Module) -> bool:
+    return _is_plain_conv(module) and module.bias is not None
 
 
 def _is_plain_norm(module: nn.Module) -> bool:
@@ -99,8 +107,11 @@ class _LaidOut(torch.autograd.Function):
 
 
 def _laid_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    is_there = weight.dtype is dtype and weight.is_contiguous(memory_format=torch.channels_last)
-    if is_there or torch.compiler.is_compiling() or not weight.requires_grad:
+    """A convolution's weights in that dtype. Of that dtype already, they are left to the convolution to lay out, which
+    keeps no copy until its backward pass."""
+    if weight.dtype is dtype:
+        return weight
+    if torch.compiler.is_compiling() or not weight.requires_grad:
         return weight.to(dtype=dtype, memory_format=torch.channels_last)
     return _LaidOut.apply(weight, dtype)  # pyright: ignore[reportReturnType]
 
@@ -112,11 +123,12 @@ def _convolved(conv: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, own.stride, own.padding, own.dilation, own.groups)  # pyright: ignore[reportArgumentType]
 
 
-def _convolved_and_added(conv: nn.Module, x: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution of x, and its residual; `bias` takes the place of the convolution's own where that is plain."""
-    if not _is_plain_conv(conv) or bias is None:
+def _convolved_and_added(conv: nn.Module, x: Tensor, residual: Tensor, also: Tensor | None = None) -> Tensor:
+    """A convolution of x, and its residual; `also` is added to the bias of a convolution that `_is_biased_conv`."""
+    if not _is_biased_conv(conv):
         return residual + conv(x)
-    hidden = _convolved(conv, x, None)
+    hidden, bias = _convolved(conv, x, None), cast(Tensor, conv.bias)
+    bias = bias if also is None else bias + also
     if residual.dtype is not hidden.dtype or residual.shape != hidden.shape:
         return residual + (hidden + bias[:, None, None])
     from mmattn.kernels.biased_sum import biased_sum  # only here, because it needs triton
@@ -149,7 +161,8 @@ class ResnetBlock2D(_StockResnet):
             return super().forward(input_tensor, cast(Tensor, temb), *args, **kwargs)
         hidden = _normed(self.norm1, input_tensor, has_silu=True)
         hidden, shift = self._first_convolution(hidden, temb)
-        hidden = self.dropout(_normed(self.norm2, hidden, shift, has_silu=True))
+        # Not every convolution keeps the layout: somebody's own, or torch's without cuDNN.
+        hidden = self.dropout(_normed(self.norm2, channels_last(hidden), shift, has_silu=True))
         return self._with_shortcut(hidden, input_tensor)
 
     def runs_own_kernels(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> bool:
@@ -163,7 +176,7 @@ class ResnetBlock2D(_StockResnet):
             and self.downsample is None
             and self.time_embedding_norm == "default"
             and self.output_scale_factor == 1.0
-            and type(self.nonlinearity) is nn.SiLU
+            and _is_plain(self.nonlinearity, nn.SiLU)
             and _is_plain_norm(self.norm1)
             and _is_plain_norm(self.norm2)
         )
@@ -175,7 +188,7 @@ class ResnetBlock2D(_StockResnet):
         projection: Any = self.time_emb_proj
         if not self.skip_time_act:
             temb = self.nonlinearity(temb)
-        if _is_plain(projection, nn.Linear) and _is_plain_conv(self.conv1) and self.conv1.bias is not None:
+        if _is_plain(projection, nn.Linear) and _is_biased_conv(self.conv1):
             shift = F.linear(cast(Tensor, temb), projection.weight, projection.bias + self.conv1.bias)
             hidden = _convolved(self.conv1, hidden, None)
         else:
@@ -184,12 +197,12 @@ class ResnetBlock2D(_StockResnet):
 
     def _with_shortcut(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """The second convolution, added to what went past it."""
-        shortcut, conv, bias = self.conv_shortcut, self.conv2, self.conv2.bias
+        shortcut, conv = self.conv_shortcut, self.conv2
         if shortcut is None:
-            return _convolved_and_added(conv, hidden, residual, bias)
-        if bias is not None and shortcut.bias is not None and _is_plain_conv(conv) and _is_plain_conv(shortcut):
-            return _convolved_and_added(conv, hidden, _convolved(shortcut, residual, None), bias + shortcut.bias)
-        return _convolved_and_added(conv, hidden, shortcut(residual), bias)
+            return _convolved_and_added(conv, hidden, residual)
+        if _is_biased_conv(conv) and _is_biased_conv(shortcut):
+            return _convolved_and_added(conv, hidden, _convolved(shortcut, residual, None), shortcut.bias)
+        return _convolved_and_added(conv, hidden, shortcut(residual))
 
 
 class Upsample2D(_StockUpsample):
@@ -222,7 +235,7 @@ class Transformer2DModel(_StockTransformer):
         picture = hidden_states.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
         if self.use_linear_projection:
             return picture + residual
-        return _convolved_and_added(self.proj_out, picture, residual, cast(nn.Conv2d, self.proj_out).bias)
+        return _convolved_and_added(self.proj_out, picture, residual)
 
 
 _KINDS: dict[type[nn.Module], type[nn.Module]] = {
@@ -249,8 +262,10 @@ def captured_pictures(unet: nn.Module) -> Iterator[None]:
 def lay_out_weights(unet: nn.Module) -> None:
     """Lay out convolutions' weights as `captured_pictures` wants them, once and for all, where that is done: they are
     the same parameters with the same values, at another place in memory."""
-    for module in unet.modules():
-        weight = module.weight if isinstance(module, nn.Conv2d) else None
+    for name, module in unet.named_modules():
+        # Adapters are small, and their files are written as they lie in memory: safetensors takes no other layout.
+        is_own = isinstance(module, nn.Conv2d) and not any(part in name for part in _OF_ADAPTERS)
+        weight = cast(nn.Conv2d, module).weight if is_own else None
         if weight is not None and weight.device.type in _DEVICES and weight.dtype in _HALVES:
             weight.data = channels_last(weight.data)
 
