@@ -100,6 +100,7 @@ def make_task(folder: Path, case: Case) -> Any:
     recipe = load_recipe("vlm")
     settings = {
         "data.path": folder / "captions.jsonl",
+        "training.eval_every": 0,  # there is nothing to score
         "data.eval_fraction": 0,
         "model.from_pretrained": folder / "blip",
         "train_what": case.train_what,
