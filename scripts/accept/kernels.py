@@ -29,7 +29,7 @@ GPU_PARTS = (
     "diffusion",
 )
 # Bytes a thread: backwards hold the gradients of all keys (docs/kernels.md).
-SPILT = {"fwd": 700, "maps": 700, "bwd": 1400, "decode": 0, "norm": 0, "gated": 0}
+SPILT = {"fwd": 700, "maps": 700, "bwd": 1400, "decode": 0, "norm": 0, "gated": 0, "biased_sum": 0}
 RATIO, GRAPHED = "best of torch / ours", "eager / graphed"
 # What issue 8 wants in the page: a part, columns that tell the table, of which the first has to have a number.
 TABLES = (

@@ -15,20 +15,11 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 from mmattn.models.unet import UNet, pictures
+from tests.models.test_unet import TINY
 from tests.swap.zoo_base import liven
 from tests.tolerance import BACKWARD_FACTOR, FORWARD_FACTOR, check_within
 
 pytestmark = pytest.mark.interpreter
-
-TINY: dict[str, Any] = {
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "block_out_channels": (12, 20),
-    "layers_per_block": 1,
-    "attention_head_dim": 2,
-    "cross_attention_dim": 11,
-    "norm_num_groups": 4,
-}
 
 
 @pytest.fixture(autouse=True)
